@@ -1,0 +1,235 @@
+"""`baton …`: reads arguments, calls a flow or the store, prints. Exit code 0 success, 2 the user's mistake, 1 all else."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from schemas.errors import BatonError, ConfigError
+
+log = logging.getLogger("baton")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found: `data` for --json, `show` for people; `code` is the exit code."""
+
+    data: Any
+    show: Callable[[Console], None]
+    code: int = 0
+
+
+# --- what all commands share ---
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="baton")
+def baton() -> None:
+    """RLHF-PPO as a pipeline of stages that hand each other committed artifacts."""
+
+
+def command(function: Callable[..., Answer]) -> click.Command:
+    """A command with the four global options, whose `Answer` is printed."""
+
+    @functools.wraps(function)
+    def wrapped(as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> int:
+        settle(as_json, quiet, verbose)
+        answer = function(**arguments)
+        if as_json:
+            click.echo(json.dumps(answer.data, indent=1))
+        elif not quiet:
+            answer.show(Console(width=None if sys.stdout.isatty() else 140))
+        return answer.code
+
+    for option in (
+        click.option("--verbose", is_flag=True, help="Prefect's and the libraries' own log lines too."),
+        click.option("--quiet", is_flag=True, help="Nothing but errors."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout and nothing else."),
+        click.option("--store", "root", envvar="BATON_STORE", default="data/store", show_default=True,
+                     help="Where artifacts and runs are kept; BATON_STORE sets it too."),
+    ):
+        wrapped = option(wrapped)
+    return baton.command(name=function.__name__.removesuffix("_command"))(wrapped)
+
+
+def settle(as_json: bool, quiet: bool, verbose: bool) -> None:
+    """Who may write to the terminal. Before Prefect is imported, since it reads its settings then."""
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "baton")
+    if not verbose:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        warnings.simplefilter("ignore", FutureWarning)
+    if quiet or as_json:
+        os.environ["TQDM_DISABLE"] = "1"
+    handler = logging.StreamHandler(sys.stderr if as_json else sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+
+
+SETTINGS = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
+                        help="A setting of the config, for example ppo.learning_rate=1e-5; may be repeated.")
+
+
+# --- commands ---
+
+@command
+@click.argument("config")
+@click.option("--run", "name", help="The run's name; the name of the config's folder by default.")
+@click.option("--iterations", type=click.IntRange(min=1), help="Train until so many, instead of the config's.")
+@SETTINGS
+def train(config: str, name: str | None, iterations: int | None, settings: tuple[str, ...], root: str) -> Answer:
+    """Make a run, or go on with one. CONFIG is an example's folder or a YAML file."""
+    from flows.start import start
+
+    wanted = (*settings, f"iterations={iterations}") if iterations else settings
+    run, overrides = start(config, name, wanted, root)
+    if run.finished:
+        return _nothing_to_do(run)
+    from flows.train import train_flow
+
+    train_flow(run.name, str(run.store.root), overrides)
+    return _finished(run, [])
+
+
+def _nothing_to_do(run) -> Answer:
+    from flows import display
+
+    log.info(f"run {run.name}: all {run.config.iterations} iterations are there; nothing to do")
+    for line in (found := display.found(run)):
+        log.info(line)
+    return _finished(run, found)
+
+
+def _finished(run, found: list[str]) -> Answer:
+    from flows import display
+    from flows.mirror import how_to_open
+
+    last = run.last()
+    data = {"run": run.name, "iteration": last.iteration, "metrics": last.metrics, "found": found,
+            "actor": display.actor_folder(run, last), "mlflow": how_to_open(run)}
+    return Answer(data, lambda console: display.summary(console, run))
+
+
+@command
+@click.argument("run")
+def iterate(run: str, root: str) -> Answer:
+    """Exactly the next iteration of RUN."""
+    from flows.iterate import iterate_flow
+
+    state = iterate_flow(run, root)
+    return Answer(state.model_dump(mode="json"), lambda console: None)
+
+
+@command
+@click.argument("stage")
+@click.argument("run")
+@click.option("--iteration", type=click.IntRange(min=0), required=True,
+              help="0 for base_model, sft, reward_model and the first evaluate.")
+@SETTINGS
+def stage_command(stage: str, run: str, iteration: int, settings: tuple[str, ...], root: str) -> Answer:
+    """STAGE of an iteration of RUN again, from saved artifacts; the run is left alone."""
+    from flows import display
+    from flows.inputs import apply_settings
+    from flows.runs import open_run
+    from flows.stage import stage_flow
+    from flows.store import Store
+
+    result = stage_flow(run, root, stage, iteration, apply_settings({}, settings))
+    rows = display.stage_metrics(open_run(Store(Path(root)), run), result)
+    data = {"recorded": str(result.recorded), "artifact": str(result.ref), "verdict": result.verdict,
+            "models_loaded": result.models_loaded, "metrics": rows,
+            "different": sorted(result.reproduction.different) if result.reproduction else []}
+    return Answer(data, lambda console: display.stage(console, stage, iteration, result, rows),
+                  code=1 if result.verdict == "different" else 0)
+
+
+@command
+def runs(root: str) -> Answer:
+    """The runs of the store."""
+    from flows import display
+    from flows.runs import open_run, overview, run_names
+    from flows.store import Store
+
+    rows = [overview(open_run(Store(Path(root)), name)) for name in run_names(Store(Path(root)))]
+    return Answer(rows, lambda console: console.print(display.runs(rows) if rows else f"no runs in {root}"))
+
+
+@command
+@click.argument("run")
+@click.option("--iteration", type=click.IntRange(min=0), help="Every metric of one iteration.")
+def show(run: str, iteration: int | None, root: str) -> Answer:
+    """The iterations of RUN, and where the time of the last, or of one, went."""
+    from flows import display
+    from flows.runs import open_run, time_spent
+    from flows.store import Store
+
+    opened = open_run(Store(Path(root)), run)
+    states = opened.states() if iteration is None else [opened.state(iteration)]
+    if not states:
+        raise ConfigError(f"run {run!r} is not prepared yet; go on with baton train")
+    spent = time_spent(opened, states[-1])
+
+    def print_all(console: Console) -> None:
+        console.print(display.iterations(states) if iteration is None else display.metrics(states[0]))
+        console.print(display.time_of(states[-1], spent))
+
+    return Answer({"states": [state.model_dump(mode="json") for state in states], "time": spent}, print_all)
+
+
+@command
+@click.argument("run", required=False)
+def verify(run: str | None, root: str) -> Answer:
+    """Check every byte of RUN, or of the whole store."""
+    from flows.runs import open_run, references
+    from flows.store import Store
+
+    store = Store(Path(root))
+    refs = references(open_run(store, run)) if run else store.artifacts()
+    findings = [finding for ref in refs for finding in store.verify(ref)]
+
+    def print_all(console: Console) -> None:
+        for finding in findings:
+            console.print(finding, soft_wrap=True, markup=False, highlight=False)
+        console.print(f"{len(refs)} artifacts checked, {len(findings)} findings", highlight=False)
+
+    return Answer({"artifacts": len(refs), "findings": findings}, print_all, 1 if findings else 0)
+
+
+# --- the entry point ---
+
+def run_command(arguments: list[str] | None = None) -> int:
+    """The exit code of one call. What a user can mend is one line on stderr; a fault of Baton's is a traceback."""
+    try:
+        return baton.main(arguments, prog_name="baton", standalone_mode=False) or 0
+    except click.ClickException as error:
+        return _complain(f"{error.format_message()} (baton --help lists what there is)", 2)
+    except BatonError as error:
+        return _complain(str(error), 2 if isinstance(error, ConfigError) else 1)
+    except (click.Abort, KeyboardInterrupt):
+        return _complain("interrupted; the same command goes on from here", 130)
+
+
+def _complain(message: str, code: int) -> int:
+    click.echo(f"baton: {message}", err=True)
+    return code
+
+
+def main() -> None:
+    """The `baton` command."""
+    sys.exit(run_command())

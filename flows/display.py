@@ -1,0 +1,161 @@
+"""What the command line shows: tables and lines for people, nothing that a program would read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+from flows.mirror import how_to_open
+from flows.runs import Run
+from schemas.artifacts import ArtifactRef, TrainState
+from schemas.tables import Samples
+
+if TYPE_CHECKING:
+    from flows.stage import StageResult
+
+SAMPLES_SHOWN = 5
+SCORES = (("gold", "evaluate/gold"), ("reward", "evaluate/score"), ("KL, nats a response", "evaluate/kl"),
+          ("wins against the start", "evaluate/win_rate"), ("response tokens", "evaluate/response_length"),
+          ("ended with EOS", "evaluate/eos_fraction"))
+
+
+def summary(console: Console, run: Run) -> None:
+    """The end of a run: held-out samples before and after, the scores, where the actor lies, MLflow's page."""
+    states = run.states()
+    before, after = states[0], next(state for state in reversed(states) if "evaluate" in state.artifacts)
+    console.print(_samples(run, before, after))
+    console.print(_scores(before, after))
+    console.print(Text(f"actor   {actor_folder(run, states[-1])}"), soft_wrap=True)
+    if run.config.tracking.enabled:
+        console.print(Text(f"MLflow  {how_to_open(run)}"), soft_wrap=True)
+
+
+def actor_folder(run: Run, state: TrainState) -> str:
+    """Where `from_pretrained` finds the actor."""
+    return str(run.store.place(state.actor.artifact, state.actor.folder))
+
+
+def _samples(run: Run, before: TrainState, after: TrainState) -> Grid:
+    """The first held-out prompts, with the response and its gold score at the start and now."""
+    old, new = (run.store.table(state.artifacts["evaluate"], Samples) for state in (before, after))
+    grid = Grid(title="held-out samples", title_justify="left", show_lines=True, expand=True)
+    for name, width in (("prompt", 3), ("before", 5), (f"after {after.iteration} iterations", 5)):
+        grid.add_column(name, ratio=width)
+    for i in range(min(SAMPLES_SHOWN, len(old))):
+        grid.add_row(Text(old.prompt[i]), *(Text(f"{s.gold[i]:+.2f} {s.response[i].strip()}") for s in (old, new)))
+    return grid
+
+
+def _scores(before: TrainState, after: TrainState) -> Grid:
+    grid = Grid(title="held-out scores", title_justify="left")
+    for name in ("mean over samples", "before", "after"):
+        grid.add_column(name, justify="left" if name.startswith("mean") else "right")
+    for label, key in SCORES:
+        grid.add_row(label, f"{before.metrics[key]:.3f}", f"{after.metrics[key]:.3f}")
+    grid.add_row("gold, σ of the samples", f"{before.metrics['evaluate/gold_std']:.3f}",
+                 f"{after.metrics['evaluate/gold_std']:.3f}")
+    return grid
+
+
+def found(run: Run) -> list[str]:
+    """A line per stage: the artifacts of a run that are there."""
+    where: dict[str, list[tuple[int, ArtifactRef]]] = defaultdict(list)
+    for state in run.states():
+        for stage, ref in state.artifacts.items():
+            where[stage].append((state.iteration, ref))
+    return [f"found {stage:<13} {_span([i for i, _ in refs]):<18} {refs[0][1].short if len(refs) == 1 else ''}".rstrip()
+            for stage, refs in where.items()]
+
+
+def _span(iterations: list[int]) -> str:
+    if len(iterations) == 1:
+        return f"iteration {iterations[0]}"
+    return f"{len(iterations)} iterations, {iterations[0]}…{iterations[-1]}"
+
+
+def runs(rows: list[dict]) -> Grid:
+    """All runs of a store."""
+    grid = Grid()
+    for name in ("run", "iterations", "reward", "KL", "gold", "created", "parent"):
+        grid.add_column(name, justify="right" if name in ("iterations", "reward", "KL", "gold") else "left")
+    for row in rows:
+        grid.add_row(row["run"], f"{row['iteration']}/{row['iterations']}", _number(row["reward"]), _number(row["kl"]),
+                     _number(row["gold"]), row["created"], row["parent"] or "")
+    return grid
+
+
+def iterations(states: list[TrainState]) -> Grid:
+    """A run, a line per iteration."""
+    columns = (("reward", "reward/score"), ("KL", "gae/kl"), ("gold", "evaluate/gold"), ("wins", "evaluate/win_rate"),
+               ("entropy", "ppo/entropy"), ("approx KL", "ppo/approx_kl"), ("clipped", "ppo/clip_fraction"),
+               ("expl. var.", "gae/explained_variance"), ("tokens", "rollout/response_length"))
+    grid = Grid()
+    for name in ("iteration", *(label for label, _ in columns), "seconds"):
+        grid.add_column(name, justify="right")
+    for state in states:
+        numbers = (_number(state.metrics.get(key)) for _, key in columns)
+        grid.add_row(str(state.iteration), *numbers, f"{state.seconds:.1f}")
+    return grid
+
+
+def time_of(state: TrainState, rows: list[dict]) -> Grid:
+    """Where an iteration's time went."""
+    grid = Grid(title=f"iteration {state.iteration}", title_justify="left")
+    for name in ("stage", "seconds", "part", "tokens/s", "bytes", "artifact"):
+        grid.add_column(name, justify="left" if name in ("stage", "artifact") else "right")
+    for row in rows:
+        rate = f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else ""
+        grid.add_row(row["stage"], f"{row['seconds']:.2f}", f"{row['part']:.0%}", rate,
+                     f"{row['bytes']:,}" if row["bytes"] is not None else "", row["artifact"] or "")
+    return grid
+
+
+def metrics(state: TrainState) -> Grid:
+    """Every metric of an iteration."""
+    grid = Grid()
+    grid.add_column("metric")
+    grid.add_column("value", justify="right")
+    for key, value in state.metrics.items():
+        grid.add_row(key, f"{value:.6g}")
+    return grid
+
+
+def stage_metrics(run: Run, result: StageResult) -> dict[str, tuple[float | None, float]]:
+    """Metric → (as the run has it, as it is now)."""
+    recorded, now = (run.store.manifest(ref).metrics for ref in (result.recorded, result.ref))
+    return {name: (recorded.get(name), value) for name, value in now.items()}
+
+
+def stage(console: Console, name: str, iteration: int, result: StageResult, metrics: dict) -> None:
+    """What a rerun came to."""
+    loaded = f"{result.models_loaded} models loaded" if result.models_loaded else "no model loaded"
+    what, again = f"{name} of iteration {iteration}", result.reproduction
+    if result.verdict == "new":
+        console.print(f"{what}: a new artifact, {result.ref.short}; {loaded}; the run is as it was", highlight=False)
+    elif result.verdict == "same":
+        files = f"{again.files} file{'s' if again.files > 1 else ''}"
+        console.print(f"{what}: reproduced, {files}, the same bytes, {result.ref.short}; {loaded}", highlight=False)
+    else:
+        console.print(f"{what}: NOT reproduced, {result.ref.short}; {loaded}; the new files are in {again.folder}",
+                      highlight=False, soft_wrap=True)
+        for path, (old, new) in again.different.items():
+            console.print(f"  {path}: committed {(old or 'no such file')[:12]}, now {(new or 'no such file')[:12]}")
+    if result.ref != result.recorded:
+        console.print(_compared(metrics))
+
+
+def _compared(metrics: dict[str, tuple[float | None, float]]) -> Grid:
+    grid = Grid()
+    for column in ("metric", "in the run", "with these settings"):
+        grid.add_column(column, justify="left" if column == "metric" else "right")
+    for name, (recorded, value) in metrics.items():
+        grid.add_row(name, _number(recorded), _number(value))
+    return grid
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

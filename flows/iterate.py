@@ -1,0 +1,82 @@
+"""One iteration: TrainState i − 1 to TrainState i. What a work pool schedules."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, tags
+
+from flows import tasks
+from flows.mirror import Mirror
+from flows.runs import Run, open_run
+from flows.store import Store
+from schemas.artifacts import ArtifactRef, ModelRef, TrainState, prefixed
+from schemas.errors import ConfigError
+
+log = logging.getLogger("baton")
+
+
+def run_iteration(run: Run, state: TrainState, last: int) -> TrainState:
+    """The iteration after `state`; evaluated if it is due, or the `last` one. Stages already committed are found."""
+    i, started, found = state.iteration + 1, time.perf_counter(), len(run.found)
+    rollouts = tasks.rollout(run, i, actor=state.actor)
+    reference = tasks.reference(run, i, reference_model=state.reference, rollouts=rollouts)
+    rewards = tasks.reward(run, i, reward_model=state.reward_model, rollouts=rollouts)
+    values = tasks.value(run, i, critic=state.critic, rollouts=rollouts)
+    advantages = tasks.gae(run, i, rollouts=rollouts, reference=reference, rewards=rewards, values=values,
+                           kl_coef=state.kl_coef)
+    update = tasks.ppo(run, i, actor=state.actor, critic=state.critic, optimizer=state.optimizer, rollouts=rollouts,
+                       values=values, advantages=advantages)
+    artifacts = {"rollout": rollouts, "reference": reference, "reward": rewards, "value": values, "gae": advantages,
+                 "ppo": update}
+    actor = ModelRef(artifact=update, folder="actor")
+    if _evaluation_due(run, i, last):
+        artifacts["evaluate"] = tasks.evaluate(run, i, updated_actor=actor, reference_model=state.reference,
+                                               reward_model=state.reward_model, baseline=state.baseline)
+    after = state.model_copy(update=dict(
+        iteration=i, actor=actor, critic=ModelRef(artifact=update, folder="critic"),
+        optimizer=ModelRef(artifact=update, folder="optimizer"), artifacts=artifacts,
+        metrics=metrics_of(run, artifacts), seconds=time.perf_counter() - started))
+    run.save(after)
+    log.info(line(after, last, run.found[found:]))
+    return after
+
+
+def metrics_of(run: Run, artifacts: dict[str, ArtifactRef]) -> dict[str, float]:
+    """`stage/metric` of the artifacts."""
+    return {key: value for stage, ref in artifacts.items()
+            for key, value in prefixed(stage, run.store.manifest(ref).metrics).items()}
+
+
+def _evaluation_due(run: Run, iteration: int, last: int) -> bool:
+    every = run.config.evaluate.every
+    return iteration == last or (every > 0 and iteration % every == 0)
+
+
+def line(state: TrainState, last: int, found: list[ArtifactRef]) -> str:
+    """The iteration in one line: reward, KL, gold, seconds."""
+    m = state.metrics
+    gold = f"  gold {m['evaluate/gold']:7.3f}" if "evaluate/gold" in m else ""
+    skipped = f"  (found {', '.join(ref.stage for ref in found)})" if found else ""
+    return (f"iteration {state.iteration:>{len(str(last))}}/{last}  reward {m['reward/score']:7.3f}  "
+            f"KL {m['gae/kl']:6.2f}{gold}  {state.seconds:5.1f} s{skipped}")
+
+
+@flow(name="iterate", flow_run_name="{name}-iterate", persist_result=False)
+def iterate_flow(name: str, store: str, overrides: dict[str, Any] | None = None) -> TrainState:
+    """The next iteration of the run `name`. Raises `ConfigError` when it is finished or not prepared."""
+    run = open_run(Store(Path(store)), name, overrides)
+    state = run.last()
+    if state is None:
+        raise ConfigError(f"run {name!r} is not prepared yet; start it with baton train")
+    if state.iteration >= run.config.iterations:
+        raise ConfigError(f"run {name!r} is finished: {state.iteration} of {run.config.iterations} iterations; "
+                          "baton train --iterations N trains on")
+    with tags("baton", name), Mirror(run) as mirror:
+        mirror.push(state)
+        after = run_iteration(run, state, run.config.iterations)
+        mirror.push(after)
+    return after

@@ -1,0 +1,118 @@
+"""How every artifact comes to be: found if its recipe was committed before, else made in a fresh attempt and committed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.store import Attempt, Store
+from schemas.artifacts import ArtifactRef, Environment, Manifest, Recipe
+from schemas.config import RunConfig
+from schemas.metrics import Metrics
+
+if TYPE_CHECKING:
+    from flows.runs import Run
+
+log = logging.getLogger("baton")
+PACKAGES = ("baton", "torch", "transformers", "trl", "numpy", "pyarrow", "tokenizers", "safetensors", "prefect", "mlflow")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a stage says of an artifact that it has just written."""
+
+    metrics: Metrics | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A stage computed again next to its committed artifact: path → (committed digest, new digest) where they differ."""
+
+    ref: ArtifactRef
+    files: int
+    different: dict[str, tuple[str | None, str | None]]
+    folder: Path | None  # the new files, kept only where they differ
+
+
+def produce(run: Run, recipe: Recipe, make: Callable[[Attempt], Made]) -> ArtifactRef:
+    """The recipe's artifact. `make` writes it into an attempt, and is not called if it is committed already.
+
+    In a rerun of its stage a committed artifact is made again beside itself and the digests are compared.
+    """
+    found = run.store.find(recipe.ref)
+    if found and run.rerun != recipe.stage:
+        log.debug("found %s", recipe.ref.short)
+        run.found.append(recipe.ref)
+        return recipe.ref
+    attempt, manifest = write(run.store, run.config, recipe, make)
+    if found:
+        run.reproduction = _compare(run.store, found, manifest, attempt)
+    else:
+        _commit(run.store, manifest)
+    return recipe.ref
+
+
+def write(store: Store, config: RunConfig, recipe: Recipe, make: Callable[[Attempt], Made]) -> tuple[Attempt, Manifest]:
+    """A sealed attempt and its manifest, not committed; nothing is left behind if `make` fails."""
+    attempt, started = store.attempt(recipe), time.perf_counter()
+    try:
+        made = make(attempt)
+        files = attempt.seal()
+    except BaseException:
+        store.discard(attempt)
+        raise
+    return attempt, Manifest(
+        identity=recipe.ref.identity, recipe=recipe, attempt=attempt.name, files=files, tokens=made.tokens,
+        metrics=made.metrics.flat() if made.metrics else {}, seconds=time.perf_counter() - started, created=now(),
+        input_manifests={role: store.manifest_digest(ref) for role, ref in recipe.inputs.items()},
+        environment=environment(config))
+
+
+def _commit(store: Store, ours: Manifest) -> None:
+    theirs = store.commit(ours)
+    if theirs.attempt != ours.attempt:
+        same = "the same bytes" if theirs.digests() == ours.digests() else "OTHER BYTES than ours"
+        log.warning("%s was committed by another writer meanwhile, with %s; it is used", theirs.ref.short, same)
+
+
+def _compare(store: Store, found: Manifest, again: Manifest, attempt: Attempt) -> Reproduction:
+    old, new = found.digests(), again.digests()
+    different = {path: (old.get(path), new.get(path)) for path in sorted({*old, *new}) if old.get(path) != new.get(path)}
+    if not different:
+        store.discard(attempt)
+    return Reproduction(found.ref, len(old), different, attempt.folder if different else None)
+
+
+def environment(config: RunConfig) -> Environment:
+    """What this process makes artifacts with."""
+    execution = config.execution
+    return Environment(
+        packages={package: _version(package) for package in PACKAGES}, python=platform.python_version(),
+        device=execution.device, device_name=_device_name(execution.device), threads=execution.threads or 0,
+        execution=execution.model_dump(mode="json"))
+
+
+def _device_name(device: str) -> str:
+    if not device.startswith("cuda"):
+        return platform.machine()
+    import torch
+    return torch.cuda.get_device_name(device)
+
+
+@cache
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)
+
+
+def now() -> str:
+    """UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

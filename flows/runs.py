@@ -1,0 +1,174 @@
+"""Runs: `run.json`, which says what a run is, and one TrainState for each iteration it has finished."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.produce import Reproduction, now
+from flows.store import Store, put_once, read_record
+from schemas.artifacts import ArtifactRef, RunRecord, TrainState, check_name, derive_seed
+from schemas.config import RunConfig, differences, parse_config
+from schemas.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flows.models import WarmModels
+
+
+class Run:
+    """An open run: its record, the store it is in, and the models it keeps warm."""
+
+    def __init__(self, store: Store, record: RunRecord, config: RunConfig) -> None:
+        self.store, self.record, self.config = store, record, config
+        self.rerun: str | None = None  # the stage that is to be computed although its artifact is there
+        self.reproduction: Reproduction | None = None  # what came of that
+        self.found: list[ArtifactRef] = []  # artifacts that were there already, in the order they were asked for
+        self._models: WarmModels | None = None
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def inputs(self) -> dict[str, ArtifactRef]:
+        """Imported files and models, by role."""
+        return self.record.inputs
+
+    @property
+    def models(self) -> WarmModels:
+        """Models of this process."""
+        if self._models is None:
+            from flows.models import WarmModels
+            self._models = WarmModels(self.store, self.config)
+        return self._models
+
+    @property
+    def finished(self) -> bool:
+        """Whether all iterations are there."""
+        last = self.last()
+        return last is not None and last.iteration >= self.config.iterations
+
+    def seed(self, iteration: int, stage: str) -> int:
+        """Of a stage in an iteration."""
+        return derive_seed(self.config.seed, iteration, stage)
+
+    # --- iterations ---
+
+    def state(self, iteration: int) -> TrainState:
+        """After that iteration. Raises `ConfigError` if it was not reached."""
+        path = self._state_path(iteration)
+        if not path.exists():
+            raise ConfigError(f"run {self.name!r} has no iteration {iteration}; it has {self.reached()}")
+        return read_record(path, TrainState)
+
+    def states(self) -> list[TrainState]:
+        """All, the prepared one first."""
+        return [read_record(path, TrainState) for path in sorted(self._folder.glob("iterations/*.json"))]
+
+    def last(self) -> TrainState | None:
+        """The latest, none before `prepare` is done."""
+        paths = sorted(self._folder.glob("iterations/*.json"))
+        return read_record(paths[-1], TrainState) if paths else None
+
+    def save(self, state: TrainState) -> None:
+        """Commits the state of an iteration; one that is there already stays."""
+        put_once(self._state_path(state.iteration), state)
+
+    def reached(self) -> str:
+        """For people: which iterations there are."""
+        last = self.last()
+        return "none yet" if last is None else f"0…{last.iteration}" if last.iteration else "0 alone"
+
+    @property
+    def _folder(self) -> Path:
+        return self.store.root / "runs" / self.name
+
+    def _state_path(self, iteration: int) -> Path:
+        return self._folder / "iterations" / f"{iteration:06d}.json"
+
+
+# --- making and opening ---
+
+def create_or_open(store: Store, name: str, config: RunConfig, inputs: Mapping[str, ArtifactRef]) -> Run:
+    """The run of that name, made if there is none. Raises `ConfigError` saying what differs from what it was made with."""
+    check_name(name, "run name")
+    record = RunRecord(name=name, config=_settled(config).model_dump(mode="json"), inputs=dict(inputs), created=now())
+    put_once(store.root / "runs" / name / "run.json", record)
+    run = open_run(store, name)
+    lines = differences(run.config.decides(), config.decides())
+    lines += [f"data.{role}: other content" for role in sorted({*inputs, *run.inputs})
+              if inputs.get(role) != run.inputs.get(role)]
+    if lines:
+        raise ConfigError(f"run {name!r} exists with another config ({'; '.join(lines)}); "
+                          "set them back, or choose another name with --run")
+    return run
+
+
+def open_run(store: Store, name: str, overrides: Mapping[str, Any] | None = None) -> Run:
+    """An existing run. Raises `ConfigError` if there is none.
+
+    `overrides`: settings, nested as in the config, that replace those it was made with.
+    """
+    check_name(name, "run name")
+    path = store.root / "runs" / name / "run.json"
+    if not path.exists():
+        there = ", ".join(run_names(store)) or "none"
+        raise ConfigError(f"no run {name!r} in {store.root}; runs there: {there} (--store or BATON_STORE chooses the store)")
+    record = read_record(path, RunRecord)
+    return Run(store, record, parse_config(_merged(record.config, overrides or {}), f"run {name!r}"))
+
+
+def run_names(store: Store) -> list[str]:
+    """Names of all runs, in order."""
+    return sorted(path.parent.name for path in store.root.glob("runs/*/run.json"))
+
+
+def _merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the values of `overrides` put over it, section by section."""
+    merged = dict(config)
+    for key, value in overrides.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _settled(config: RunConfig) -> RunConfig:
+    """With the number of threads it runs with, so that it can be used again."""
+    execution = config.execution
+    settled = execution.model_copy(update={"threads": execution.threads or _cores()})
+    return config.model_copy(update={"execution": settled})
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- what can be said of a run ---
+
+def overview(run: Run) -> dict[str, Any]:
+    """A run in a line: how far it is, and its last numbers."""
+    last = run.last()
+    metrics = last.metrics if last else {}
+    return {"run": run.name, "iteration": last.iteration if last else None, "iterations": run.config.iterations,
+            "reward": metrics.get("reward/score"), "kl": metrics.get("gae/kl"), "gold": metrics.get("evaluate/gold"),
+            "created": run.record.created, "parent": run.record.parent}
+
+
+def time_spent(run: Run, state: TrainState) -> list[dict[str, Any]]:
+    """Where an iteration's wall time went: each stage as its manifest has it, and what lies between them."""
+    manifests = {stage: run.store.manifest(ref) for stage, ref in state.artifacts.items()}
+    total = max(state.seconds, sum(manifest.seconds for manifest in manifests.values()))
+    rows = [{"stage": stage, "seconds": m.seconds, "part": m.seconds / total, "tokens_per_second": m.tokens_per_second,
+             "bytes": m.bytes, "artifact": m.ref.short} for stage, m in manifests.items()]
+    between = total - sum(row["seconds"] for row in rows)
+    return [*rows, {"stage": "between stages", "seconds": between, "part": between / total, "tokens_per_second": None,
+                    "bytes": None, "artifact": None}]
+
+
+def references(run: Run) -> list[ArtifactRef]:
+    """Every artifact the run refers to, inputs first."""
+    made = [ref for state in run.states() for ref in state.artifacts.values()]
+    return list(dict.fromkeys([*run.inputs.values(), *made]))

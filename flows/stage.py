@@ -1,0 +1,89 @@
+"""One stage again, from saved artifacts: with the same settings to see that it gives the same bytes, or with others."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, tags
+
+from flows import tasks
+from flows.produce import Reproduction
+from flows.runs import Run, open_run
+from flows.store import Store
+from flows.train import base_of
+from schemas.artifacts import ArtifactRef
+from schemas.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a rerun came to."""
+
+    recorded: ArtifactRef  # what the run has
+    ref: ArtifactRef  # what these settings give
+    reproduction: Reproduction | None  # none where that is a new artifact
+    models_loaded: int
+
+    @property
+    def verdict(self) -> str:
+        """`same` or `different` bytes, or `new` artifact."""
+        if self.reproduction is None:
+            return "new"
+        return "different" if self.reproduction.different else "same"
+
+
+@flow(name="stage", flow_run_name="{name}-{stage}-{iteration}", persist_result=False)
+def stage_flow(
+    name: str, store: str, stage: str, iteration: int, overrides: dict[str, Any] | None = None
+) -> StageResult:
+    """That stage of that iteration, computed again; the run itself is left alone. Raises `ConfigError`."""
+    recorded_run = open_run(Store(Path(store)), name)
+    run = open_run(recorded_run.store, name, _as_recorded(recorded_run, stage, iteration) | (overrides or {}))
+    run.rerun = stage
+    with tags("baton", name):
+        ref = tasks.STAGES[stage](run, iteration, **arguments(run, recorded_run, stage, iteration))
+    return StageResult(require_stage(run, stage, iteration), ref, run.reproduction, run.models.loaded)
+
+
+def require_stage(run: Run, stage: str, iteration: int) -> ArtifactRef:
+    """What the run recorded for that stage. Raises `ConfigError` saying what there is instead."""
+    artifacts = run.state(iteration).artifacts
+    if stage not in artifacts:
+        raise ConfigError(f"run {run.name!r} has no stage {stage!r} in iteration {iteration}; "
+                          f"it has {', '.join(artifacts)}")
+    return artifacts[stage]
+
+
+def _as_recorded(run: Run, stage: str, iteration: int) -> dict[str, Any]:
+    """The execution settings the artifact was made with: its last bits depend on them."""
+    manifest = run.store.manifest(require_stage(run, stage, iteration))
+    return {"execution": manifest.environment.execution}
+
+
+def arguments(run: Run, recorded: Run, stage: str, iteration: int) -> dict[str, Any]:
+    """The stage's inputs, by the names of its task's parameters, from the saved states before and after it."""
+    after = run.state(iteration)
+    before = run.state(iteration - 1) if iteration else after
+    changed = run.config.gae.kl_coef != recorded.config.gae.kl_coef
+    saved = {
+        "base": lambda: base_of(run, after.artifacts),
+        "start": lambda: after.reference,
+        "actor": lambda: before.actor,
+        "critic": lambda: before.critic,
+        "optimizer": lambda: before.optimizer,
+        "reference_model": lambda: after.reference,
+        "reward_model": lambda: after.reward_model,
+        "updated_actor": lambda: after.actor,
+        "baseline": lambda: after.baseline if iteration else None,
+        "kl_coef": lambda: run.config.gae.kl_coef if changed else before.kl_coef,
+        "rollouts": lambda: after.artifacts["rollout"],
+        "reference": lambda: after.artifacts["reference"],
+        "rewards": lambda: after.artifacts["reward"],
+        "values": lambda: after.artifacts["value"],
+        "advantages": lambda: after.artifacts["gae"],
+    }
+    wanted = inspect.signature(tasks.STAGES[stage].fn).parameters
+    return {name: saved[name]() for name in wanted if name not in ("run", "iteration")}

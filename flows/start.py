@@ -1,0 +1,57 @@
+"""From what a user wrote to a run that can begin: everything is checked here, before any model loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from flows.inputs import apply_settings, check_inputs, import_files, read_config, read_lines, recipe_of
+from flows.runs import Run, create_or_open, open_run, run_names
+from flows.store import Store
+from schemas.artifacts import check_name
+from schemas.config import RunConfig
+
+
+def start(source: str, name: str | None, settings: Iterable[str], root: str) -> tuple[Run, dict[str, Any]]:
+    """The run, made or opened, its inputs imported; and the settings that hold for this call only.
+
+    Raises `ConfigError`, and then leaves no run behind.
+    """
+    config, folder = read_config(source, settings)
+    name = check_name(name or folder.resolve().name, "run name")
+    store, files = Store(Path(root)), check_inputs(config, folder)
+    if name not in run_names(store):
+        check_lengths(config, files)
+    inputs = {role: recipe_of(role, paths).ref for role, paths in files.items()}
+    create_or_open(store, name, config, inputs)
+    import_files(store, config, files)
+    explicit = apply_settings({}, settings).get("execution", {})
+    overrides = {"iterations": config.iterations, "tracking": config.tracking.model_dump(mode="json"),
+                 "execution": explicit}
+    return open_run(store, name, overrides), overrides
+
+
+def check_lengths(config: RunConfig, files: dict[str, list[Path]]) -> None:
+    """Raises `ConfigError` naming file and lines that do not fit into the model's context."""
+    from flows.models import context_length, load_tokenizer
+    from stages.base_model import train_tokenizer
+    from stages.ops.prompts import require_fit, tokenize
+
+    if config.base_model.source is None:
+        rows = read_lines(files["demonstrations"][0], "demonstrations")
+        tokenizer = train_tokenizer((row["prompt"] + row["completion"] for row in rows), config.base_model)
+        context = config.base_model.context_length
+    else:
+        place = files["base_model"][0].parent
+        tokenizer, context = load_tokenizer(place), context_length(place)
+    for role, paths in files.items():
+        if role in ("prompts", "heldout_prompts"):
+            prompts = [row["prompt"] for row in read_lines(paths[0], role)]
+            tokens = tokenize(tokenizer, prompts, config.base_model.chat_template)
+            require_fit([len(row) for row in tokens], context, config.rollout.max_new_tokens, str(paths[0]))
+        elif role in ("demonstrations", "pairs", "heldout_pairs"):
+            for column in ("completion", "chosen", "rejected"):
+                texts = [row["prompt"] + row[column] for row in read_lines(paths[0], role) if column in row]
+                tokens = tokenize(tokenizer, texts, config.base_model.chat_template) if texts else []
+                require_fit([len(row) for row in tokens], context, 1, str(paths[0]))

@@ -1,0 +1,268 @@
+"""One Prefect task per stage: load → call → save. Tasks pass references, never tensors; the store decides what is done.
+
+A task's parameters say which artifacts it reads: `flows/iterate.py` passes those it has just made, and
+`flows/stage.py` those of a saved iteration.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from flows.inputs import functions_of, load_function, stored_lines
+from flows.models import load_causal, load_scalar, save_learner, save_model
+from flows.produce import Made, produce
+from flows.runs import Run
+from schemas.artifacts import ArtifactRef, ModelRef, Recipe
+from schemas.config import Settings
+from schemas.tables import Advantages, ReferenceLogprobs, Rewards, Rollouts, Samples, Values
+from stages import base_model as base_model_stage
+from stages import evaluate as evaluate_stage
+from stages import gae as gae_stage
+from stages import ppo as ppo_stage
+from stages import reference as reference_stage
+from stages import reward as reward_stage
+from stages import reward_model as reward_model_stage
+from stages import rollout as rollout_stage
+from stages import sft as sft_stage
+from stages import value as value_stage
+from stages.ops.prompts import prompt_order
+from stages.ops.rewards import Scorer, function_scorer, model_scorer, server_scorer
+
+
+def stage_task(function):
+    """A Prefect task named after the stage, nothing persisted or cached by Prefect."""
+    return task(function, name=function.__name__, task_run_name=function.__name__ + "-{iteration:06d}",
+                persist_result=False, cache_policy=NO_CACHE)
+
+
+def _settings(*sections: Settings, **more: Any) -> dict[str, Any]:
+    """What of the config decides a stage's result."""
+    merged: dict[str, Any] = {}
+    for section in sections:
+        merged |= section.model_dump(mode="json")
+    return merged | more
+
+
+# --- once, before the first iteration ---
+
+@stage_task
+def base_model(run: Run, iteration: int) -> ArtifactRef:
+    config = run.config.base_model
+    recipe = Recipe(stage="base_model", version=base_model_stage.VERSION, config=_settings(config),
+                    inputs={"demonstrations": run.inputs["demonstrations"]}, seed=run.seed(iteration, "base_model"))
+
+    def make(attempt):
+        model = base_model_stage.base_model(stored_lines(run, "demonstrations"), config, seed=recipe.seed)
+        save_model(attempt, "model", model)
+        return Made(base_model_stage.metrics(model))
+
+    return produce(run, recipe, make)
+
+
+@stage_task
+def sft(run: Run, iteration: int, base: ModelRef) -> ArtifactRef:
+    config, template = run.config.sft, run.config.base_model.chat_template
+    recipe = Recipe(stage="sft", version=sft_stage.VERSION, config=_settings(config, chat_template=template),
+                    inputs={"base": base.artifact, "demonstrations": run.inputs["demonstrations"]},
+                    seed=run.seed(iteration, "sft"))
+
+    def make(attempt):
+        model = run.models.trainable(base, load_causal)
+        metrics = sft_stage.sft(model, stored_lines(run, "demonstrations"), config, chat_template=template,
+                                seed=recipe.seed)
+        save_model(attempt, "actor", model)
+        return Made(metrics)
+
+    return produce(run, recipe, make)
+
+
+@stage_task
+def reward_model(run: Run, iteration: int, start: ModelRef) -> ArtifactRef:
+    config, template = run.config.reward_model, run.config.base_model.chat_template
+    recipe = Recipe(stage="reward_model", version=reward_model_stage.VERSION,
+                    config=_settings(config, chat_template=template),
+                    inputs={"start": start.artifact, "pairs": run.inputs["pairs"],
+                            "heldout_pairs": run.inputs["heldout_pairs"]}, seed=run.seed(iteration, "reward_model"))
+
+    def make(attempt):
+        model = run.models.trainable(start, load_scalar)
+        metrics = reward_model_stage.reward_model(model, stored_lines(run, "pairs"), stored_lines(run, "heldout_pairs"),
+                                                  config, chat_template=template, seed=recipe.seed)
+        save_model(attempt, "reward_model", model)
+        return Made(metrics)
+
+    return produce(run, recipe, make)
+
+
+# --- every iteration ---
+
+@stage_task
+def rollout(run: Run, iteration: int, actor: ModelRef) -> ArtifactRef:
+    config, template = run.config.rollout, run.config.base_model.chat_template
+    order_seed = run.seed(0, "prompt_order")
+    recipe = Recipe(
+        stage="rollout", version=rollout_stage.VERSION, seed=run.seed(iteration, "rollout"),
+        config=_settings(config, chat_template=template, order_seed=order_seed, iteration=iteration),
+        inputs={"actor": actor.artifact, "prompts": run.inputs["prompts"]})
+
+    def make(attempt):
+        prompts = [row["prompt"] for row in stored_lines(run, "prompts")]
+        ids = prompt_order(len(prompts), config.batch_size, seed=order_seed, iteration=iteration)
+        rollouts = rollout_stage.rollout(run.models.actor(actor), [prompts[i] for i in ids], ids, config,
+                                         chat_template=template, seed=recipe.seed)
+        attempt.table(rollouts)
+        return Made(rollout_stage.metrics(rollouts), len(rollouts.response_tokens.values))
+
+    return produce(run, recipe, make)
+
+
+@stage_task
+def reference(run: Run, iteration: int, reference_model: ModelRef, rollouts: ArtifactRef) -> ArtifactRef:
+    temperature = run.config.rollout.temperature
+    recipe = Recipe(stage="reference", version=reference_stage.VERSION, config={"temperature": temperature},
+                    inputs={"reference_model": reference_model.artifact, "rollouts": rollouts})
+
+    def make(attempt):
+        table = run.store.table(rollouts, Rollouts)
+        scored = reference_stage.reference(run.models.reference(reference_model), table, temperature=temperature)
+        attempt.table(scored)
+        return Made(reference_stage.metrics(scored), _tokens(table))
+
+    return produce(run, recipe, make)
+
+
+@stage_task
+def reward(run: Run, iteration: int, reward_model: ModelRef | None, rollouts: ArtifactRef) -> ArtifactRef:
+    config = run.config.reward
+    recipe = Recipe(stage="reward", version=reward_stage.VERSION, config=_settings(config),
+                    inputs={"rollouts": rollouts} | _reward_inputs(run, reward_model))
+
+    def make(attempt):
+        table = run.store.table(rollouts, Rollouts)
+        rewards = reward_stage.reward(_scorers(run, reward_model), table, config)
+        attempt.table(rewards)
+        return Made(reward_stage.metrics(rewards), _tokens(table) if reward_model else None)
+
+    return produce(run, recipe, make)
+
+
+@stage_task
+def value(run: Run, iteration: int, critic: ModelRef, rollouts: ArtifactRef) -> ArtifactRef:
+    recipe = Recipe(stage="value", version=value_stage.VERSION, config={},
+                    inputs={"critic": critic.artifact, "rollouts": rollouts})
+
+    def make(attempt):
+        table = run.store.table(rollouts, Rollouts)
+        values = value_stage.value(run.models.critic(critic), table)
+        attempt.table(values)
+        return Made(value_stage.metrics(values), _tokens(table))
+
+    return produce(run, recipe, make)
+
+
+@stage_task
+def gae(run: Run, iteration: int, rollouts: ArtifactRef, reference: ArtifactRef, rewards: ArtifactRef,
+        values: ArtifactRef, kl_coef: float) -> ArtifactRef:
+    config = run.config.gae
+    recipe = Recipe(stage="gae", version=gae_stage.VERSION, config=_settings(config, kl_coef=kl_coef),
+                    inputs={"rollouts": rollouts, "reference": reference, "rewards": rewards, "values": values})
+
+    def make(attempt):
+        value_table = run.store.table(values, Values)
+        advantages = gae_stage.gae(
+            run.store.table(rollouts, Rollouts), run.store.table(reference, ReferenceLogprobs),
+            run.store.table(rewards, Rewards), value_table, config, kl_coef=kl_coef)
+        attempt.table(advantages)
+        return Made(gae_stage.metrics(advantages, value_table, kl_coef=kl_coef))
+
+    return produce(run, recipe, make)
+
+
+@stage_task
+def ppo(run: Run, iteration: int, actor: ModelRef, critic: ModelRef, optimizer: ModelRef | None,
+        rollouts: ArtifactRef, values: ArtifactRef, advantages: ArtifactRef) -> ArtifactRef:
+    config, temperature = run.config.ppo, run.config.rollout.temperature
+    inputs = {"actor": actor.artifact, "critic": critic.artifact, "rollouts": rollouts, "values": values,
+              "advantages": advantages} | ({"optimizer": optimizer.artifact} if optimizer else {})
+    recipe = Recipe(stage="ppo", version=ppo_stage.VERSION, config=_settings(config, temperature=temperature),
+                    inputs=inputs, seed=run.seed(iteration, "ppo"))
+
+    def make(attempt):
+        table = run.store.table(rollouts, Rollouts)
+        learner = run.models.take_learner(actor, critic, optimizer)
+        metrics = ppo_stage.ppo(learner, table, run.store.table(values, Values),
+                                run.store.table(advantages, Advantages), config, seed=recipe.seed)
+        save_learner(attempt, learner)
+        run.models.put_learner(recipe.ref, learner)
+        return Made(metrics, _tokens(table) * metrics.steps // config.minibatches)
+
+    return produce(run, recipe, make)
+
+
+@stage_task
+def evaluate(run: Run, iteration: int, updated_actor: ModelRef, reference_model: ModelRef,
+             reward_model: ModelRef | None, baseline: ArtifactRef | None) -> ArtifactRef:
+    sampling, rewards, template = run.config.rollout, run.config.reward, run.config.base_model.chat_template
+    inputs = {"actor": updated_actor.artifact, "reference_model": reference_model.artifact,
+              "prompts": run.inputs["heldout_prompts"]} | _reward_inputs(run, reward_model)
+    inputs |= {"baseline": baseline} if baseline else {}
+    inputs |= {"judge": run.inputs["judge"]} if run.config.evaluate.judge else {}
+    recipe = Recipe(
+        stage="evaluate", version=evaluate_stage.VERSION, inputs=inputs, seed=run.seed(0, "evaluate"),
+        config={"rollout": _settings(sampling), "reward": _settings(rewards), "judge": run.config.evaluate.judge,
+                "chat_template": template})
+
+    def make(attempt):
+        samples = evaluate_stage.evaluate(
+            run.models.actor(updated_actor), run.models.reference(reference_model),
+            [row["prompt"] for row in stored_lines(run, "heldout_prompts")], _scorers(run, reward_model), _judge(run),
+            run.store.table(baseline, Samples) if baseline else None, sampling, rewards, chat_template=template,
+            seed=recipe.seed)
+        attempt.table(samples)
+        return Made(evaluate_stage.metrics(samples), int(samples.response_length.sum()))
+
+    return produce(run, recipe, make)
+
+
+STAGES = {stage.name: stage for stage in (base_model, sft, reward_model, rollout, reference, reward, value, gae, ppo,
+                                          evaluate)}
+
+
+# --- what several of them need ---
+
+def _tokens(rollouts: Rollouts) -> int:
+    """Prompt and response tokens: what a model that scores the rollouts reads."""
+    return len(rollouts.prompt_tokens.values) + len(rollouts.response_tokens.values)
+
+
+def _reward_inputs(run: Run, reward_model: ModelRef | None) -> dict[str, ArtifactRef]:
+    """Artifacts that the reward's components are, by role."""
+    functions = {role: run.inputs[role] for role in functions_of(run.config) if role != "judge"}
+    return functions | ({"reward_model": reward_model.artifact} if reward_model else {})
+
+
+def _scorers(run: Run, reward_model: ModelRef | None) -> dict[str, Scorer]:
+    """Component → scorer."""
+    scorers: dict[str, Scorer] = {}
+    for name, part in run.config.reward.components.items():
+        if part.source == "reward_model":
+            scorers[name] = model_scorer(run.models.reward_model(reward_model))
+        elif part.source.startswith(("http://", "https://")):
+            scorers[name] = server_scorer(part.source)
+        else:
+            scorers[name] = _function(run, f"reward.{name}", part.source)
+    return scorers
+
+
+def _judge(run: Run) -> Scorer | None:
+    source = run.config.evaluate.judge
+    return _function(run, "judge", source) if source else None
+
+
+def _function(run: Run, role: str, source: str) -> Scorer:
+    """The user's function, from the copy in the store."""
+    (entry,) = run.store.manifest(run.inputs[role]).files
+    return function_scorer(source, load_function(source, run.store.file(run.inputs[role], entry.path)))

@@ -1,0 +1,61 @@
+"""Evaluation: one response to each held-out prompt, scored by the reward and by a judge that is never trained on.
+
+KL is Σ_t log π(token) − log π_ref(token) of a response, in nats. A win is a sample whose gold score is above that of
+the starting actor's sample for the same prompt, drawn with the same uniforms; a tie is half a win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from schemas.config import RewardConfig, RolloutConfig
+from schemas.metrics import EvaluateMetrics
+from schemas.tables import Rollouts, Samples
+from stages.ops.finite import require_finite
+from stages.ops.kl import kl_estimate
+from stages.ops.models import LanguageModel, score_tokens
+from stages.ops.rewards import Scorer, combine, score_components
+from stages.ops.sampling import respond
+
+VERSION = 1
+
+
+def evaluate(
+    actor: LanguageModel, reference: LanguageModel, prompts: Sequence[str], scorers: Mapping[str, Scorer],
+    judge: Scorer | None, baseline: Samples | None, rollout: RolloutConfig, reward: RewardConfig, *,
+    chat_template: bool, seed: int,
+) -> Samples:
+    """`prompts`: B held-out texts; `baseline`: the starting actor's samples, none when it is the one evaluated."""
+    responses = respond(actor, prompts, np.arange(len(prompts)), rollout, chat_template=chat_template, seed=seed,
+                        progress="evaluate")
+    score = combine(score_components(scorers, responses), responses.finish_reason, reward)
+    gold = score if judge is None else judge(responses)
+    require_finite("the judge's score", gold, responses.row_id)
+    return Samples(
+        row_id=responses.row_id, prompt=responses.prompt, response=responses.response,
+        response_length=responses.response_tokens.lengths, finish_reason=responses.finish_reason, score=score, gold=gold,
+        kl=_kl(responses, reference, rollout.temperature), win=_wins(gold, gold if baseline is None else baseline.gold))
+
+
+def _kl(responses: Rollouts, reference: LanguageModel, temperature: float) -> np.ndarray:
+    """(B,) float32, nats a response."""
+    theirs = score_tokens(reference, responses, temperature, "evaluate")
+    kl = kl_estimate(responses.logprobs.values, theirs.values, "k1")
+    return responses.logprobs.with_values(kl).sums().astype(np.float32)
+
+
+def _wins(gold: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """(B,) float32: 1 above, ½ equal, 0 below."""
+    return (np.sign(gold - baseline) / 2 + 0.5).astype(np.float32)
+
+
+def metrics(samples: Samples) -> EvaluateMetrics:
+    """Means over the samples."""
+    gold = samples.gold.astype(np.float64)
+    return EvaluateMetrics(
+        gold=gold.mean(), gold_std=gold.std(ddof=1) if len(gold) > 1 else 0.0,
+        score=samples.score.mean(dtype=np.float64), kl=samples.kl.mean(dtype=np.float64),
+        win_rate=samples.win.mean(dtype=np.float64), response_length=samples.response_length.mean(),
+        eos_fraction=np.mean(np.array(samples.finish_reason) == "eos"))

@@ -1,0 +1,45 @@
+"""AdamW, the gradient norm, and the optimizer's state as named tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from schemas.config import PPOConfig
+
+
+def adamw(module: nn.Module, learning_rate: float, config: PPOConfig) -> AdamW:
+    """AdamW over all parameters, β (0.9, 0.999) (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101)."""
+    return AdamW(module.parameters(), lr=learning_rate, eps=config.adam_epsilon, weight_decay=config.weight_decay,
+                 fused=True)
+
+
+def clip_gradients(optimizer: AdamW, max_norm: float) -> float:
+    """Scales the optimizer's gradients down to `max_norm`; their L2 norm before that."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return float(nn.utils.clip_grad_norm_(parameters, max_norm))
+
+
+def state_tensors(optimizer: AdamW, module: nn.Module) -> dict[str, Tensor]:
+    """`parameter.exp_avg`, `parameter.exp_avg_sq` and `parameter.step` for every parameter that was stepped."""
+    return {
+        f"{name}.{key}": value.contiguous()
+        for name, parameter in module.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_state_tensors(optimizer: AdamW, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `state_tensors`. Raises `KeyError` naming what is missing or left over."""
+    for name, parameter in module.named_parameters():
+        state = {key: tensors.pop(f"{name}.{key}") for key in ("exp_avg", "exp_avg_sq", "step")}
+        moments = {key: state[key].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = moments | {"step": _step(state["step"], parameter)}
+    if tensors:
+        raise KeyError(f"optimizer state holds {len(tensors)} tensors that the model does not have: {next(iter(tensors))}")
+
+
+def _step(step: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Fused AdamW keeps its step count, float32, where the parameter is."""
+    return step.to(device=parameter.device, dtype=torch.float32)

@@ -1,0 +1,92 @@
+"""Where a response's score comes from: a reward model, a function, or a server; and how components make one score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import httpx
+import numpy as np
+
+from schemas.config import RewardConfig
+from schemas.errors import RewardError
+from schemas.tables import Rollouts
+from stages.ops.finite import require_finite
+from stages.ops.models import LanguageModel, sequence_scores
+
+Scorer = Callable[[Rollouts], np.ndarray]
+"""Rollouts of B rows to (B,) scores."""
+
+UserFunction = Callable[[list[str], list[str]], Sequence[float]]
+"""(prompts, responses) to scores, one a response."""
+
+
+def model_scorer(model: LanguageModel) -> Scorer:
+    """Scores prompt and response by a sequence-classification model, which reads its last token that is not padding."""
+
+    def score(rollouts: Rollouts) -> np.ndarray:
+        pairs = zip(rollouts.prompt_tokens, rollouts.response_tokens, strict=True)
+        return sequence_scores(model, [np.concatenate(pair).tolist() for pair in pairs], "reward")
+
+    return score
+
+
+def function_scorer(name: str, function: UserFunction) -> Scorer:
+    """Scores by a user's function of (prompts, responses)."""
+
+    def score(rollouts: Rollouts) -> np.ndarray:
+        try:
+            values = function(list(rollouts.prompt), list(rollouts.response))
+        except Exception as error:
+            raise RewardError(f"reward {name}: the function raised {type(error).__name__}: {error}") from error
+        return _as_scores(name, values, len(rollouts))
+
+    return score
+
+
+def server_scorer(url: str, timeout: float = 60.0) -> Scorer:
+    """Scores by POST of `{"prompts": […], "responses": […]}`; the answer is `{"scores": […]}`."""
+
+    def score(rollouts: Rollouts) -> np.ndarray:
+        body = {"prompts": list(rollouts.prompt), "responses": list(rollouts.response)}
+        with httpx.Client(transport=httpx.HTTPTransport(retries=2), timeout=timeout) as client:
+            try:
+                answer = client.post(url, json=body).raise_for_status().json()
+            except (httpx.HTTPError, ValueError) as error:
+                raise RewardError(f"reward server {url}: {error}") from error
+        if not isinstance(answer, dict) or "scores" not in answer:
+            raise RewardError(f"reward server {url}: expected an object with 'scores', found {str(answer)[:80]}")
+        return _as_scores(url, answer["scores"], len(rollouts))
+
+    return score
+
+
+def _as_scores(source: str, values: Sequence[float], rows: int) -> np.ndarray:
+    """(B,) float32. Raises `RewardError` unless there are B numbers."""
+    try:
+        scores = np.asarray(values, np.float32)
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"reward {source}: expected {rows} numbers, found {str(values)[:80]}") from error
+    if scores.shape != (rows,):
+        raise RewardError(f"reward {source}: expected {rows} numbers, one a response, found shape {scores.shape}")
+    return scores
+
+
+def score_components(scorers: Mapping[str, Scorer], rollouts: Rollouts) -> dict[str, np.ndarray]:
+    """Name → (B,) scores, each finite. Raises `NonFiniteError` with the rows, or `RewardError`."""
+    components = {name: scorer(rollouts) for name, scorer in scorers.items()}
+    for name, values in components.items():
+        require_finite(f"reward component {name!r}", values, rollouts.row_id)
+    return components
+
+
+def combine(components: Mapping[str, np.ndarray], finish_reason: Sequence[str], config: RewardConfig) -> np.ndarray:
+    """(B,) float32: Σ weight·component, clipped, then the missing-EOS rule."""
+    total = sum(config.components[name].weight * values.astype(np.float64) for name, values in components.items())
+    if config.clip is not None:
+        total = np.clip(total, -config.clip, config.clip)
+    missing = np.array(finish_reason) != "eos"
+    if config.missing_eos == "subtract":
+        total = total - config.missing_eos_penalty * missing
+    if config.missing_eos == "replace":
+        total = np.where(missing, -config.missing_eos_penalty, total)
+    return total.astype(np.float32)

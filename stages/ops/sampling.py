@@ -1,0 +1,142 @@
+"""Sampling responses with a key-value cache, one uniform per (row, step), finished rows leaving the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from schemas.config import RolloutConfig
+from schemas.tables import Ragged, Rollouts
+from stages.ops.finite import require_finite
+from stages.ops.models import LanguageModel
+from stages.ops.prompts import tokenize
+from stages.ops.sequences import pad_left, positions
+
+COMPACT_BELOW = 0.75  # the batch is cut to its unfinished rows when fewer than this part of it is left
+
+
+def respond(
+    actor: LanguageModel, prompts: Sequence[str], prompt_id: np.ndarray, config: RolloutConfig, *,
+    chat_template: bool, seed: int, progress: str,
+) -> Rollouts:
+    """One response to each of B prompts. Raises `NonFiniteError` with the rows."""
+    prompt_tokens = tokenize(actor.tokenizer, list(prompts), chat_template)
+    tokens, logprobs = _sample_all(actor, prompt_tokens, config, seed, progress)
+    rollouts = Rollouts(
+        row_id=np.arange(len(prompts)), prompt_id=prompt_id, prompt=tuple(prompts),
+        response=tuple(actor.tokenizer.batch_decode(tokens, skip_special_tokens=True)),
+        prompt_tokens=Ragged.from_rows(prompt_tokens, np.int32), response_tokens=Ragged.from_rows(tokens, np.int32),
+        logprobs=Ragged.from_rows(logprobs, np.float32),
+        finish_reason=tuple("eos" if row[-1] in actor.eos_ids else "length" for row in tokens),
+    )
+    require_finite("the actor's logprob", rollouts.logprobs, rollouts.row_id)
+    return rollouts
+
+
+def _sample_all(
+    actor: LanguageModel, prompts: list[np.ndarray], config: RolloutConfig, seed: int, progress: str
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """B rows of tokens and B rows of logprobs, prompts of like length generated together."""
+    order = np.argsort([-len(row) for row in prompts], kind="stable")
+    groups = [order[i : i + actor.generation_batch_size] for i in range(0, len(order), actor.generation_batch_size)]
+    tokens: list = [None] * len(prompts)
+    logprobs: list = [None] * len(prompts)
+    with tqdm(total=len(prompts), desc=progress, leave=False, disable=None) as bar:
+        for group in groups:
+            uniforms = row_uniforms(seed, group, config.max_new_tokens)
+            sampled = sample(actor, [prompts[i] for i in group], uniforms, config.temperature, on_finished=bar.update)
+            for i, row_tokens, row_logprobs in zip(group, *sampled, strict=True):
+                tokens[i], logprobs[i] = row_tokens, row_logprobs
+    return tokens, logprobs
+
+
+def row_uniforms(seed: int, rows: np.ndarray, steps: int) -> np.ndarray:
+    """(b, steps) float64 in [0, 1): row r's come from a counter-based generator keyed by (seed, r) alone."""
+    keys = [np.array([seed, row], np.uint64) for row in rows]
+    return np.stack([np.random.Generator(np.random.Philox(key=key)).random(steps) for key in keys])
+
+
+def sample_tokens(logprobs: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse-CDF sampling: (b, V) logprobs and (b,) uniforms in [0, 1) to (b,) token ids.
+
+    Token k is taken where F(k − 1) ≤ u·F(V − 1) < F(k), F the cumulative distribution summed in float64.
+    """
+    cdf = logprobs.double().exp().cumsum(-1)
+    threshold = (uniforms.to(cdf) * cdf[:, -1]).unsqueeze(-1)
+    return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp(max=logprobs.shape[-1] - 1)
+
+
+@dataclass
+class _Batch:
+    """Responses that are being generated: the rows still unfinished, and the cache that holds their past."""
+
+    rows: np.ndarray  # (b,) positions in the caller's list
+    token: Tensor  # (b,) the last token
+    mask: Tensor  # (b, T) over the cached tokens
+    cache: DynamicCache
+
+    def keep(self, kept: Tensor) -> None:
+        """Only these rows, by position in the batch."""
+        self.rows = self.rows[kept.cpu().numpy()]
+        self.token, self.mask = self.token[kept], self.mask[kept]
+        self.cache.batch_select_indices(kept)
+
+
+@torch.inference_mode()
+def sample(
+    model: LanguageModel, prompts: list[np.ndarray], uniforms: np.ndarray, temperature: float,
+    on_finished: Callable[[int], object] = lambda rows: None,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Response tokens and their logprobs, a pair of (R,) arrays to a prompt.
+
+    `prompts`: b rows of token ids; `uniforms`: (b, most response tokens). A response ends with the first EOS, which
+    it includes, or at the limit. `on_finished` is told how many rows ended at each step.
+    """
+    ids, mask = (torch.from_numpy(x).to(model.device) for x in pad_left(prompts, model.pad_id))
+    b, steps = uniforms.shape
+    draws = torch.from_numpy(uniforms).to(model.device)
+    eos = torch.tensor(sorted(model.eos_ids), device=model.device)
+    tokens = torch.zeros(b, steps, dtype=torch.int64, device=model.device)
+    logprobs = torch.zeros(b, steps, device=model.device)
+    lengths = np.full(b, steps)
+    batch = _Batch(np.arange(b), ids, mask, DynamicCache(config=model.module.config))
+    open_rows = torch.ones(b, dtype=torch.bool, device=model.device)  # of the batch, not of the caller's list
+    for step in range(steps):
+        distribution = _next_logprobs(model, batch, temperature)
+        batch.token = sample_tokens(distribution, draws[batch.rows, step])
+        tokens[batch.rows, step] = batch.token
+        logprobs[batch.rows, step] = distribution.gather(-1, batch.token[:, None]).squeeze(-1)
+        ended = open_rows & torch.isin(batch.token, eos)
+        lengths[batch.rows[ended.cpu().numpy()]] = step + 1
+        open_rows &= ~ended
+        on_finished(int(ended.sum()))
+        if not open_rows.any():
+            break
+        if open_rows.float().mean() < COMPACT_BELOW:
+            batch.keep(open_rows.nonzero().squeeze(-1))
+            open_rows = open_rows[open_rows]
+    on_finished(int(open_rows.sum()))
+    return _cut(tokens.cpu().numpy(), lengths), _cut(logprobs.cpu().numpy(), lengths)
+
+
+def _next_logprobs(model: LanguageModel, batch: _Batch, temperature: float) -> Tensor:
+    """(b, V) logprobs of the next token; the cache then holds all that the mask covers."""
+    first = batch.token.dim() == 2
+    if not first:
+        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.mask), 1)], 1)
+    place = positions(batch.mask)
+    out = model.module(
+        input_ids=batch.token if first else batch.token[:, None], attention_mask=batch.mask,
+        position_ids=place if first else place[:, -1:], past_key_values=batch.cache, use_cache=True, logits_to_keep=1,
+    )
+    return (out.logits[:, -1].float() / temperature).log_softmax(-1)
+
+
+def _cut(padded: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return [row[:length] for row, length in zip(padded, lengths, strict=True)]

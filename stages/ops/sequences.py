@@ -1,0 +1,74 @@
+"""Ragged rows to padded batches: prompts padded on the left, responses on the right, cut by token budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from schemas.tables import Ragged
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b rows side by side, so that every response begins in one column. P and R are the widest of the batch."""
+
+    rows: np.ndarray  # (b,) positions in the table
+    tokens: np.ndarray  # (n,) positions of their response tokens in the table's flat columns
+    input_ids: Tensor  # (b, P + R) int64
+    attention_mask: Tensor  # (b, P + R) int64, 1 on tokens
+    position_ids: Tensor  # (b, P + R) int64, 0 on a row's first token
+    response_mask: Tensor  # (b, R) bool
+    prompt_width: int  # P
+
+    @property
+    def response_ids(self) -> Tensor:
+        """(b, R) int64."""
+        return self.input_ids[:, self.prompt_width :]
+
+    def flat(self, padded: Tensor) -> Tensor:
+        """(b, R) to (n,): the response tokens, in the order of `tokens`."""
+        return padded[self.response_mask]
+
+
+def pad_left(rows: list[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token rows to (b, P) ids and (b, P) mask, both int64, the tokens at the right end."""
+    width = max(len(row) for row in rows)
+    ids = np.full((len(rows), width), pad_id, np.int64)
+    mask = np.zeros((len(rows), width), np.int64)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = row
+        mask[i, width - len(row) :] = 1
+    return ids, mask
+
+
+def positions(mask: Tensor) -> Tensor:
+    """(b, T) int64: 0 on the first token of each row, padding also 0."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def make_batch(prompts: Ragged, responses: Ragged, rows: np.ndarray, pad_id: int, device: torch.device) -> Batch:
+    """Those rows of the table, padded."""
+    left, left_mask = pad_left([prompts[i] for i in rows], pad_id)
+    flipped, flipped_mask = pad_left([responses[i][::-1] for i in rows], pad_id)
+    mask = torch.from_numpy(np.concatenate([left_mask, flipped_mask[:, ::-1]], 1)).to(device)
+    ids = torch.from_numpy(np.concatenate([left, flipped[:, ::-1]], 1)).to(device)
+    tokens = np.concatenate([np.arange(responses.offsets[i], responses.offsets[i + 1]) for i in rows])
+    return Batch(rows, tokens, ids, mask, positions(mask), mask[:, left.shape[1] :].bool(), left.shape[1])
+
+
+def split_by_tokens(lengths: np.ndarray, rows: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """`rows` sorted by length, longest first, cut so that no group's rows × longest row exceeds `max_tokens`.
+
+    A row longer than the budget makes a group of its own. Ties keep the order of `rows`.
+    """
+    order = rows[np.argsort(-lengths[rows], kind="stable")]
+    groups: list[np.ndarray] = []
+    start = 0
+    while start < len(order):
+        size = max(1, int(max_tokens // lengths[order[start]]))
+        groups.append(order[start : start + size])
+        start += size
+    return groups

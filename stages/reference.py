@@ -1,0 +1,21 @@
+"""Reference: log π_ref of every sampled token, of the temperature-scaled logits, under the frozen starting actor."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from schemas.metrics import ReferenceMetrics
+from schemas.tables import ReferenceLogprobs, Rollouts
+from stages.ops.models import LanguageModel, score_tokens
+
+VERSION = 1
+
+
+def reference(model: LanguageModel, rollouts: Rollouts, *, temperature: float) -> ReferenceLogprobs:
+    """Raises `NonFiniteError` with the rows."""
+    return ReferenceLogprobs(row_id=rollouts.row_id, logprobs=score_tokens(model, rollouts, temperature, "reference"))
+
+
+def metrics(reference: ReferenceLogprobs) -> ReferenceMetrics:
+    """Mean logprob."""
+    return ReferenceMetrics(logprob=reference.logprobs.values.mean(dtype=np.float64))

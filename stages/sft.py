@@ -1,0 +1,39 @@
+"""Supervised fine-tuning: the base model learns to continue prompts as the demonstrations do.
+
+loss = −(1/n) Σ log π(token | before), over completion tokens and EOS, and over the prompt's too unless
+`completion_only`. TRL's SFTTrainer does the work; https://huggingface.co/docs/trl/sft_trainer.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+
+from schemas.config import SFTConfig
+from schemas.metrics import SFTMetrics
+from stages.ops.models import LanguageModel
+from stages.ops.prompts import render
+from stages.ops.seeding import seeded
+from stages.ops.trainer import common_arguments, run
+
+VERSION = 1
+
+
+def sft(
+    base: LanguageModel, demonstrations: list[Mapping[str, str]], config: SFTConfig, *, chat_template: bool, seed: int
+) -> SFTMetrics:
+    """Trains `base` in place. `demonstrations`: `prompt` and `completion` each. Raises `NonFiniteError`."""
+    from datasets import Dataset
+    from trl import SFTConfig as TRLConfig
+    from trl import SFTTrainer
+
+    rows = Dataset.from_list([
+        {"prompt": render(base.tokenizer, row["prompt"], chat_template), "completion": row["completion"]}
+        for row in demonstrations])
+    with seeded(seed) as seed32, tempfile.TemporaryDirectory() as folder:
+        arguments = common_arguments(config, seed32, len(rows), base.device.type)
+        trainer = SFTTrainer(
+            model=base.module, train_dataset=rows, processing_class=base.tokenizer,
+            args=TRLConfig(output_dir=folder, completion_only_loss=config.completion_only, **arguments))
+        loss, steps = run(trainer, "sft")
+    return SFTMetrics(loss=loss, steps=steps)

@@ -1,0 +1,33 @@
+"""Value: the critic's V(s_t) where each response token is predicted, and V after the last one."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from schemas.metrics import ValueMetrics
+from schemas.tables import Rollouts, Values
+from stages.ops.finite import require_finite
+from stages.ops.models import LanguageModel, state_values, tracked_batches
+
+VERSION = 1
+
+
+@torch.inference_mode()
+def value(critic: LanguageModel, rollouts: Rollouts) -> Values:
+    """Raises `NonFiniteError` with the rows."""
+    flat, bootstrap = np.empty(len(rollouts.logprobs.values), np.float32), np.empty(len(rollouts), np.float32)
+    for batch in tracked_batches(rollouts, critic, "value"):
+        states = state_values(critic.module, batch)  # (b, R + 1)
+        flat[batch.tokens] = batch.flat(states[:, :-1]).cpu().numpy()
+        last = batch.response_mask.sum(1, keepdim=True)
+        bootstrap[batch.rows] = states.gather(1, last).squeeze(1).cpu().numpy()
+    values = rollouts.logprobs.with_values(flat)
+    require_finite("the critic's value", values, rollouts.row_id)
+    return Values(row_id=rollouts.row_id, values=values, bootstrap=bootstrap)
+
+
+def metrics(values: Values) -> ValueMetrics:
+    """Mean and spread."""
+    flat = values.values.values.astype(np.float64)
+    return ValueMetrics(value=flat.mean(), value_std=flat.std())
