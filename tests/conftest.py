@@ -1,0 +1,156 @@
+"""A tiny example that trains in seconds, a tiny language model, and a real Prefect server on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+# Prefect reads these when it is imported, so they are set before any test module is.
+HOME = tempfile.mkdtemp(prefix="baton-tests-")
+API = f"http://127.0.0.1:{_free_port()}/api"
+os.environ |= {
+    "PREFECT_HOME": HOME, "PREFECT_API_URL": API, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL", "PREFECT_LOGGING_EXTRA_LOGGERS": "baton",
+    "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+for key in ("BATON_STORE", "MLFLOW_TRACKING_URI"):
+    os.environ.pop(key, None)
+
+REVIEWS = Path(__file__).parents[1] / "data" / "reviews"
+TINY = {
+    "seed": 3, "iterations": 2,
+    "data": {role: f"{role}.jsonl" for role in ("demonstrations", "pairs", "heldout_pairs", "prompts", "heldout_prompts")},
+    "base_model": {"vocab_size": 320, "context_length": 96, "layers": 1, "heads": 2, "width": 16},
+    "sft": {"epochs": 1, "batch_size": 8, "learning_rate": 5e-3, "completion_only": False},
+    "reward_model": {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3},
+    "rollout": {"batch_size": 8, "max_new_tokens": 10},
+    "ppo": {"epochs": 2, "minibatches": 2, "learning_rate": 1e-3, "critic_learning_rate": 1e-3},
+    "evaluate": {"every": 2, "judge": "grammar.py:gold"},
+    "execution": {"threads": 1, "micro_batch_tokens": 256},
+}
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def prefect_server():
+    """A Prefect server on loopback, as a person would start one; ended with the tests."""
+    port = API.split(":")[2].split("/")[0]
+    with open(Path(HOME) / "server.log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "prefect", "server", "start", "--port", port], stdout=log,
+                                  stderr=subprocess.STDOUT)
+        try:
+            _wait_for(f"{API}/health", server)
+            yield API
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def _wait_for(url: str, server: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            if httpx.get(url, timeout=2).is_success:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.2)
+    pytest.fail(f"the Prefect server did not come up: {(Path(HOME) / 'server.log').read_text()[-2000:]}")
+
+
+@pytest.fixture
+def example(tmp_path: Path) -> Path:
+    """A folder with config and inputs: the first rows of data/reviews, a model of some thousand parameters."""
+    return write_example(tmp_path / "tiny")
+
+
+def write_example(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    shutil.copy(REVIEWS / "grammar.py", folder)
+    for role, rows in (("demonstrations", 48), ("pairs", 24), ("heldout_pairs", 12), ("prompts", 12),
+                       ("heldout_prompts", 6)):
+        lines = (REVIEWS / f"{role}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / f"{role}.jsonl").write_text("".join(lines[:rows]), encoding="utf-8")
+    (folder / "config.yaml").write_text(yaml.safe_dump(TINY))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, prefect_server):
+    """The tiny example, trained once by the shipped command: (its folder, its store)."""
+    from flows.cli import run_command
+
+    folder = write_example(tmp_path_factory.mktemp("trained") / "tiny")
+    store = folder.parent / "store"
+    assert run_command(["train", str(folder), "--store", str(store), "--quiet"]) == 0
+    return folder, store
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """The trained example in a store of its own, which a test may change: (its folder, its store)."""
+    folder, store = trained
+    shutil.copytree(store, tmp_path / "store")
+    return folder, tmp_path / "store"
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """An untrained GPT-2 of two layers and its tokenizer, in evaluation mode."""
+    from schemas.config import BaseModelConfig
+    from stages.base_model import base_model
+
+    rows = [json.loads(line) for line in (REVIEWS / "demonstrations.jsonl").read_text(encoding="utf-8").splitlines()[:40]]
+    config = BaseModelConfig(vocab_size=320, context_length=64, layers=2, heads=2, width=16)
+    model = base_model(rows, config, seed=5)
+    model.module.eval()
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_critic(tiny_model):
+    """A critic with a random head, of the tiny model's shape."""
+    import torch
+    from transformers import GPT2ForSequenceClassification
+
+    from stages.ops.models import LanguageModel
+
+    config = tiny_model.module.config
+    config.num_labels = 1
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return LanguageModel(GPT2ForSequenceClassification(config).eval(), tiny_model.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def rollouts(tiny_model):
+    """Nine responses of unlike lengths to prompts of unlike lengths."""
+    from schemas.config import RolloutConfig
+    from stages.rollout import rollout
+
+    prompts = ["The soup", "The film The Salt Road", "A night at Villa Rosa", "My copy", "The choir at Saint Agnes",
+               "The pancakes at the Blue Lamp", "Our", "The quartet", "The umbrella from Norden"]
+    return rollout(tiny_model, prompts, np.arange(9), RolloutConfig(max_new_tokens=12, temperature=0.8),
+                   chat_template=False, seed=11)
