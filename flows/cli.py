@@ -91,14 +91,13 @@ SETTINGS = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
 @command
 @click.argument("config")
 @click.option("--run", "name", help="The run's name; the name of the config's folder by default.")
-@click.option("--iterations", type=click.IntRange(min=1), help="Train until so many, instead of the config's.")
+@click.option("--iterations", type=click.IntRange(min=1), help="How far to train in this call, instead of the config's.")
 @SETTINGS
 def train(config: str, name: str | None, iterations: int | None, settings: tuple[str, ...], root: str) -> Answer:
     """Make a run, or go on with one. CONFIG is an example's folder or a YAML file."""
     from flows.start import start
 
-    wanted = (*settings, f"iterations={iterations}") if iterations else settings
-    run, overrides = start(config, name, wanted, root)
+    run, overrides = start(config, name, settings, iterations, root)
     if run.finished:
         return _nothing_to_do(run)
     from flows.train import train_flow
@@ -233,3 +232,7 @@ def _complain(message: str, code: int) -> int:
 def main() -> None:
     """The `baton` command."""
     sys.exit(run_command())
+
+
+if __name__ == "__main__":
+    main()

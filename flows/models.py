@@ -124,6 +124,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    for how_it_was_loaded in ("is_local", "local_files_only"):  # would be saved with it
+        tokenizer.init_kwargs.pop(how_it_was_loaded, None)
     return tokenizer
 
 

@@ -13,10 +13,13 @@ from schemas.artifacts import check_name
 from schemas.config import RunConfig
 
 
-def start(source: str, name: str | None, settings: Iterable[str], root: str) -> tuple[Run, dict[str, Any]]:
+def start(
+    source: str, name: str | None, settings: Iterable[str], iterations: int | None, root: str
+) -> tuple[Run, dict[str, Any]]:
     """The run, made or opened, its inputs imported; and the settings that hold for this call only.
 
-    Raises `ConfigError`, and then leaves no run behind.
+    `iterations`: how far to train in this call, instead of what the config says. Raises `ConfigError`, and then leaves
+    no run behind.
     """
     config, folder = read_config(source, settings)
     name = check_name(name or folder.resolve().name, "run name")
@@ -27,7 +30,7 @@ def start(source: str, name: str | None, settings: Iterable[str], root: str) -> 
     create_or_open(store, name, config, inputs)
     import_files(store, config, files)
     explicit = apply_settings({}, settings).get("execution", {})
-    overrides = {"iterations": config.iterations, "tracking": config.tracking.model_dump(mode="json"),
+    overrides = {"iterations": iterations or config.iterations, "tracking": config.tracking.model_dump(mode="json"),
                  "execution": explicit}
     return open_run(store, name, overrides), overrides
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import uuid
@@ -58,6 +59,7 @@ class Attempt:
         entries = []
         for path in sorted(self.folder.rglob("*")):
             if path.is_file():
+                path.chmod(0o644)  # safetensors files are made for their owner alone; stores are shared
                 entries.append(_describe(path, path.relative_to(self.folder).as_posix()))
             _fsync(path)
         _fsync(self.folder)
@@ -212,20 +214,19 @@ def put_once(path: Path, record: BaseModel) -> bool:
 
 def read_record(path: Path, kind: type[M]) -> M:
     """A record as it was written. Raises `StoreError` naming file and field."""
-    text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        return kind.model_validate_json(text)
+        data = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise StoreError(f"{path}: not JSON: {error}") from None
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise StoreError(f"{path}: format_version {version}, this Baton reads {FORMAT_VERSION}"
+                         + ("; use a newer Baton" if isinstance(version, int) and version > FORMAT_VERSION else ""))
+    try:
+        return kind.model_validate(data)
     except ValidationError as error:
         finding = error.errors(include_url=False)[0]
-        raise StoreError(_unreadable(path, text, finding)) from None
-
-
-def _unreadable(path: Path, text: str, finding: dict) -> str:
-    newer = f'"format_version": {FORMAT_VERSION + 1}'
-    if newer in text:
-        return f"{path}: format_version {FORMAT_VERSION + 1}, this Baton reads {FORMAT_VERSION}; use a newer Baton"
-    field = ".".join(str(part) for part in finding["loc"])
-    return f"{path}: {field or 'the file'}: {finding['msg']}"
+        raise StoreError(f"{path}: {'.'.join(str(part) for part in finding['loc'])}: {finding['msg']}") from None
 
 
 # --- files ---

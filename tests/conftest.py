@@ -40,7 +40,7 @@ REVIEWS = Path(__file__).parents[1] / "data" / "reviews"
 TINY = {
     "seed": 3, "iterations": 2,
     "data": {role: f"{role}.jsonl" for role in ("demonstrations", "pairs", "heldout_pairs", "prompts", "heldout_prompts")},
-    "base_model": {"vocab_size": 320, "context_length": 96, "layers": 1, "heads": 2, "width": 16},
+    "base_model": {"vocab_size": 320, "context_length": 160, "layers": 1, "heads": 2, "width": 16},
     "sft": {"epochs": 1, "batch_size": 8, "learning_rate": 5e-3, "completion_only": False},
     "reward_model": {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3},
     "rollout": {"batch_size": 8, "max_new_tokens": 10},

@@ -115,5 +115,5 @@ def test_misaligned_rows_and_infinite_values_are_refused():
     with pytest.raises(TableError):
         gae(rollouts, make([[-1]], [[-1]], [1], [[0]])[1], rewards, values, GAEConfig(), kl_coef=0.1)
     bad = make([[-1, -1]], [[-1, -1]], [1], [[0, np.inf]])[3]
-    with pytest.raises(NonFiniteError, match="the advantage is .* in row 0"):
+    with pytest.raises(NonFiniteError, match=r"the advantage is .* in row 0"):
         gae(rollouts, reference, rewards, bad, GAEConfig(), kl_coef=0.1)

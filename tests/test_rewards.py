@@ -75,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
     answer = staticmethod(lambda body: {"scores": [float(len(text)) for text in body["responses"]]})
     status = 200
 
-    def do_POST(self):  # noqa: N802
+    def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         data = json.dumps(self.answer(body)).encode()
         self.send_response(self.status)
@@ -120,5 +120,5 @@ def test_a_reward_server_that_fails_is_named(server, rollouts, attributes, messa
 
 
 def test_no_reward_server(rollouts):
-    with pytest.raises(RewardError, match="127.0.0.1:9"):
+    with pytest.raises(RewardError, match=r"127\.0\.0\.1:9"):
         server_scorer("http://127.0.0.1:9/score")(rollouts)

@@ -54,5 +54,6 @@ def run(trainer: Trainer, name: str) -> tuple[float, int]:
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(progress)
     trainer.train()
+    trainer.model.config.use_cache = True  # switched off by the trainer, and would be saved so
     last = progress.losses[-max(1, len(progress.losses) // 10) :]
     return sum(last) / len(last), len(progress.losses)

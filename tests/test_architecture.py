@@ -1,0 +1,42 @@
+"""The import contract, and that every setting, metric and column is documented."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from schemas.config import RunConfig, Settings
+from schemas.metrics import METRICS
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_imports_go_from_flows_to_stages_to_schemas():
+    linter = Path(sys.executable).parent / "lint-imports"
+    out = subprocess.run([linter], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0, out.stdout
+
+
+def test_schemas_import_neither_torch_nor_prefect():
+    code = ("import sys, schemas.tables, schemas.artifacts, schemas.config, schemas.metrics\n"
+            "assert not {'torch', 'prefect', 'transformers', 'mlflow'} & set(sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_every_metric_is_defined_where_it_is_declared():
+    for stage, record in METRICS.items():
+        for name, field in record.model_fields.items():
+            assert field.description and len(field.description) > 5, f"{stage}/{name}"
+
+
+def test_every_setting_is_explained():
+    def walk(section: type[Settings]):
+        for name, field in section.model_fields.items():
+            kinds = [k for k in (field.annotation, *getattr(field.annotation, "__args__", ()))
+                     if isinstance(k, type) and issubclass(k, Settings)]
+            if kinds:
+                assert kinds[0].__doc__, name
+                walk(kinds[0])
+            else:
+                assert field.description and len(field.description) > 5, f"{section.__name__}.{name}"
+
+    walk(RunConfig)

@@ -1,0 +1,191 @@
+"""What a user types wrong: exit code 2, one line that says what to change, before any model is made."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from flows.cli import run_command
+from flows.store import Store
+
+
+@pytest.fixture
+def refused(example, tmp_path, capsys):
+    """Trains with a change and gives the error line; checks that it is one, with code 2, and that no run was begun."""
+    def run(*arguments, change=None, source=None):
+        if change:
+            config = yaml.safe_load((example / "config.yaml").read_text())
+            change(config)
+            (example / "config.yaml").write_text(yaml.safe_dump(config))
+        store = tmp_path / "store"
+        code = run_command(["train", str(source or example), "--store", str(store), *arguments])
+        error = capsys.readouterr().err
+        assert code == 2, error
+        assert error.startswith("baton: ") and error.count("\n") == 1, error
+        assert not (store / "runs").exists() and Store(store).artifacts() == []
+        return error
+    return run
+
+
+@pytest.mark.parametrize("setting, message", [
+    ("ppo.clip_rang_low=0.1", "ppo.clip_rang_low: unknown key; did you mean 'clip_range_low'?"),
+    ("pppo.epochs=2", "pppo: unknown key; did you mean 'ppo'?"),
+    ("rollout.components.x.sourc=a", "rollout.components: unknown key"),
+    ("reward.components.reward_model.sorce=a", "reward.components.reward_model.sorce: unknown key; did you mean 'source'?"),
+    ("gae.gae_lambda=1.5", "gae.gae_lambda: should be less than or equal to 1, found 1.5"),
+    ("ppo.learning_rate=-1", "ppo.learning_rate: should be greater than 0, found -1"),
+    ("ppo.learning_rate=fast", "ppo.learning_rate: should be a valid number"),
+    ("ppo.learning_rate=.nan", "ppo.learning_rate: should be a finite number"),
+    ("gae.kl_estimator=k4", "gae.kl_estimator: should be 'k1', 'k2' or 'k3', found 'k4'"),
+    ("ppo.minibatches=3", "rollout.batch_size=8 does not divide into ppo.minibatches=3"),
+    ("base_model.heads=3", "base_model: width=16 does not divide into heads=3"),
+    ("rollout.max_new_tokens=160", "leaves no room for a prompt in base_model.context_length=160"),
+    ("data.prompts=none.jsonl", "data.prompts: no such file"),
+    ("evaluate.judge=nothing.py:gold", "no such file"),
+    ("evaluate.judge=grammar.py:silver", "grammar.py has no function 'silver'"),
+    ("evaluate.judge=grammar", "expected file.py:function or package.module:function"),
+    ("evaluate.judge=no.such:thing", "no.such cannot be imported"),
+    ("base_model={source: nowhere}", "is no folder"),
+    ("reward_model=null", "there is no reward_model section"),
+    ("sft=null", "add an sft section"),
+])
+def test_a_wrong_setting(refused, setting, message):
+    assert message in refused("--set", setting)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "A", "x" * 65, ".x"])
+def test_a_run_name_that_is_no_name(refused, name):
+    assert "use 1 to 64 of a-z, 0-9" in refused("--run", name) if name else True
+
+
+def test_a_missing_folder_file_or_key(refused, example, tmp_path):
+    assert "no such folder or file" in refused(source=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "the folder has no config.yaml" in refused(source=tmp_path / "empty")
+    assert "data.prompts: missing" in refused(change=lambda c: c["data"].pop("prompts"))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "is empty"),
+    ("\n\n", "is empty"),
+    ('{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"),
+    ('{"prompt": "a"}\n["b"]\n', "line 2: expected an object with 'prompt'"),
+    ('{"prompt": "a"}\n{"text": "b"}\n', "line 2: column 'prompt': expected text, found only 'text'"),
+    ('{"prompt": 3}\n', "line 1: column 'prompt': expected text, found 3"),
+    ('{"prompt": "a"}\n{"prompt": ""}\n', "line 2 has no tokens"),
+    ('{"prompt": "a"}\n' + json.dumps({"prompt": "word " * 200}) + "\n", "1 of 2 rows are too long (line 2; the longest"),
+])
+def test_a_prompt_file_that_cannot_be_used(refused, example, text, message):
+    (example / "prompts.jsonl").write_text(text)
+    error = refused()
+    assert message in error and "prompts" in error
+
+
+def test_a_config_that_is_no_mapping_or_no_yaml(refused, example):
+    (example / "config.yaml").write_text("- a\n- b\n")
+    assert "expected keys and values, found list" in refused()
+    (example / "config.yaml").write_text("a: [1,\n")
+    assert "not YAML" in refused()
+
+
+def test_a_missing_column_in_pairs(refused, example):
+    (example / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    assert "column 'rejected': expected text, found only 'prompt', 'chosen'" in refused()
+
+
+def test_a_model_folder_with_pickled_weights(refused, tmp_path):
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "pytorch_model.bin"):
+        (folder / name).write_text("{}")
+    assert "pickled weights are not read" in refused(
+        "--set", f"base_model={{source: {folder}}}", "--set", "sft=null")
+
+
+def test_an_existing_run_with_another_config(copied, capsys):
+    folder, store = copied
+    before = {path: path.read_bytes() for path in (store / "runs").rglob("*.json")}
+    code = run_command(["train", str(folder), "--store", str(store), "--set", "gae.gae_lambda=0.9", "--set", "seed=4"])
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1
+    assert "gae.gae_lambda: 0.95 → 0.9" in error and "seed: 3 → 4" in error and "--run" in error
+    assert {path: path.read_bytes() for path in (store / "runs").rglob("*.json")} == before
+
+
+def test_an_existing_run_with_other_data(copied, tmp_path, capsys):
+    import shutil
+    folder, store = copied
+    changed = shutil.copytree(folder, tmp_path / "tiny")
+    (changed / "prompts.jsonl").write_text('{"prompt": "The soup"}\n')
+    assert run_command(["train", str(changed), "--store", str(store)]) == 2
+    assert "data.prompts: other content" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["trai"], "No such command 'trai'. Did you mean 'train'?"),
+    (["show"], "Missing argument 'RUN'"),
+    (["show", "x", "--iteration", "two"], "'two' is not a valid integer"),
+    (["train", "x", "--iterations", "0"], "0 is not in the range"),
+    (["show", "nobody"], "no run 'nobody' in"),
+    (["show", "../etc"], "run name '../etc'"),
+])
+def test_a_wrong_call(arguments, message, capsys, tmp_path):
+    store = [] if arguments == ["trai"] else ["--store", str(tmp_path)]
+    assert run_command([*arguments, *store]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_mistakes_are_found_without_loading_torch(example):
+    code = ("import sys\nfrom flows.cli import run_command\n"
+            f"assert run_command(['train', {str(example)!r}, '--set', 'ppo.epoch=1']) == 2\n"
+            "assert not {'torch', 'prefect', 'mlflow', 'transformers'} & set(sys.modules), 'heavy import'\n")
+    out = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, timeout=60)
+    assert out.returncode == 0, out.stderr
+
+
+def test_show_runs_and_verify(trained, capsys):
+    store = ["--store", str(trained[1])]
+    assert run_command(["runs", *store]) == 0
+    assert "tiny" in capsys.readouterr().out
+    assert run_command(["show", "tiny", *store]) == 0
+    out = capsys.readouterr().out
+    assert "between stages" in out and "tokens/s" in out and "rollout" in out
+    assert run_command(["show", "tiny", "--iteration", "1", *store]) == 0
+    assert "gae/kl_per_token" in capsys.readouterr().out
+    assert run_command(["verify", "tiny", *store]) == 0
+    assert "0 findings" in capsys.readouterr().out
+
+
+def test_json_is_one_document_and_nothing_else(trained, capsys):
+    for arguments in (["runs"], ["show", "tiny"], ["verify"], ["train", str(trained[0])]):
+        assert run_command([*arguments, "--store", str(trained[1]), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)
+
+
+def test_verify_finds_a_flipped_bit(copied, capsys):
+    path = next(copied[1].glob("artifacts/value/*/attempts/*/values.parquet"))
+    data = bytearray(path.read_bytes())
+    data[100] ^= 4
+    path.write_bytes(data)
+    assert run_command(["verify", "tiny", "--store", str(copied[1])]) == 1
+    out = capsys.readouterr().out
+    assert str(path) in out and "sha256" in out and "1 findings" in out
+
+
+def test_quiet_says_nothing(copied, capsys):
+    assert run_command(["train", str(copied[0]), "--store", str(copied[1]), "--quiet"]) == 0
+    out = capsys.readouterr()
+    assert out.out == "" and out.err == ""
+
+
+def test_a_flow_runs_with_no_server_set_up(trained, tmp_path):
+    """As on a fresh machine: no API address, a new Prefect home."""
+    env = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"} | {"PREFECT_HOME": str(tmp_path / "home")}
+    out = subprocess.run([sys.executable, "-m", "flows.cli", "stage", "gae", "tiny", "--iteration", "1", "--store",
+                          str(trained[1])], env=env, capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr
+    assert "the same bytes" in out.stdout and "no model loaded" in out.stdout

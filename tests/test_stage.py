@@ -1,0 +1,83 @@
+"""One stage again from saved artifacts."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from flows.cli import run_command
+from flows.runs import open_run
+from flows.store import Store
+
+STAGES = [("base_model", 0), ("sft", 0), ("reward_model", 0), ("evaluate", 0), ("rollout", 2), ("reference", 2),
+          ("reward", 2), ("value", 1), ("gae", 2), ("ppo", 1), ("ppo", 2), ("evaluate", 2)]
+
+
+def answer(capsys, *arguments):
+    """Exit code and JSON of a command."""
+    capsys.readouterr()
+    code = run_command([*map(str, arguments), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("stage, iteration", STAGES)
+def test_every_stage_gives_the_same_bytes_again(copied, stage, iteration, capsys):
+    code, result = answer(capsys, "stage", stage, "tiny", "--iteration", iteration, "--store", copied[1])
+    assert (code, result["verdict"], result["different"]) == (0, "same", [])
+    assert result["recorded"] == result["artifact"]
+
+
+def test_another_lambda_makes_a_new_artifact_and_leaves_the_run_alone(copied, capsys):
+    store = copied[1]
+    runs_before = {path: path.read_bytes() for path in (store / "runs").rglob("*.json")}
+    code, result = answer(capsys, "stage", "gae", "tiny", "--iteration", 2, "--set", "gae.gae_lambda=0.5", "--store", store)
+    assert (code, result["verdict"], result["models_loaded"]) == (0, "new", 0)
+    assert result["artifact"] != result["recorded"]
+    assert {path: path.read_bytes() for path in (store / "runs").rglob("*.json")} == runs_before
+    assert Store(store).artifacts()
+    recorded, now = result["metrics"]["advantage_std"]
+    assert recorded != now
+
+
+def test_the_kl_coefficient_of_a_rerun_is_that_of_the_settings(copied, capsys):
+    _, result = answer(capsys, "stage", "gae", "tiny", "--iteration", 1, "--set", "gae.kl_coef=0.5", "--store", copied[1])
+    assert result["metrics"]["kl_coef"] == [0.05, 0.5]
+
+
+def test_a_checkpoint_is_reproduced_in_a_fresh_process(copied):
+    """Nothing is warm there: actor, critic and optimizer come from storage."""
+    out = subprocess.run([sys.executable, "-m", "flows.cli", "stage", "ppo", "tiny", "--iteration", "2", "--store",
+                          str(copied[1]), "--json"], capture_output=True, text=True, env=os.environ, timeout=300)
+    assert out.returncode == 0, out.stderr
+    assert json.loads(out.stdout)["verdict"] == "same"
+
+
+def test_other_bytes_are_reported_and_kept(copied, capsys):
+    """A committed table that was made otherwise than its recipe says: the rerun differs and exits with 1."""
+    store, run = Store(copied[1]), open_run(Store(copied[1]), "tiny")
+    ref = run.state(2).artifacts["value"]
+    path = store._folder(ref) / "manifest.json"
+    data = json.loads(path.read_text())
+    data["files"][0]["sha256"] = "0" * 64
+    path.write_text(json.dumps(data))
+    code, result = answer(capsys, "stage", "value", "tiny", "--iteration", 2, "--store", copied[1])
+    assert (code, result["verdict"], result["different"]) == (1, "different", ["values.parquet"])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["stage", "gae", "tiny", "--iteration", "9"], "run 'tiny' has no iteration 9; it has 0…2"),
+    (["stage", "sft", "tiny", "--iteration", "1"], "has no stage 'sft' in iteration 1; it has rollout, reference"),
+    (["stage", "evaluate", "tiny", "--iteration", "1"], "has no stage 'evaluate' in iteration 1"),
+    (["stage", "gae", "other", "--iteration", "1"], "no run 'other' in"),
+    (["stage", "gae", "tiny", "--iteration", "1", "--set", "gae.lambda=1"],
+     "gae.lambda: unknown key; did you mean 'gae_lambda'?"),
+    (["stage", "gae", "tiny", "--iteration", "1", "--set", "gae.gae_lambda=2"],
+     "gae.gae_lambda: should be less than or equal to 1"),
+    (["stage", "gae", "tiny", "--iteration", "1", "--set", "gae"], "--set gae: expected key=value"),
+])
+def test_what_cannot_be_rerun_is_said(trained, arguments, message, capsys):
+    assert run_command([*arguments, "--store", str(trained[1])]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

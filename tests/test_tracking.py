@@ -1,0 +1,85 @@
+"""MLflow as a mirror: one run, every metric once, samples, the registered actor; and nobody waits for it."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from flows.cli import run_command
+from flows.mirror import how_to_open
+from flows.runs import open_run
+from flows.store import Store
+from flows.tracking import timings
+
+
+def client_of(store):
+    return mlflow.MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+
+
+def only_run(client):
+    (found,) = client.search_runs([client.get_experiment_by_name("baton").experiment_id])
+    return found
+
+
+def points(client, run):
+    return {key: [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, key)] for key in run.data.metrics}
+
+
+def test_every_metric_of_every_stage_is_there_once(trained):
+    store = trained[1]
+    run, client = open_run(Store(store), "tiny"), client_of(store)
+    mirrored = only_run(client)
+    expected: dict = {}
+    for state in run.states():
+        for key, value in (state.metrics | timings(run, state)).items():
+            expected.setdefault(key, []).append((state.iteration, value))
+    found = points(client, mirrored)
+    assert found.keys() == expected.keys()
+    for key, values in expected.items():
+        assert sorted(found[key]) == pytest.approx(values), key
+    assert mirrored.data.params["ppo.learning_rate"] == "0.001"
+    assert mirrored.info.run_name == "tiny" and mirrored.info.status == "FINISHED"
+
+
+def test_samples_and_the_best_actor(trained):
+    store = trained[1]
+    run, client = open_run(Store(store), "tiny"), client_of(store)
+    mlflow.set_tracking_uri(f"sqlite:///{store / 'mlflow.db'}")
+    paths = [item.path for item in client.list_artifacts(only_run(client).info.run_id, "samples")]
+    assert paths == ["samples/iteration-000000.json", "samples/iteration-000002.json"]
+    file = mlflow.artifacts.download_artifacts(run_id=only_run(client).info.run_id, artifact_path=paths[1])
+    table = json.loads(Path(file).read_text())
+    assert "response" in table["columns"] and len(table["data"]) == 6
+    version = client.get_model_version_by_alias("baton-tiny", "best")
+    assert version.tags["baton.artifact"] == str(run.last().actor.artifact)
+    assert version.tags["baton.folder"].endswith("/actor")
+
+
+def test_a_second_start_doubles_nothing(copied):
+    folder, store = copied
+    client = client_of(store)
+    before = points(client, only_run(client))
+    (store / "runs" / "tiny" / "iterations" / "000002.json").unlink()
+    assert run_command(["train", str(folder), "--store", str(store), "--quiet"]) == 0
+    after = points(client, only_run(client))
+    assert {k: len(v) for k, v in after.items()} == {k: len(v) for k, v in before.items()}
+    assert len(client.search_model_versions("name = 'baton-tiny'")) == 1
+
+
+def test_a_server_that_is_away_stops_nothing_and_is_completed_later(example, prefect_server, tmp_path, capsys):
+    store = tmp_path / "store"
+    arguments = ["train", str(example), "--store", str(store)]
+    away = [*arguments, "--set", "tracking.uri=http://127.0.0.1:9", "--iterations", "1"]
+    assert run_command(away) == 0
+    assert "training goes on without it" in capsys.readouterr().out
+    assert not (store / "mlflow.db").exists()
+    assert run_command(arguments) == 0
+    found = points(client_of(store), only_run(client_of(store)))
+    assert [step for step, _ in found["rollout/logprob"]] == [1, 2]
+    assert [step for step, _ in found["evaluate/gold"]] == [0, 1, 2]
+
+
+def test_how_to_open_names_the_store(trained):
+    command = f"mlflow ui --backend-store-uri sqlite:///{trained[1] / 'mlflow.db'}"
+    assert how_to_open(open_run(Store(trained[1]), "tiny")) == command

@@ -1,0 +1,205 @@
+"""Runs: the flow through storage equals the plain loop in memory, and what is committed is not computed twice."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flows.cli import run_command
+from flows.models import load_scalar, save_learner, save_model
+from flows.runs import open_run
+from flows.store import Attempt, Store
+from schemas.artifacts import derive_seed
+from schemas.tables import Rollouts, Samples
+from stages.base_model import base_model
+from stages.evaluate import evaluate
+from stages.gae import gae
+from stages.ops.learner import LanguageModelLearner
+from stages.ops.models import LanguageModel
+from stages.ops.prompts import prompt_order
+from stages.ops.rewards import function_scorer, model_scorer
+from stages.ppo import ppo
+from stages.reference import reference
+from stages.reward import reward
+from stages.reward_model import reward_model
+from stages.rollout import rollout
+from stages.sft import sft
+from stages.value import value
+
+
+def rows(folder, role):
+    return [json.loads(line) for line in (folder / f"{role}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def copy_of(model, tmp_path, name, load):
+    """Another model with the same weights, by way of a folder, as `from_pretrained` makes one."""
+    model.module.save_pretrained(tmp_path / name)
+    module = load(tmp_path / name).eval()
+    module.config.pad_token_id = model.tokenizer.pad_token_id
+    return LanguageModel(module, model.tokenizer, model.micro_batch_tokens)
+
+
+def in_memory(folder, config, tmp_path):
+    """The stages in a plain loop: no store, no Prefect. The learner after the last iteration, and its samples."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("grammar_in_memory", folder / "grammar.py")
+    grammar = importlib.util.module_from_spec(spec)
+    import sys
+    sys.modules["grammar_in_memory"] = grammar
+    spec.loader.exec_module(grammar)
+    seed = lambda iteration, stage: derive_seed(config.seed, iteration, stage)  # noqa: E731
+    causal = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)  # noqa: E731
+
+    start = base_model(rows(folder, "demonstrations"), config.base_model, seed=seed(0, "base_model"))
+    start = LanguageModel(start.module, start.tokenizer, config.execution.micro_batch_tokens)
+    sft(start, rows(folder, "demonstrations"), config.sft, chat_template=False, seed=seed(0, "sft"))
+    start.module.eval()
+    scorer_model = copy_of(start, tmp_path, "actor", load_scalar)
+    reward_model(scorer_model, rows(folder, "pairs"), rows(folder, "heldout_pairs"), config.reward_model,
+                 chat_template=False, seed=seed(0, "reward_model"))
+    actor, ref = (copy_of(start, tmp_path, "actor", causal) for _ in range(2))
+    critic = copy_of(scorer_model, tmp_path, "reward_model", load_scalar)
+    scorers = {"reward_model": model_scorer(copy_of(scorer_model, tmp_path, "reward_model", load_scalar))}
+    judge, heldout = function_scorer("gold", grammar.gold), [row["prompt"] for row in rows(folder, "heldout_prompts")]
+
+    def samples(baseline):
+        return evaluate(actor, ref, heldout, scorers, judge, baseline, config.rollout, config.reward,
+                        chat_template=False, seed=seed(0, "evaluate"))
+
+    baseline = samples(None)
+    learner = LanguageModelLearner(actor, critic, config.ppo, config.rollout.temperature)
+    prompts = [row["prompt"] for row in rows(folder, "prompts")]
+    for i in range(1, config.iterations + 1):
+        ids = prompt_order(len(prompts), config.rollout.batch_size, seed=seed(0, "prompt_order"), iteration=i)
+        batch = rollout(actor, [prompts[k] for k in ids], ids, config.rollout, chat_template=False, seed=seed(i, "rollout"))
+        values = value(critic, batch)
+        advantages = gae(batch, reference(ref, batch, temperature=config.rollout.temperature),
+                         reward(scorers, batch, config.reward), values, config.gae, kl_coef=config.gae.kl_coef)
+        ppo(learner, batch, values, advantages, config.ppo, seed=seed(i, "ppo"))
+    return learner, samples(baseline)
+
+
+def test_the_flow_through_storage_equals_the_loop_in_memory(trained, tmp_path):
+    folder, store = trained
+    run = open_run(Store(store), "tiny")
+    torch.set_num_threads(run.config.execution.threads)
+    learner, samples = in_memory(folder, run.config, tmp_path)
+    state = run.last()
+    attempt = Attempt(state.actor.artifact, tmp_path / "memory")
+    save_learner(attempt, learner)
+    ours = {entry.path: entry.sha256 for entry in attempt.seal()}
+    assert ours == run.store.manifest(state.actor.artifact).digests()
+    stored = run.store.table(state.artifacts["evaluate"], Samples)
+    assert stored.to_arrow().equals(samples.to_arrow())
+
+
+def test_transformers_alone_loads_the_actor_and_generates(trained):
+    run = open_run(Store(trained[1]), "tiny")
+    folder = run.store.place(run.last().actor.artifact, "actor")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer("The soup", return_tensors="pt")
+    out = model.generate(**tokens, max_new_tokens=4, do_sample=False)
+    assert out.shape[1] > tokens.input_ids.shape[1]
+
+
+def test_a_finished_run_does_no_work_and_says_what_it_found(copied, capsys):
+    folder, store = copied
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*.json")}
+    assert run_command(["train", str(folder), "--store", str(store)]) == 0
+    out = capsys.readouterr().out
+    assert "nothing to do" in out
+    for stage in ("base_model", "sft", "reward_model", "rollout", "reference", "reward", "value", "gae", "ppo", "evaluate"):
+        assert f"found {stage} " in out
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*.json")} == before
+
+
+def test_a_lost_state_is_remade_from_its_artifacts(copied, capsys):
+    """Without the record of iteration 2 every stage of it is found, and the record is the same but for its seconds."""
+    folder, store = copied
+    path = store / "runs" / "tiny" / "iterations" / "000002.json"
+    before = json.loads(path.read_text())
+    path.unlink()
+    assert run_command(["train", str(folder), "--store", str(store)]) == 0
+    assert "found rollout, reference, reward, value, gae, ppo, evaluate" in capsys.readouterr().out
+    assert json.loads(path.read_text()) | {"seconds": 0} == before | {"seconds": 0}
+
+
+def test_more_iterations_train_on(copied):
+    folder, store = copied
+    assert run_command(["train", str(folder), "--store", str(store), "--iterations", "3", "--quiet"]) == 0
+    run = open_run(Store(store), "tiny")
+    assert run.last().iteration == 3 and "evaluate" in run.last().artifacts
+    assert run.state(2).actor.artifact != run.state(3).actor.artifact
+
+
+def test_iterate_makes_exactly_the_next_iteration(example, prefect_server, tmp_path, capsys):
+    store = str(tmp_path / "store")
+    assert run_command(["train", str(example), "--store", store, "--iterations", "1", "--quiet"]) == 0
+    assert run_command(["iterate", "tiny", "--store", store]) == 0
+    assert open_run(Store(Path(store)), "tiny").last().iteration == 2
+    assert run_command(["iterate", "tiny", "--store", store]) == 2
+    assert "finished: 2 of 2 iterations" in capsys.readouterr().err
+
+
+def test_two_runs_with_one_config_share_their_artifacts(copied, capsys):
+    folder, store = copied
+    count = len(Store(store).artifacts())
+    assert run_command(["train", str(folder), "--store", str(store), "--run", "again"]) == 0
+    assert len(Store(store).artifacts()) == count
+    assert "found" in capsys.readouterr().out
+
+
+def test_prompts_are_used_once_before_any_is_used_again():
+    order = np.concatenate([prompt_order(10, 4, seed=3, iteration=i) for i in range(1, 6)])
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
+    assert not np.array_equal(order[:10], order[10:20])
+    np.testing.assert_array_equal(prompt_order(10, 4, seed=3, iteration=3), order[8:12])
+
+
+def test_rollouts_name_their_prompts(trained):
+    run = open_run(Store(trained[1]), "tiny")
+    table = run.store.table(run.state(1).artifacts["rollout"], Rollouts)
+    prompts = [row["prompt"] for row in rows(trained[0], "prompts")]
+    assert list(table.prompt) == [prompts[i] for i in table.prompt_id]
+
+
+def test_one_model_at_a_time_gives_the_same_bytes(trained, tmp_path):
+    """The cache that keeps models warm decides nothing but speed."""
+    folder, store = trained
+    assert run_command(["train", str(folder), "--store", str(tmp_path / "cold"), "--set", "execution.warm_models=1",
+                        "--quiet"]) == 0
+    cold, warm = open_run(Store(tmp_path / "cold"), "tiny"), open_run(Store(store), "tiny")
+    for ref in warm.last().artifacts.values():
+        assert cold.store.manifest(ref).digests() == warm.store.manifest(ref).digests()
+
+
+def test_a_nan_in_the_reward_commits_nothing(example, prefect_server, tmp_path, capsys):
+    (example / "broken.py").write_text("def score(prompts, responses):\n    return [float('nan')] * len(responses)\n")
+    arguments = ["train", str(example), "--store", str(tmp_path / "store"), "--quiet",
+                 "--set", "reward.components={bad: {source: 'broken.py:score'}}"]
+    assert run_command(arguments) == 1
+    message = capsys.readouterr().err
+    assert "reward component 'bad' is nan in rows 0, 1, 2" in message and message.count("\n") == 1
+    store = Store(tmp_path / "store")
+    assert not [ref for ref in store.artifacts() if ref.stage in ("evaluate", "reward")]
+    assert not list(store.root.glob("artifacts/evaluate/*/attempts/*"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_logger():
+    yield
+    logging.getLogger("baton").handlers.clear()
+
+
+def test_save_model_writes_the_same_bytes_twice(tiny_model, tmp_path):
+    digests = []
+    for name in ("one", "two"):
+        attempt = Attempt(None, tmp_path / name)
+        save_model(attempt, "model", tiny_model)
+        digests.append({entry.path: entry.sha256 for entry in attempt.seal()})
+    assert digests[0] == digests[1] and "model/model.safetensors" in digests[0]
