@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from tqdm import tqdm
 
 from schemas.errors import BatonError, ConfigError
 
@@ -100,6 +101,7 @@ def train(config: str, name: str | None, iterations: int | None, settings: tuple
     run, overrides = start(config, name, settings, iterations, root)
     if run.finished:
         return _nothing_to_do(run)
+    log.info(f"run {run.name} in {root}: {run.progress}")
     from flows.train import train_flow
 
     train_flow(run.name, str(run.store.root), overrides)
@@ -200,7 +202,7 @@ def verify(run: str | None, root: str) -> Answer:
 
     store = Store(Path(root))
     refs = references(open_run(store, run)) if run else store.artifacts()
-    findings = [finding for ref in refs for finding in store.verify(ref)]
+    findings = [finding for ref in tqdm(refs, "verify", leave=False, disable=None) for finding in store.verify(ref)]
 
     def print_all(console: Console) -> None:
         for finding in findings:

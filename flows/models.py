@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -143,21 +144,21 @@ def save_model(attempt: Attempt, inner: str, model: LanguageModel) -> None:
 
 def save_learner(attempt: Attempt, learner: LanguageModelLearner) -> None:
     """`actor/`, `critic/` and `optimizer/actor.safetensors`, `optimizer/critic.safetensors`."""
-    save_model(attempt, "actor", learner.actor)
-    save_model(attempt, "critic", learner.critic)
-    for name, module in _modules(learner):
-        save_file(state_tensors(learner.optimizers[name], module), attempt.path(f"optimizer/{name}.safetensors"))
+    parts = tqdm(_models(learner), "ppo: save", leave=False, disable=None)
+    for name, model in parts:
+        save_model(attempt, name, model)
+        save_file(state_tensors(learner.optimizers[name], model.module), attempt.path(f"optimizer/{name}.safetensors"))
 
 
 def load_optimizers(learner: LanguageModelLearner, folder: Path) -> None:
     """The inverse of `save_learner` for the optimizers. Raises `StoreError` if they are of another model."""
-    for name, module in _modules(learner):
+    for name, model in _models(learner):
         path = folder / f"{name}.safetensors"
         try:
-            load_state_tensors(learner.optimizers[name], module, load_file(path))
+            load_state_tensors(learner.optimizers[name], model.module, load_file(path))
         except KeyError as error:
             raise StoreError(f"{path}: {error} does not fit the {name}") from None
 
 
-def _modules(learner: LanguageModelLearner) -> tuple[tuple[str, PreTrainedModel], ...]:
-    return ("actor", learner.actor.module), ("critic", learner.critic.module)
+def _models(learner: LanguageModelLearner) -> tuple[tuple[str, LanguageModel], ...]:
+    return ("actor", learner.actor), ("critic", learner.critic)

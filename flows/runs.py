@@ -50,6 +50,13 @@ class Run:
         last = self.last()
         return last is not None and last.iteration >= self.config.iterations
 
+    @property
+    def progress(self) -> str:
+        """For people: how far it is."""
+        last = self.last()
+        there = "to be prepared" if last is None else f"{last.iteration} there"
+        return f"{self.config.iterations} iterations, {there}"
+
     def seed(self, iteration: int, stage: str) -> int:
         """Of a stage in an iteration."""
         return derive_seed(self.config.seed, iteration, stage)

@@ -24,6 +24,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
+from tqdm import tqdm
 
 from schemas.artifacts import FORMAT_VERSION, ArtifactRef, FileEntry, Manifest, Recipe
 from schemas.errors import StoreError, TableError
@@ -56,8 +57,8 @@ class Attempt:
 
     def seal(self) -> tuple[FileEntry, ...]:
         """Hashes and syncs every file and folder; sorted by path."""
-        entries = []
-        for path in sorted(self.folder.rglob("*")):
+        entries, paths = [], sorted(self.folder.rglob("*"))
+        for path in tqdm(paths, f"{self.ref.stage}: commit", leave=False, disable=None):
             if path.is_file():
                 path.chmod(0o644)  # safetensors files are made for their owner alone; stores are shared
                 entries.append(_describe(path, path.relative_to(self.folder).as_posix()))
@@ -140,7 +141,7 @@ class Store:
         entries = [entry for entry in manifest.files if entry.path.startswith(f"{inner}/")]
         if not entries:
             raise StoreError(f"{ref.short}: the manifest lists nothing below {inner}/")
-        for entry in entries:
+        for entry in tqdm(entries, f"{ref.stage}: read", leave=False, disable=None):
             self._checked(manifest, entry)
         return self._path(manifest, inner)
 

@@ -264,7 +264,8 @@ def _inconsistencies(c: RunConfig):
         yield (f"rollout.batch_size={c.rollout.batch_size} does not divide into "
                f"ppo.minibatches={c.ppo.minibatches}; make it a multiple")
     new_model, sources = c.base_model.source is None, {part.source for part in c.reward.components.values()}
-    if not new_model and (extra := c.base_model.model_fields_set - {"source", "chat_template"}):
+    changed = [name for name, value in c.base_model if value != BaseModelConfig.model_fields[name].default]
+    if not new_model and (extra := set(changed) - {"source", "chat_template"}):
         yield f"base_model.{sorted(extra)[0]} describes a new model, but base_model.source names one; remove either"
     if new_model and c.sft is None:
         yield "a new base model has to be trained: add an sft section, or name a pretrained one in base_model.source"
