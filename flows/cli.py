@@ -33,34 +33,44 @@ class Answer:
 
 # --- what all commands share ---
 
+def global_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The four options that every command takes, before its name or after."""
+    for option in (
+        click.option("--verbose", is_flag=True, help="Prefect's and the libraries' own log lines too."),
+        click.option("--quiet", is_flag=True, help="Nothing but errors."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout and nothing else."),
+        click.option("--store", "root", envvar="BATON_STORE", help="Where artifacts and runs are kept (BATON_STORE sets "
+                     "it too); data/store by default."),
+    ):
+        function = option(function)
+    return function
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="baton")
-def baton() -> None:
+@global_options
+@click.pass_context
+def baton(context: click.Context, **options: Any) -> None:
     """RLHF-PPO as a pipeline of stages that hand each other committed artifacts."""
+    context.obj = options
 
 
 def command(function: Callable[..., Answer]) -> click.Command:
-    """A command with the four global options, whose `Answer` is printed."""
+    """A command with the global options, whose `Answer` is printed."""
 
     @functools.wraps(function)
-    def wrapped(as_json: bool, quiet: bool, verbose: bool, **arguments: Any) -> int:
+    def wrapped(**arguments: Any) -> int:
+        before = click.get_current_context().obj
+        as_json, quiet, verbose = (arguments.pop(name) or before[name] for name in ("as_json", "quiet", "verbose"))
         settle(as_json, quiet, verbose)
-        answer = function(**arguments)
+        answer = function(**arguments | {"root": arguments["root"] or before["root"] or "data/store"})
         if as_json:
             click.echo(json.dumps(answer.data, indent=1))
         elif not quiet:
             answer.show(Console(width=None if sys.stdout.isatty() else 140))
         return answer.code
 
-    for option in (
-        click.option("--verbose", is_flag=True, help="Prefect's and the libraries' own log lines too."),
-        click.option("--quiet", is_flag=True, help="Nothing but errors."),
-        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout and nothing else."),
-        click.option("--store", "root", envvar="BATON_STORE", default="data/store", show_default=True,
-                     help="Where artifacts and runs are kept; BATON_STORE sets it too."),
-    ):
-        wrapped = option(wrapped)
-    return baton.command(name=function.__name__.removesuffix("_command"))(wrapped)
+    return baton.command(name=function.__name__.removesuffix("_command"))(global_options(wrapped))
 
 
 def settle(as_json: bool, quiet: bool, verbose: bool) -> None:
@@ -87,6 +97,14 @@ SETTINGS = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
                         help="A setting of the config, for example ppo.learning_rate=1e-5; may be repeated.")
 
 
+def tagged(flow: Callable[..., Any], name: str, *arguments: Any) -> Any:
+    """Runs the flow; it and its tasks are found on Prefect's page by the tags `baton` and the run's name."""
+    from prefect import tags
+
+    with tags("baton", name):
+        return flow(name, *arguments)
+
+
 # --- commands ---
 
 @command
@@ -104,16 +122,19 @@ def train(config: str, name: str | None, iterations: int | None, settings: tuple
     log.info(f"run {run.name} in {root}: {run.progress}")
     from flows.train import train_flow
 
-    train_flow(run.name, str(run.store.root), overrides)
+    tagged(train_flow, run.name, str(run.store.root), overrides)
     return _finished(run, [])
 
 
 def _nothing_to_do(run) -> Answer:
     from flows import display
+    from flows.mirror import Mirror
 
     log.info(f"run {run.name}: all {run.config.iterations} iterations are there; nothing to do")
     for line in (found := display.found(run)):
         log.info(line)
+    with Mirror(run) as mirror:
+        mirror.push(run.last())
     return _finished(run, found)
 
 
@@ -131,9 +152,13 @@ def _finished(run, found: list[str]) -> Answer:
 @click.argument("run")
 def iterate(run: str, root: str) -> Answer:
     """Exactly the next iteration of RUN."""
+    from flows.runs import open_run
+    from flows.store import Store
+
+    open_run(Store(Path(root)), run).to_iterate()  # a mistake is said before Prefect starts
     from flows.iterate import iterate_flow
 
-    state = iterate_flow(run, root)
+    state = tagged(iterate_flow, run, root)
     return Answer(state.model_dump(mode="json"), lambda console: None)
 
 
@@ -146,12 +171,13 @@ def iterate(run: str, root: str) -> Answer:
 def stage_command(stage: str, run: str, iteration: int, settings: tuple[str, ...], root: str) -> Answer:
     """STAGE of an iteration of RUN again, from saved artifacts; the run is left alone."""
     from flows import display
-    from flows.inputs import apply_settings
     from flows.runs import open_run
-    from flows.stage import stage_flow
     from flows.store import Store
 
-    result = stage_flow(run, root, stage, iteration, apply_settings({}, settings))
+    open_run(Store(Path(root)), run, settings=settings).recorded(stage, iteration)  # a mistake is said before Prefect starts
+    from flows.stage import stage_flow
+
+    result = tagged(stage_flow, run, root, stage, iteration, settings)
     rows = display.stage_metrics(open_run(Store(Path(root)), run), result)
     data = {"recorded": str(result.recorded), "artifact": str(result.ref), "verdict": result.verdict,
             "models_loaded": result.models_loaded, "metrics": rows,
@@ -227,7 +253,7 @@ def run_command(arguments: list[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    click.echo(f"baton: {message}", err=True)
+    click.echo(f"baton: {' '.join(message.split())}", err=True)
     return code
 
 

@@ -9,6 +9,7 @@ import inspect
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,10 +88,11 @@ def read_lines(path: Path, role: str) -> list[dict[str, str]]:
     """The rows of a JSON-lines file. Raises `ConfigError` naming file, line and column."""
     if not path.is_file():
         raise ConfigError(f"data.{role}: no such file: {path}")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            rows.append(_row(line, f"{path}, line {number}", COLUMNS[role]))
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").rstrip().split("\n")  # not splitlines: U+2028 may stand in text
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"data.{role}: {path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    rows = [_row(line, f"{path}, line {number}", COLUMNS[role]) for number, line in enumerate(lines, 1) if lines != [""]]
     if not rows:
         raise ConfigError(f"data.{role}: {path} is empty; expected a line of JSON with {_keys(COLUMNS[role])} per row")
     return rows
@@ -124,7 +126,7 @@ def stored_lines(run: Run, role: str) -> list[dict[str, str]]:
 def function_file(source: str, folder: Path) -> Path:
     """The Python file of `file.py:function` (below `folder`) or `package.module:function`. Raises `ConfigError`."""
     place, colon, name = source.rpartition(":")
-    if not colon or not name.isidentifier():
+    if not place or not colon or not name.isidentifier():
         raise ConfigError(f"function {source!r}: expected file.py:function or package.module:function")
     if place.endswith(".py"):
         path = folder / place
@@ -133,18 +135,29 @@ def function_file(source: str, folder: Path) -> Path:
         return path
     try:
         return Path(inspect.getsourcefile(importlib.import_module(place)))
-    except (ImportError, TypeError) as error:
+    except (Exception, SystemExit) as error:  # whatever a user's module does when it is run
         raise ConfigError(f"function {source!r}: {place} cannot be imported: {error}") from None
 
 
 def load_function(source: str, file: Path) -> Callable:
-    """The function, from `file` or from its installed package. Raises `ConfigError`."""
+    """The function, from `file` or from its installed package, which must have the same source. Raises `ConfigError`."""
     place, _, name = source.rpartition(":")
+    if not place.endswith(".py") and sha256_file(function_file(source, file.parent)) != sha256_file(file):
+        raise ConfigError(f"function {source!r}: the installed file is not the one the run was made with; install that "
+                          "version, or make another run")
     module = _module_of(file, source) if place.endswith(".py") else importlib.import_module(place)
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"function {source!r}: {place} has no function {name!r}")
     return function
+
+
+def check_function(source: str, folder: Path) -> Path:
+    """The function's file, after it was loaded alone, as it will be from the store. Raises `ConfigError`."""
+    file = function_file(source, folder)
+    with tempfile.TemporaryDirectory() as alone:
+        load_function(source, Path(shutil.copy(file, alone)))
+    return file
 
 
 def _module_of(file: Path, source: str):
@@ -156,7 +169,8 @@ def _module_of(file: Path, source: str):
         sys.modules[name] = module  # dataclasses look their module up there
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # whatever a user's file does when it is run
+            del sys.modules[name]
             raise ConfigError(f"function {source!r}: {file} cannot be run: {type(error).__name__}: {error}") from None
         _modules[name] = module
     return module
@@ -179,8 +193,7 @@ def check_inputs(config: RunConfig, folder: Path) -> dict[str, list[Path]]:
             read_lines(folder / name, role)
             files[role] = [folder / name]
     for role, source in functions_of(config).items():
-        files[role] = [function_file(source, folder)]
-        load_function(source, files[role][0])
+        files[role] = [check_function(source, folder)]
     if config.base_model.source is not None:
         files["base_model"] = model_files(config.base_model.source, folder)
     return files

@@ -7,14 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, tags
+from prefect import flow
 
 from flows import tasks
 from flows.mirror import Mirror
 from flows.runs import Run, open_run
 from flows.store import Store
 from schemas.artifacts import ArtifactRef, ModelRef, TrainState, prefixed
-from schemas.errors import ConfigError
 
 log = logging.getLogger("baton")
 
@@ -69,13 +68,8 @@ def line(state: TrainState, last: int, found: list[ArtifactRef]) -> str:
 def iterate_flow(name: str, store: str, overrides: dict[str, Any] | None = None) -> TrainState:
     """The next iteration of the run `name`. Raises `ConfigError` when it is finished or not prepared."""
     run = open_run(Store(Path(store)), name, overrides)
-    state = run.last()
-    if state is None:
-        raise ConfigError(f"run {name!r} is not prepared yet; start it with baton train")
-    if state.iteration >= run.config.iterations:
-        raise ConfigError(f"run {name!r} is finished: {state.iteration} of {run.config.iterations} iterations; "
-                          "baton train --iterations N trains on")
-    with tags("baton", name), Mirror(run) as mirror:
+    state = run.to_iterate()
+    with Mirror(run) as mirror:
         mirror.push(state)
         after = run_iteration(run, state, run.config.iterations)
         mirror.push(after)

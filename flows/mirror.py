@@ -55,6 +55,8 @@ class Mirror:
     def _work(self) -> None:
         """Passes states on until the last; after a failure the rest is left to the next start."""
         try:
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # without these a call waits four minutes
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
             from flows.tracking import Client  # MLflow takes seconds to import; the training does not wait for that
 
             client = Client(self.run, tracking_uri(self.run))

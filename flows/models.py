@@ -55,13 +55,15 @@ class WarmModels:
         """A copy of its own for a stage that trains it and lets it go."""
         return self._load(ref, load)
 
-    def take_learner(self, actor: ModelRef, critic: ModelRef, optimizer: ModelRef | None) -> LanguageModelLearner:
+    def take_learner(
+        self, actor: ModelRef, critic: ModelRef, optimizer: ModelRef | None, temperature: float
+    ) -> LanguageModelLearner:
         """Actor, critic and optimizers to train; they leave the cache, since training changes them."""
         warm = self._learners.pop(optimizer.artifact, None) if optimizer else None
         models = (self._take("actor", actor, load_causal), self._take("critic", critic, load_scalar))
         if warm:
             return warm
-        learner = LanguageModelLearner(*models, self.config.ppo, self.config.rollout.temperature)
+        learner = LanguageModelLearner(*models, self.config.ppo, temperature)
         if optimizer:
             load_optimizers(learner, self.store.folder(optimizer.artifact, optimizer.folder))
         return learner
@@ -71,6 +73,12 @@ class WarmModels:
         self._learners[artifact] = learner
         self._put("actor", ModelRef(artifact=artifact, folder="actor"), learner.actor)
         self._put("critic", ModelRef(artifact=artifact, folder="critic"), learner.critic)
+
+    def forget(self, artifact: ArtifactRef) -> None:
+        """Lets go of what is warm of an artifact, so that it is read from the store."""
+        self._learners.pop(artifact, None)
+        for key in [key for key in self._warm if key[1].artifact == artifact]:
+            del self._warm[key]
 
     def _get(self, role: str, ref: ModelRef, load: Callable[[Path], PreTrainedModel]) -> LanguageModel:
         key = (role, ref)

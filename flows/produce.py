@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from flows.store import Attempt, Store
 from schemas.artifacts import ArtifactRef, Environment, Manifest, Recipe
 from schemas.config import RunConfig
+from schemas.errors import NonFiniteError
 from schemas.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -57,31 +59,41 @@ def produce(run: Run, recipe: Recipe, make: Callable[[Attempt], Made]) -> Artifa
     if found:
         run.reproduction = _compare(run.store, found, manifest, attempt)
     else:
-        _commit(run.store, manifest)
+        _commit(run, manifest)
     return recipe.ref
 
 
 def write(store: Store, config: RunConfig, recipe: Recipe, make: Callable[[Attempt], Made]) -> tuple[Attempt, Manifest]:
-    """A sealed attempt and its manifest, not committed; nothing is left behind if `make` fails."""
+    """A sealed attempt and its manifest, not committed; nothing is left behind if that fails."""
     attempt, started = store.attempt(recipe), time.perf_counter()
     try:
         made = make(attempt)
-        files = attempt.seal()
+        metrics = _finite(recipe, made.metrics.flat() if made.metrics else {})
+        return attempt, Manifest(
+            identity=recipe.ref.identity, recipe=recipe, attempt=attempt.name, files=attempt.seal(), tokens=made.tokens,
+            input_manifests={role: store.manifest_digest(ref) for role, ref in recipe.inputs.items()}, metrics=metrics,
+            environment=environment(config), created=now(), seconds=time.perf_counter() - started)
     except BaseException:
         store.discard(attempt)
         raise
-    return attempt, Manifest(
-        identity=recipe.ref.identity, recipe=recipe, attempt=attempt.name, files=files, tokens=made.tokens,
-        metrics=made.metrics.flat() if made.metrics else {}, seconds=time.perf_counter() - started, created=now(),
-        input_manifests={role: store.manifest_digest(ref) for role, ref in recipe.inputs.items()},
-        environment=environment(config))
 
 
-def _commit(store: Store, ours: Manifest) -> None:
-    theirs = store.commit(ours)
-    if theirs.attempt != ours.attempt:
-        same = "the same bytes" if theirs.digests() == ours.digests() else "OTHER BYTES than ours"
-        log.warning("%s was committed by another writer meanwhile, with %s; it is used", theirs.ref.short, same)
+def _finite(recipe: Recipe, metrics: dict[str, float]) -> dict[str, float]:
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(f"the metric {recipe.stage}/{name} is {value}; nothing was committed")
+    return metrics
+
+
+def _commit(run: Run, ours: Manifest) -> None:
+    theirs = run.store.commit(ours)
+    if theirs.attempt == ours.attempt:
+        return
+    same = theirs.digests() == ours.digests()
+    log.warning("%s was committed by another writer meanwhile, with %s; it is used", theirs.ref.short,
+                "the same bytes" if same else "OTHER BYTES than ours")
+    if not same:
+        run.models.forget(theirs.ref)
 
 
 def _compare(store: Store, found: Manifest, again: Manifest, attempt: Attempt) -> Reproduction:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.inputs import apply_settings
 from flows.produce import Reproduction, now
 from flows.store import Store, put_once, read_record
 from schemas.artifacts import ArtifactRef, RunRecord, TrainState, check_name, derive_seed
-from schemas.config import RunConfig, differences, parse_config
+from schemas.config import NAME_PATTERN, RunConfig, differences, parse_config
 from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ class Run:
 
     def __init__(self, store: Store, record: RunRecord, config: RunConfig) -> None:
         self.store, self.record, self.config = store, record, config
+        self.inputs: dict[str, ArtifactRef] = dict(record.inputs)  # imported files and models, by role
         self.rerun: str | None = None  # the stage that is to be computed although its artifact is there
         self.reproduction: Reproduction | None = None  # what came of that
         self.found: list[ArtifactRef] = []  # artifacts that were there already, in the order they were asked for
@@ -30,11 +34,6 @@ class Run:
     @property
     def name(self) -> str:
         return self.record.name
-
-    @property
-    def inputs(self) -> dict[str, ArtifactRef]:
-        """Imported files and models, by role."""
-        return self.record.inputs
 
     @property
     def models(self) -> WarmModels:
@@ -79,6 +78,24 @@ class Run:
         paths = sorted(self._folder.glob("iterations/*.json"))
         return read_record(paths[-1], TrainState) if paths else None
 
+    def recorded(self, stage: str, iteration: int) -> ArtifactRef:
+        """What that stage of that iteration wrote. Raises `ConfigError` saying what there is instead."""
+        artifacts = self.state(iteration).artifacts
+        if stage not in artifacts:
+            raise ConfigError(f"run {self.name!r} has no stage {stage!r} in iteration {iteration}; "
+                              f"it has {', '.join(artifacts)}")
+        return artifacts[stage]
+
+    def to_iterate(self) -> TrainState:
+        """The state the next iteration begins from. Raises `ConfigError` when the run is finished or not prepared."""
+        state = self.last()
+        if state is None:
+            raise ConfigError(f"run {self.name!r} is not prepared yet; start it with baton train")
+        if state.iteration >= self.config.iterations:
+            raise ConfigError(f"run {self.name!r} is finished: {state.iteration} of {self.config.iterations} iterations; "
+                              "baton train CONFIG --iterations N trains on")
+        return state
+
     def save(self, state: TrainState) -> None:
         """Commits the state of an iteration; one that is there already stays."""
         put_once(self._state_path(state.iteration), state)
@@ -100,23 +117,30 @@ class Run:
 
 def create_or_open(store: Store, name: str, config: RunConfig, inputs: Mapping[str, ArtifactRef]) -> Run:
     """The run of that name, made if there is none. Raises `ConfigError` saying what differs from what it was made with."""
-    check_name(name, "run name")
     record = RunRecord(name=name, config=_settled(config).model_dump(mode="json"), inputs=dict(inputs), created=now())
     put_once(store.root / "runs" / name / "run.json", record)
     run = open_run(store, name)
+    require_same(run, config, inputs)
+    return run
+
+
+def require_same(run: Run, config: RunConfig, inputs: Mapping[str, ArtifactRef]) -> None:
+    """Raises `ConfigError` saying in what the run differs from config and inputs, if it does."""
     lines = differences(run.config.decides(), config.decides())
     lines += [f"data.{role}: other content" for role in sorted({*inputs, *run.inputs})
               if inputs.get(role) != run.inputs.get(role)]
     if lines:
-        raise ConfigError(f"run {name!r} exists with another config ({'; '.join(lines)}); "
+        raise ConfigError(f"run {run.name!r} exists with another config ({'; '.join(lines)}); "
                           "set them back, or choose another name with --run")
-    return run
 
 
-def open_run(store: Store, name: str, overrides: Mapping[str, Any] | None = None) -> Run:
+def open_run(
+    store: Store, name: str, overrides: Mapping[str, Any] | None = None, settings: Iterable[str] = ()
+) -> Run:
     """An existing run. Raises `ConfigError` if there is none.
 
-    `overrides`: settings, nested as in the config, that replace those it was made with.
+    `overrides`: whole sections or single values, nested as in the config, that replace those it was made with;
+    `settings`: the same as `a.b=value`, applied after them.
     """
     check_name(name, "run name")
     path = store.root / "runs" / name / "run.json"
@@ -124,21 +148,23 @@ def open_run(store: Store, name: str, overrides: Mapping[str, Any] | None = None
         there = ", ".join(run_names(store)) or "none"
         raise ConfigError(f"no run {name!r} in {store.root}; runs there: {there} (--store or BATON_STORE chooses the store)")
     record = read_record(path, RunRecord)
-    return Run(store, record, parse_config(_merged(record.config, overrides or {}), f"run {name!r}"))
+    data = apply_settings(_merged(record.config, overrides or {}), settings)
+    return Run(store, record, _settled(parse_config(data, f"run {name!r}")))
 
 
 def run_names(store: Store) -> list[str]:
     """Names of all runs, in order."""
-    return sorted(path.parent.name for path in store.root.glob("runs/*/run.json"))
+    names = (path.parent.name for path in store.root.glob("runs/*/run.json"))
+    return sorted(name for name in names if re.fullmatch(NAME_PATTERN, name))
 
 
 def _merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """`config` with the values of `overrides` put over it, section by section."""
-    merged = dict(config)
+    out = copy.deepcopy(dict(config))
     for key, value in overrides.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = _merged(out[key], value) if both else value
+    return out
 
 
 def _settled(config: RunConfig) -> RunConfig:
@@ -159,7 +185,8 @@ def overview(run: Run) -> dict[str, Any]:
     """A run in a line: how far it is, and its last numbers."""
     last = run.last()
     metrics = last.metrics if last else {}
-    return {"run": run.name, "iteration": last.iteration if last else None, "iterations": run.config.iterations,
+    done = last.iteration if last else 0
+    return {"run": run.name, "iteration": done, "iterations": max(done, run.config.iterations),
             "reward": metrics.get("reward/score"), "kl": metrics.get("gae/kl"), "gold": metrics.get("evaluate/gold"),
             "created": run.record.created, "parent": run.record.parent}
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, tags
+from prefect import flow
 
 from flows import tasks
+from flows.inputs import check_function, functions_of, import_files
 from flows.produce import Reproduction
 from flows.runs import Run, open_run
 from flows.store import Store
@@ -37,30 +38,39 @@ class StageResult:
 
 @flow(name="stage", flow_run_name="{name}-{stage}-{iteration}", persist_result=False)
 def stage_flow(
-    name: str, store: str, stage: str, iteration: int, overrides: dict[str, Any] | None = None
+    name: str, store: str, stage: str, iteration: int, settings: tuple[str, ...] = ()
 ) -> StageResult:
-    """That stage of that iteration, computed again; the run itself is left alone. Raises `ConfigError`."""
+    """That stage of that iteration, computed again; the run itself is left alone. Raises `ConfigError`.
+
+    `settings`: `a.b=value`, what to change of the run's config.
+    """
     recorded_run = open_run(Store(Path(store)), name)
-    run = open_run(recorded_run.store, name, _as_recorded(recorded_run, stage, iteration) | (overrides or {}))
+    run = open_run(recorded_run.store, name, _as_recorded(recorded_run, stage, iteration), settings)
+    use_new_functions(run, recorded_run)
     run.rerun = stage
-    with tags("baton", name):
-        ref = tasks.STAGES[stage](run, iteration, **arguments(run, recorded_run, stage, iteration))
-    return StageResult(require_stage(run, stage, iteration), ref, run.reproduction, run.models.loaded)
-
-
-def require_stage(run: Run, stage: str, iteration: int) -> ArtifactRef:
-    """What the run recorded for that stage. Raises `ConfigError` saying what there is instead."""
-    artifacts = run.state(iteration).artifacts
-    if stage not in artifacts:
-        raise ConfigError(f"run {run.name!r} has no stage {stage!r} in iteration {iteration}; "
-                          f"it has {', '.join(artifacts)}")
-    return artifacts[stage]
+    ref = tasks.STAGES[stage](run, iteration, **arguments(run, recorded_run, stage, iteration))
+    return StageResult(run.recorded(stage, iteration), ref, run.reproduction, run.models.loaded)
 
 
 def _as_recorded(run: Run, stage: str, iteration: int) -> dict[str, Any]:
     """The execution settings the artifact was made with: its last bits depend on them."""
-    manifest = run.store.manifest(require_stage(run, stage, iteration))
-    return {"execution": manifest.environment.execution}
+    manifest = run.store.find(run.recorded(stage, iteration))
+    return {"execution": manifest.environment.execution} if manifest else {}
+
+
+def use_new_functions(run: Run, recorded: Run) -> None:
+    """Imports the functions that the settings name and the run did not; files are looked for below this folder.
+
+    Raises `ConfigError`, also where a setting names other data or another base model: those belong to a run.
+    """
+    for section in ("data", "base_model"):
+        if getattr(run.config, section) != getattr(recorded.config, section):
+            raise ConfigError(f"--set {section}.…: a stage is run again on what its run was given; make another run for "
+                              "other inputs")
+    old = functions_of(recorded.config)
+    files = {role: [check_function(source, Path.cwd())] for role, source in functions_of(run.config).items()
+             if old.get(role) != source}
+    run.inputs |= import_files(run.store, run.config, files)
 
 
 def arguments(run: Run, recorded: Run, stage: str, iteration: int) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flows.inputs import apply_settings, check_inputs, import_files, read_config, read_lines, recipe_of
-from flows.runs import Run, create_or_open, open_run, run_names
+from flows.inputs import check_inputs, import_files, read_config, read_lines, recipe_of
+from flows.runs import Run, create_or_open, open_run, require_same, run_names
 from flows.store import Store
 from schemas.artifacts import check_name
 from schemas.config import RunConfig
+from schemas.errors import ConfigError
 
 
 def start(
@@ -22,17 +23,42 @@ def start(
     no run behind.
     """
     config, folder = read_config(source, settings)
-    name = check_name(name or folder.resolve().name, "run name")
+    name = check_name(folder.resolve().name if name is None else name, "run name")
     store, files = Store(Path(root)), check_inputs(config, folder)
-    if name not in run_names(store):
-        check_lengths(config, files)
     inputs = {role: recipe_of(role, paths).ref for role, paths in files.items()}
-    create_or_open(store, name, config, inputs)
+    check_device(config.execution.device)
+    if name in run_names(store):
+        require_same(open_run(store, name), config, inputs)
+    else:
+        check_lengths(config, files)
+    check_writable(store)
     import_files(store, config, files)
-    explicit = apply_settings({}, settings).get("execution", {})
-    overrides = {"iterations": iterations or config.iterations, "tracking": config.tracking.model_dump(mode="json"),
-                 "execution": explicit}
+    create_or_open(store, name, config, inputs)
+    execution = config.execution.model_dump(mode="json", exclude_none=True)  # without threads: as the run has them
+    overrides = {"iterations": iterations or config.iterations, "execution": execution,
+                 "tracking": config.tracking.model_dump(mode="json")}
     return open_run(store, name, overrides), overrides
+
+
+def check_writable(store: Store) -> None:
+    """Raises `ConfigError` if the store's folder cannot be made or written to."""
+    try:
+        store.root.mkdir(parents=True, exist_ok=True)
+        (store.root / ".writable").write_bytes(b"")
+        (store.root / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(f"--store {store.root}: {error.strerror}: {error.filename}") from None
+
+
+def check_device(device: str) -> None:
+    """Raises `ConfigError` if torch does not have it here."""
+    if device == "cpu":
+        return
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[device]:
+        raise ConfigError(f"execution.device: torch finds no {device} here; set execution.device=cpu")
 
 
 def check_lengths(config: RunConfig, files: dict[str, list[Path]]) -> None:
@@ -47,7 +73,14 @@ def check_lengths(config: RunConfig, files: dict[str, list[Path]]) -> None:
         context = config.base_model.context_length
     else:
         place = files["base_model"][0].parent
-        tokenizer, context = load_tokenizer(place), context_length(place)
+        try:
+            tokenizer, context = load_tokenizer(place), context_length(place)
+        except Exception as error:  # transformers raises whatever a broken file leads to
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"base_model.source: {place} cannot be read as a model: {reason}") from None
+    if config.base_model.chat_template and tokenizer.chat_template is None:
+        raise ConfigError(f"base_model.chat_template: the tokenizer of {config.base_model.source} has no chat template; "
+                          "set it to false")
     for role, paths in files.items():
         if role in ("prompts", "heldout_prompts"):
             prompts = [row["prompt"] for row in read_lines(paths[0], role)]

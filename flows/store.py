@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from schemas.artifacts import FORMAT_VERSION, ArtifactRef, FileEntry, Manifest, Recipe
 from schemas.errors import StoreError, TableError
-from schemas.tables import TABLES, Table
+from schemas.tables import TABLES, Rollouts, Table, require_aligned
 
 T = TypeVar("T", bound=Table)
 M = TypeVar("M", bound=BaseModel)
@@ -63,7 +63,8 @@ class Attempt:
                 path.chmod(0o644)  # safetensors files are made for their owner alone; stores are shared
                 entries.append(_describe(path, path.relative_to(self.folder).as_posix()))
             _fsync(path)
-        _fsync(self.folder)
+        for folder in (self.folder, *self.folder.parents[:5]):  # attempts, identity, stage, artifacts, root
+            _fsync(folder)
         return tuple(entries)
 
 
@@ -84,8 +85,6 @@ class Store:
     def commit(self, manifest: Manifest) -> Manifest:
         """Publishes a sealed attempt; the manifest that is now the artifact's, another writer's if that came first."""
         folder = self._folder(manifest.ref)
-        for path in (folder / "attempts", folder, *folder.parents[:3]):
-            _fsync(path)
         if put_once(folder / "manifest.json", manifest):
             return manifest
         shutil.rmtree(folder / "attempts" / manifest.attempt)
@@ -113,7 +112,7 @@ class Store:
         """As `find`; raises `StoreError` if there is none."""
         manifest = self.find(ref)
         if manifest is None:
-            raise StoreError(f"{ref.short} is not in {self.root}; run the stage that writes it again")
+            raise StoreError(f"{ref.short} is not in {self.root}; baton stage {ref.stage} RUN --iteration I makes it again")
         return manifest
 
     def manifest_digest(self, ref: ArtifactRef) -> str:
@@ -126,8 +125,8 @@ class Store:
         entry = _entry(manifest, kind.file)
         path = self._path(manifest, entry.path)
         data = path.read_bytes() if path.is_file() else None
-        _check(path, entry, None if data is None else len(data),
-               None if data is None else hashlib.sha256(data).hexdigest())
+        self._check(path, entry, None if data is None else len(data),
+                    None if data is None else hashlib.sha256(data).hexdigest())
         return _parse(path, entry, pa.BufferReader(data), kind)
 
     def file(self, ref: ArtifactRef, inner: str) -> Path:
@@ -165,10 +164,22 @@ class Store:
                 yield str(error)
         for role, digest in manifest.input_manifests.items():
             source = manifest.recipe.inputs[role]
-            if self.find(source) is None:
-                yield f"{ref.short}: its input {role}, {source.short}, is missing; run that stage again"
+            if not (self._folder(source) / "manifest.json").exists():
+                yield f"{ref.short}: its input {role}, {source.short}, is missing; make it again with baton stage"
             elif self.manifest_digest(source) != digest:
                 yield f"{ref.short}: its input {role}, {source.short}, has another manifest than the one it was made from"
+        yield from self._misaligned(manifest)
+
+    def _misaligned(self, manifest: Manifest) -> Iterator[str]:
+        """Tables of the artifact that do not have the rows of the rollouts they describe."""
+        rollouts = manifest.recipe.inputs.get("rollouts")
+        for entry in manifest.files if rollouts else ():
+            if entry.path in TABLES:
+                with contextlib.suppress(StoreError):  # a file that cannot be read is a finding of its own
+                    try:
+                        require_aligned(self.table(rollouts, Rollouts), self.table(manifest.ref, TABLES[entry.path]))
+                    except TableError as error:
+                        yield f"{self._path(manifest, entry.path)}: {error}"
 
     def artifacts(self) -> list[ArtifactRef]:
         """All committed artifacts."""
@@ -188,14 +199,29 @@ class Store:
     def _checked(self, manifest: Manifest, entry: FileEntry) -> Path:
         path = self._path(manifest, entry.path)
         size = path.stat().st_size if path.is_file() else None
-        _check(path, entry, size, sha256_file(path) if size == entry.bytes else None)
+        self._check(path, entry, size, sha256_file(path) if size == entry.bytes else None)
         return path
+
+    def _check(self, path: Path, entry: FileEntry, size: int | None, digest: str | None) -> None:
+        """Raises `StoreError` unless size and digest are those of the manifest; `size` none: there is no such file."""
+        if size is None:
+            wrong = f"the file is missing; the manifest lists it with {entry.bytes} bytes"
+        elif size != entry.bytes:
+            wrong = f"size: expected {entry.bytes} bytes, found {size}"
+        elif digest != entry.sha256:
+            wrong = f"sha256: expected {entry.sha256[:12]}…, found {digest[:12]}…"
+        else:
+            return
+        stage, identity = path.relative_to(self.root).parts[1:3]
+        raise StoreError(f"{path}: {wrong}; remove {self.root / 'artifacts' / stage / identity} and make it again with "
+                         f"baton stage {stage} RUN --iteration I")
 
 
 # --- records: JSON files that are written once ---
 
 def put_once(path: Path, record: BaseModel) -> bool:
     """Writes `record` to `path` unless it exists: whole, synced, or not at all. Whether this call wrote it."""
+    missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -210,7 +236,8 @@ def put_once(path: Path, record: BaseModel) -> bool:
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
-        _fsync(path.parent)
+        for folder in (path.parent, *(new.parent for new in missing)):
+            _fsync(folder)
 
 
 def read_record(path: Path, kind: type[M]) -> M:
@@ -245,16 +272,6 @@ def _entry(manifest: Manifest, inner: str) -> FileEntry:
         if entry.path == inner:
             return entry
     raise StoreError(f"{manifest.ref.short}: the manifest does not list {inner}")
-
-
-def _check(path: Path, entry: FileEntry, size: int | None, digest: str | None) -> None:
-    """Raises `StoreError` unless size and digest are those of the manifest; `size` none: there is no such file."""
-    if size is None:
-        raise StoreError(f"{path}: the file is missing; the manifest lists it with {entry.bytes} bytes")
-    if size != entry.bytes:
-        raise StoreError(f"{path}: size: expected {entry.bytes} bytes, found {size}")
-    if digest != entry.sha256:
-        raise StoreError(f"{path}: sha256: expected {entry.sha256[:12]}…, found {digest[:12]}…")
 
 
 def _parse(path: Path, entry: FileEntry, source: pa.BufferReader | str, kind: type[T]) -> T:

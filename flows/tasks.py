@@ -121,7 +121,7 @@ def rollout(run: Run, iteration: int, actor: ModelRef) -> ArtifactRef:
 
 @stage_task
 def reference(run: Run, iteration: int, reference_model: ModelRef, rollouts: ArtifactRef) -> ArtifactRef:
-    temperature = run.config.rollout.temperature
+    temperature = _temperature(run, rollouts)
     recipe = Recipe(stage="reference", version=reference_stage.VERSION, config={"temperature": temperature},
                     inputs={"reference_model": reference_model.artifact, "rollouts": rollouts})
 
@@ -184,7 +184,7 @@ def gae(run: Run, iteration: int, rollouts: ArtifactRef, reference: ArtifactRef,
 @stage_task
 def ppo(run: Run, iteration: int, actor: ModelRef, critic: ModelRef, optimizer: ModelRef | None,
         rollouts: ArtifactRef, values: ArtifactRef, advantages: ArtifactRef) -> ArtifactRef:
-    config, temperature = run.config.ppo, run.config.rollout.temperature
+    config, temperature = run.config.ppo, _temperature(run, rollouts)
     inputs = {"actor": actor.artifact, "critic": critic.artifact, "rollouts": rollouts, "values": values,
               "advantages": advantages} | ({"optimizer": optimizer.artifact} if optimizer else {})
     recipe = Recipe(stage="ppo", version=ppo_stage.VERSION, config=_settings(config, temperature=temperature),
@@ -192,7 +192,7 @@ def ppo(run: Run, iteration: int, actor: ModelRef, critic: ModelRef, optimizer: 
 
     def make(attempt):
         table = run.store.table(rollouts, Rollouts)
-        learner = run.models.take_learner(actor, critic, optimizer)
+        learner = run.models.take_learner(actor, critic, optimizer, temperature)
         metrics = ppo_stage.ppo(learner, table, run.store.table(values, Values),
                                 run.store.table(advantages, Advantages), config, seed=recipe.seed)
         save_learner(attempt, learner)
@@ -212,8 +212,8 @@ def evaluate(run: Run, iteration: int, updated_actor: ModelRef, reference_model:
     inputs |= {"judge": run.inputs["judge"]} if run.config.evaluate.judge else {}
     recipe = Recipe(
         stage="evaluate", version=evaluate_stage.VERSION, inputs=inputs, seed=run.seed(0, "evaluate"),
-        config={"rollout": _settings(sampling), "reward": _settings(rewards), "judge": run.config.evaluate.judge,
-                "chat_template": template})
+        config={"rollout": sampling.model_dump(mode="json", exclude={"batch_size"}), "reward": _settings(rewards),
+                "judge": run.config.evaluate.judge, "chat_template": template})
 
     def make(attempt):
         samples = evaluate_stage.evaluate(
@@ -233,6 +233,11 @@ STAGES = {stage.name: stage for stage in (base_model, sft, reward_model, rollout
 
 # --- what several of them need ---
 
+def _temperature(run: Run, rollouts: ArtifactRef) -> float:
+    """At which the rollouts were sampled, so that their tokens are scored at no other."""
+    return run.store.manifest(rollouts).recipe.config["temperature"]
+
+
 def _tokens(rollouts: Rollouts) -> int:
     """Prompt and response tokens: what a model that scores the rollouts reads."""
     return len(rollouts.prompt_tokens.values) + len(rollouts.response_tokens.values)
@@ -241,7 +246,8 @@ def _tokens(rollouts: Rollouts) -> int:
 def _reward_inputs(run: Run, reward_model: ModelRef | None) -> dict[str, ArtifactRef]:
     """Artifacts that the reward's components are, by role."""
     functions = {role: run.inputs[role] for role in functions_of(run.config) if role != "judge"}
-    return functions | ({"reward_model": reward_model.artifact} if reward_model else {})
+    used = any(part.source == "reward_model" for part in run.config.reward.components.values())
+    return functions | ({"reward_model": reward_model.artifact} if used else {})
 
 
 def _scorers(run: Run, reward_model: ModelRef | None) -> dict[str, Scorer]:
@@ -263,6 +269,6 @@ def _judge(run: Run) -> Scorer | None:
 
 
 def _function(run: Run, role: str, source: str) -> Scorer:
-    """The user's function, from the copy in the store."""
+    """The user's function: of a file, from its copy in the store; of a package, as it is installed."""
     (entry,) = run.store.manifest(run.inputs[role]).files
     return function_scorer(source, load_function(source, run.store.file(run.inputs[role], entry.path)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +33,7 @@ class Client:
     def __init__(self, run: Run, uri: str) -> None:
         self.run, self.uri, self.client = run, uri, mlflow.MlflowClient(uri)
         self.run_id = self._find() or self._create()
+        self._log_params()
         self.logged, self.next = self._logged(), 0
 
     def bring_to(self, state: TrainState) -> None:
@@ -58,16 +60,19 @@ class Client:
         experiment_id = experiment.experiment_id if experiment else self._experiment(name)
         tags = {"baton.run": self.run.name, "baton.created": self.run.record.created,
                 "baton.store": str(self.run.store.root)}
-        run_id = self.client.create_run(experiment_id, run_name=self.run.name, tags=tags).info.run_id
-        params = [Param(key, str(value)[:500]) for key, value in _flat(self.run.config.model_dump(mode="json"))]
+        return self.client.create_run(experiment_id, run_name=self.run.name, tags=tags).info.run_id
+
+    def _log_params(self) -> None:
+        """The settings the run was made with, those that are not there yet."""
+        there = self.client.get_run(self.run_id).data.params
+        params = [Param(key, str(value)[:500]) for key, value in _flat(self.run.record.config) if key not in there]
         for start in range(0, len(params), 100):
-            self.client.log_batch(run_id, params=params[start : start + 100])
-        return run_id
+            self.client.log_batch(self.run_id, params=params[start : start + 100])
 
     def _experiment(self, name: str) -> str:
         """A new experiment; over sqlite, its artifacts lie beside the database."""
         local = self.uri.startswith("sqlite:")
-        place = Path(self.uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts"
+        place = Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlflow-artifacts"
         return self.client.create_experiment(name, artifact_location=place.as_uri() if local else None)
 
     def _logged(self) -> set[tuple[str, int]]:
@@ -88,9 +93,12 @@ class Client:
             self.logged |= {(point.key, point.step) for point in points}
 
     def _log_samples(self, state: TrainState) -> None:
-        """The table of samples of an evaluation, as an artifact that MLflow's page shows."""
+        """The table of samples of an evaluation, as an artifact that MLflow's page shows; once, since it would append."""
+        path = f"samples/iteration-{state.iteration:06d}.json"
+        if path in {item.path for item in self.client.list_artifacts(self.run_id, "samples")}:
+            return
         samples = self.run.store.table(state.artifacts["evaluate"], Samples).to_arrow().slice(0, SAMPLES_SHOWN)
-        self.client.log_table(self.run_id, samples.to_pydict(), f"samples/iteration-{state.iteration:06d}.json")
+        self.client.log_table(self.run_id, samples.to_pydict(), path)
 
     def _register(self, state: TrainState) -> None:
         """The actor as a version of the run's registered model, alias `best`; the weights stay in the store."""
@@ -105,11 +113,14 @@ class Client:
     def _new_version(self, name: str, artifact: str, state: TrainState) -> str:
         folder = self.run.store.place(state.actor.artifact, state.actor.folder).resolve()
         tags = {"baton.artifact": artifact, "baton.folder": str(folder), "baton.iteration": str(state.iteration)}
-        mlflow.set_tracking_uri(self.uri)
-        experiment = self.client.get_run(self.run_id).info.experiment_id
-        model = mlflow.create_external_model(name, self.run_id, tags=tags, experiment_id=experiment)
-        return self.client.create_model_version(name, f"models:/{model.model_id}", self.run_id, tags=tags,
-                                                model_id=model.model_id).version
+        experiment, before = self.client.get_run(self.run_id).info.experiment_id, os.environ.get("MLFLOW_TRACKING_URI")
+        mlflow.set_tracking_uri(self.uri)  # the client has no call for external models, nor looks for them at its own
+        try:
+            model = mlflow.create_external_model(name, self.run_id, tags=tags, experiment_id=experiment)
+            return self.client.create_model_version(name, f"models:/{model.model_id}", self.run_id, tags=tags,
+                                                    model_id=model.model_id).version
+        finally:
+            mlflow.set_tracking_uri(before)
 
 
 def timings(run: Run, state: TrainState) -> dict[str, float]:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, tags
+from prefect import flow
 
 from flows import tasks
 from flows.iterate import metrics_of, run_iteration
@@ -23,7 +23,7 @@ log = logging.getLogger("baton")
 def train_flow(name: str, store: str, overrides: dict[str, Any] | None = None) -> TrainState:
     """The last state of the run `name`. Goes on where it stopped: what is committed is found, not computed again."""
     run = open_run(Store(Path(store)), name, overrides)
-    with tags("baton", name), Mirror(run) as mirror:
+    with Mirror(run) as mirror:
         state = run.last() or prepare(run)
         mirror.push(state)
         while state.iteration < run.config.iterations:

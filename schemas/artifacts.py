@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from schemas.config import NAME_PATTERN
+from schemas.config import NAME_PATTERN, Name
 from schemas.errors import ConfigError
 
 FORMAT_VERSION = 1
@@ -25,8 +25,9 @@ class Record(BaseModel):
 
 def check_name(name: str, what: str) -> str:
     """`name` if it matches the pattern of names; raises `ConfigError` that says what is wrong."""
-    if not re.match(NAME_PATTERN, name):
-        raise ConfigError(f"{what} {name!r}: use 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit")
+    if not re.fullmatch(NAME_PATTERN, name) or ".." in name:
+        raise ConfigError(f"{what} {name!r}: use 1 to 64 of a-z, 0-9, '_', '-' and single '.', beginning with a letter "
+                          "or digit")
     return name
 
 
@@ -37,7 +38,6 @@ def _inside(path: str) -> str:
     return path
 
 
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 InnerPath = Annotated[str, AfterValidator(_inside)]
 

@@ -7,13 +7,16 @@ Everything in a stage's class decides its result and is part of the identity of 
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from schemas.errors import ConfigError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 class Settings(BaseModel):
@@ -115,7 +118,7 @@ class ComponentConfig(Settings):
 class RewardConfig(Settings):
     """The score of a response: components weighted and summed, then clipped, then the missing-EOS rule."""
 
-    components: dict[str, ComponentConfig] = {"reward_model": ComponentConfig(source="reward_model")}
+    components: dict[Name, ComponentConfig] = {"reward_model": ComponentConfig(source="reward_model")}
     """Name → component; the names are those of the `components` column and of the metrics."""
     clip: PositiveFloat | None = None
     """The sum is clipped to ± this; null leaves it."""
@@ -196,8 +199,8 @@ class EvaluateConfig(Settings):
 class ExecutionConfig(Settings):
     """Where and how fast; not part of any identity. Recorded with every artifact, and used again by resume and rerun."""
 
-    device: str = "cpu"
-    """A torch device: `cpu`, `cuda`, `cuda:1`."""
+    device: Literal["cpu", "cuda", "mps"] = "cpu"
+    """Where models run; of several GPUs, CUDA_VISIBLE_DEVICES chooses the one."""
     threads: PositiveInt | None = None
     """CPU threads of torch; null takes the cores there are. The last bits of results depend on it."""
     micro_batch_tokens: PositiveInt = 4096
@@ -255,7 +258,9 @@ class RunConfig(Settings):
 
     def decides(self) -> dict[str, Any]:
         """The settings that decide what a run's artifacts are: all but inputs' paths, length of the run, speed, tracking."""
-        return self.model_dump(mode="json", exclude={"data", "iterations", "execution", "tracking"})
+        settings = self.model_dump(mode="json", exclude={"data", "iterations", "execution", "tracking"})
+        settings["base_model"]["source"] = "a model" if self.base_model.source else None  # compared by its content
+        return settings
 
 
 def _inconsistencies(c: RunConfig):
@@ -295,8 +300,9 @@ def parse_config(data: Any, where: str) -> RunConfig:
 
 
 def _first_line(error: ValidationError) -> str:
-    """The first finding: key, what was expected, what was found; misspelled keys with the nearest real one."""
-    finding = error.errors(include_url=False)[0]
+    """One finding: key, what was expected, what was found. An unknown key first, since it is why another is missing."""
+    findings = error.errors(include_url=False)
+    finding = next((f for f in findings if f["type"] == "extra_forbidden"), findings[0])
     key = ".".join(str(part) for part in finding["loc"])
     if finding["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(finding["loc"][-1]), _known_keys(finding["loc"][:-1]), 1)

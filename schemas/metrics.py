@@ -40,7 +40,7 @@ class SFTMetrics(Metrics):
 
 class RewardModelMetrics(Metrics):
     loss: float
-    """−log σ(r_chosen − r_rejected), mean over the last tenth of the steps."""
+    """−log σ(r_chosen − r_rejected) plus the centring term, mean over the last tenth of the steps."""
     steps: int
     """Optimizer steps."""
     heldout_accuracy: float

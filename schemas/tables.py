@@ -146,6 +146,8 @@ def _from_arrow(array: pa.Array):
     if pa.types.is_map(array.type):
         names = sorted(set(array.keys.to_pylist()))
         rows = [dict(row) for row in array.to_pylist()]
+        if any(len(row) != len(names) for row in rows):
+            raise TableError(f"a map column: expected {names} in every row")
         return {name: np.array([row[name] for row in rows], np.float32) for name in names}
     if pa.types.is_list(array.type):
         offsets = array.offsets.to_numpy().astype(np.int64)
@@ -196,6 +198,13 @@ class Rollouts(Table):
     logprobs: Ragged = column(FLOATS, "nats: log π_old(token) of the temperature-scaled logits", "R")
     finish_reason: tuple[str, ...] = column(pa.string(), "`eos`, or `length` where the limit cut the response")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (empty := np.flatnonzero(self.response_tokens.lengths == 0)).size:
+            raise TableError(f"column 'response_tokens', row {self.row_id[empty[0]]}: empty, expected a token at least")
+        if unknown := set(self.finish_reason) - {"eos", "length"}:
+            raise TableError(f"column 'finish_reason': expected 'eos' or 'length', found {sorted(unknown)[0]!r}")
+
 
 @dataclass(frozen=True, eq=False)
 class ReferenceLogprobs(Table):
@@ -223,7 +232,7 @@ class Values(Table):
     file: ClassVar[str] = "values.parquet"
     row_id: np.ndarray = column(pa.int64(), ROW_ID_DOC)
     values: Ragged = column(FLOATS, "V(s_t), read where response token t is predicted", "R")
-    bootstrap: np.ndarray = column(pa.float32(), "V after the last response token; for cut responses only")
+    bootstrap: np.ndarray = column(pa.float32(), "V after the last response token; used where a response was cut")
 
 
 @dataclass(frozen=True, eq=False)

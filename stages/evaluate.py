@@ -30,9 +30,11 @@ def evaluate(
     """`prompts`: B held-out texts; `baseline`: the starting actor's samples, none when it is the one evaluated."""
     responses = respond(actor, prompts, np.arange(len(prompts)), rollout, chat_template=chat_template, seed=seed,
                         progress="evaluate")
-    score = combine(score_components(scorers, responses), responses.finish_reason, reward)
-    gold = score if judge is None else judge(responses)
-    require_finite("the judge's score", gold, responses.row_id)
+    score = combine(score_components(scorers, responses), responses, reward)
+    gold = score
+    if judge is not None:
+        gold = judge(responses)
+        require_finite("the judge's score", gold, responses.row_id)
     return Samples(
         row_id=responses.row_id, prompt=responses.prompt, response=responses.response,
         response_length=responses.response_tokens.lengths, finish_reason=responses.finish_reason, score=score, gold=gold,

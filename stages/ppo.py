@@ -68,7 +68,7 @@ def _step(
     total = int(rollouts.response_tokens.lengths[rows].sum())
     tally.begin(total)
     for batch in learner.micro_batches(rollouts, rows):
-        prediction = learner.predict(batch)
+        prediction = learner.predict(batch, entropy_gradient=config.entropy_coef > 0)
         loss = _loss(prediction, targets.of(batch, prediction.logprobs.device), config, tally)
         _require_finite_rows(loss, rollouts, batch)
         (loss.sum() / total).backward()

@@ -21,8 +21,7 @@ VERSION = 1
 def reward(scorers: Mapping[str, Scorer], rollouts: Rollouts, config: RewardConfig) -> Rewards:
     """`scorers`: one for each of `config.components`. Raises `RewardError` and `NonFiniteError`."""
     components = score_components(scorers, rollouts)
-    return Rewards(row_id=rollouts.row_id, score=combine(components, rollouts.finish_reason, config),
-                   components=components)
+    return Rewards(row_id=rollouts.row_id, score=combine(components, rollouts, config), components=components)
 
 
 def metrics(rewards: Rewards) -> RewardMetrics:

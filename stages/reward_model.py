@@ -38,7 +38,7 @@ def reward_model(
         trainer = RewardTrainer(
             model=start.module, train_dataset=Dataset.from_list(rows), processing_class=start.tokenizer,
             args=TRLConfig(output_dir=folder, center_rewards_coefficient=config.center_coef or None, **arguments))
-        loss, steps = run(trainer, "reward_model")
+        loss, steps = run(trainer, "reward_model", "chosen_ids")
     start.module.eval()
     margins = _score(start, heldout, "chosen") - _score(start, heldout, "rejected")
     return RewardModelMetrics(loss=loss, steps=steps, heldout_accuracy=float((margins > 0).mean()),

@@ -24,6 +24,7 @@ def value(critic: LanguageModel, rollouts: Rollouts) -> Values:
         bootstrap[batch.rows] = states.gather(1, last).squeeze(1).cpu().numpy()
     values = rollouts.logprobs.with_values(flat)
     require_finite("the critic's value", values, rollouts.row_id)
+    require_finite("the critic's value after the last token", bootstrap, rollouts.row_id)
     return Values(row_id=rollouts.row_id, values=values, bootstrap=bootstrap)
 
 

@@ -46,6 +46,10 @@ def refused(example, tmp_path, capsys):
     ("data.prompts=none.jsonl", "data.prompts: no such file"),
     ("evaluate.judge=nothing.py:gold", "no such file"),
     ("evaluate.judge=grammar.py:silver", "grammar.py has no function 'silver'"),
+    ("evaluate.judge=:gold", "expected file.py:function"),
+    ("reward.components={'A b': {source: reward_model}}", "reward.components"),
+    ("execution.device=cuda", "torch finds no cuda here"),
+    ("execution.device=gpu", "execution.device: should be 'cpu', 'cuda' or 'mps', found 'gpu'"),
     ("evaluate.judge=grammar", "expected file.py:function or package.module:function"),
     ("evaluate.judge=no.such:thing", "no.such cannot be imported"),
     ("base_model={source: nowhere}", "is no folder"),
@@ -56,9 +60,9 @@ def test_a_wrong_setting(refused, setting, message):
     assert message in refused("--set", setting)
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "", "A", "x" * 65, ".x"])
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "A", "x" * 65, ".x", "a..b", "a\n"])
 def test_a_run_name_that_is_no_name(refused, name):
-    assert "use 1 to 64 of a-z, 0-9" in refused("--run", name) if name else True
+    assert "use 1 to 64 of a-z, 0-9" in refused("--run", name)
 
 
 def test_a_missing_folder_file_or_key(refused, example, tmp_path):
@@ -71,6 +75,8 @@ def test_a_missing_folder_file_or_key(refused, example, tmp_path):
 @pytest.mark.parametrize("text, message", [
     ("", "is empty"),
     ("\n\n", "is empty"),
+    ('{"prompt": "a"}\n\n{"prompt": "b"}\n', "line 2: not JSON"),
+    (b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n', "is not UTF-8"),
     ('{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"),
     ('{"prompt": "a"}\n["b"]\n', "line 2: expected an object with 'prompt'"),
     ('{"prompt": "a"}\n{"text": "b"}\n', "line 2: column 'prompt': expected text, found only 'text'"),
@@ -79,7 +85,7 @@ def test_a_missing_folder_file_or_key(refused, example, tmp_path):
     ('{"prompt": "a"}\n' + json.dumps({"prompt": "word " * 200}) + "\n", "1 of 2 rows are too long (line 2; the longest"),
 ])
 def test_a_prompt_file_that_cannot_be_used(refused, example, text, message):
-    (example / "prompts.jsonl").write_text(text)
+    (example / "prompts.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     error = refused()
     assert message in error and "prompts" in error
 
@@ -103,6 +109,35 @@ def test_a_model_folder_with_pickled_weights(refused, tmp_path):
         (folder / name).write_text("{}")
     assert "pickled weights are not read" in refused(
         "--set", f"base_model={{source: {folder}}}", "--set", "sft=null")
+
+
+@pytest.mark.parametrize("body, message", [
+    ("import sys\nsys.exit(3)\n", "cannot be run: SystemExit: 3"),
+    ("raise ValueError('one\\ntwo')\n", "cannot be run: ValueError: one two"),
+    ("WORDS = open(__file__.replace('judge.py', 'words.txt')).read()\ndef gold(p, r): ...\n", "FileNotFoundError"),
+])
+def test_a_function_file_that_cannot_stand_alone(refused, example, body, message):
+    (example / "judge.py").write_text(body)
+    (example / "words.txt").write_text("good")
+    assert message in refused("--set", "evaluate.judge=judge.py:gold")
+
+
+def test_a_store_that_cannot_be_written(example, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run_command(["train", str(example), "--store", str(tmp_path / "file" / "store")]) == 2
+    assert "--store" in capsys.readouterr().err
+
+
+def test_text_may_hold_any_separator_of_unicode(example, tmp_path):
+    from flows.inputs import read_lines
+    (tmp_path / "p.jsonl").write_text('\ufeff{"prompt": "a\u2028b"}\n{"prompt": "c\x85d"}\n', encoding="utf-8")
+    assert [row["prompt"] for row in read_lines(tmp_path / "p.jsonl", "prompts")] == ["a\u2028b", "c\x85d"]
+
+
+def test_global_options_before_or_after_the_command(trained, capsys):
+    for arguments in (["--json", "--store", str(trained[1]), "runs"], ["runs", "--json", "--store", str(trained[1])]):
+        assert run_command(arguments) == 0
+        assert json.loads(capsys.readouterr().out)[0]["run"] == "tiny"
 
 
 def test_an_existing_run_with_another_config(copied, capsys):

@@ -1,4 +1,4 @@
-"""SIGKILL in the middle of every stage, then the same command: it goes on and ends in the same bytes."""
+"""SIGKILL in the middle of every stage and between stages, then the same command: it goes on and ends in the same bytes."""
 
 import os
 import signal
@@ -8,31 +8,39 @@ import sys
 from flows.runs import open_run
 from flows.store import Store
 
-# The process kills itself when a stage has written its files and is about to hash them: before the commit.
+# The process kills itself when it is about to call `place` with an argument whose text holds `word`.
 KILLED = """
 import os, signal, sys
-from flows.store import Attempt
-stage, arguments = sys.argv[1], sys.argv[2:]
-seal = Attempt.seal
-def die(self):
-    if self.ref.stage == stage:
+from flows import inputs, runs, store
+place, word, arguments = sys.argv[1], sys.argv[2], sys.argv[3:]
+owner, name = {"seal": (store.Attempt, "seal"), "save": (runs.Run, "save"), "copy": (inputs, "_copy")}[place]
+call = getattr(owner, name)
+def die(*given):
+    about = given[0].ref.stage if place == "seal" else str(given[-1].iteration if place == "save" else given[0])
+    if about == word:
         os.kill(os.getpid(), signal.SIGKILL)
-    return seal(self)
-Attempt.seal = die
+    return call(*given)
+setattr(owner, name, die)
 from flows.cli import run_command
 sys.exit(run_command(arguments))
 """
-ORDER = ["base_model", "sft", "reward_model", "evaluate", "rollout", "reference", "reward", "value", "gae", "ppo"]
+# A stage has written its files and is about to hash them: before the commit.
+STAGES = ["base_model", "sft", "reward_model", "evaluate", "rollout", "reference", "reward", "value", "gae", "ppo"]
+# Inputs half imported; every stage of an iteration committed, its state not.
+BEFORE, *AFTER = [("copy", "heldout_prompts"), ("save", "0"), ("save", "1"), ("save", "2")]
+SEALS = [("seal", stage) for stage in STAGES]
+ORDER = [BEFORE, *SEALS[:4], AFTER[0], *SEALS[4:], *AFTER[1:]]
 
 
-def test_kill_9_in_every_stage_then_the_same_command(trained, tmp_path):
+def test_kill_9_anywhere_then_the_same_command(trained, tmp_path):
     folder, reference = trained
     store = tmp_path / "store"
     arguments = ["train", str(folder), "--store", str(store), "--quiet", "--set", "tracking.enabled=false"]
-    for stage in ORDER:
-        killed = subprocess.run([sys.executable, "-c", KILLED, stage, *arguments], env=os.environ, timeout=300)
-        assert killed.returncode == -signal.SIGKILL, stage
-        assert not [ref for ref in Store(store).artifacts() if ref.stage == stage], f"{stage} was committed"
+    for place, word in ORDER:
+        killed = subprocess.run([sys.executable, "-c", KILLED, place, word, *arguments], env=os.environ, timeout=300)
+        assert killed.returncode == -signal.SIGKILL, (place, word)
+        if place == "seal":
+            assert not [ref for ref in Store(store).artifacts() if ref.stage == word], f"{word} was committed"
     finished = subprocess.run([sys.executable, "-m", "flows.cli", *arguments], env=os.environ, timeout=300)
     assert finished.returncode == 0
 
@@ -41,7 +49,8 @@ def test_kill_9_in_every_stage_then_the_same_command(trained, tmp_path):
         assert mine.model_copy(update={"seconds": 0}) == other.model_copy(update={"seconds": 0})
         for ref in mine.artifacts.values():
             assert ours.store.manifest(ref).digests() == theirs.store.manifest(ref).digests()
-    for ref in ours.store.artifacts():  # committed once; one more attempt where a kill fell, its first artifact
+    firsts = {stage: next(s.artifacts[stage] for s in ours.states() if stage in s.artifacts) for stage in STAGES}
+    for ref in ours.store.artifacts():  # computed once; once more where a kill fell before its commit
         attempts = list((store / "artifacts" / ref.stage / ref.identity / "attempts").iterdir())
-        first = ref in [next(s for s in ours.states() if stage in s.artifacts).artifacts[stage] for stage in ORDER]
-        assert len(attempts) == (2 if first else 1), ref
+        killed_here = ref == firsts.get(ref.stage) or ref.stage == "input.heldout_prompts"
+        assert len(attempts) == (2 if killed_here else 1), ref

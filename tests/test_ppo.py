@@ -82,12 +82,48 @@ def test_however_a_minibatch_is_cut_the_gradient_is_the_same(learner, rollouts, 
             torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-7)
 
 
+def test_the_gradient_is_that_of_a_mean_over_tokens(learner, rollouts, tables):
+    """Against autograd of a loop over rows without padding: the first moment is a tenth of the gradient."""
+    values, advantages = tables
+    config = PPOConfig(epochs=1, minibatches=1, max_grad_norm=1e9)
+    trained, naive = learner(epochs=1, minibatches=1, max_grad_norm=1e9), learner()
+    ppo(trained, rollouts, values, advantages, config, seed=0)
+    total = 0.0
+    for row in range(len(rollouts)):
+        ids = torch.tensor(np.concatenate([rollouts.prompt_tokens[row], rollouts.response_tokens[row]])[None]).long()
+        start = len(rollouts.prompt_tokens[row]) - 1
+        logprobs = (naive.actor.module(input_ids=ids).logits[0, start:-1] / TEMPERATURE).log_softmax(-1)
+        chosen = logprobs.gather(1, ids[0, start + 1 :, None])[:, 0]
+        ratio = (chosen - torch.tensor(rollouts.logprobs[row])).exp()
+        total = total - (ratio * torch.tensor(advantages.advantages[row])).sum()  # nothing is clipped at ratio 1
+    (total / len(rollouts.logprobs.values)).backward()
+    for ours, theirs in zip(trained.actor.module.parameters(), naive.actor.module.parameters(), strict=True):
+        found = trained.optimizers["actor"].state[ours]["exp_avg"] * 10
+        torch.testing.assert_close(found, theirs.grad, rtol=2e-3, atol=2e-6)
+
+
+def test_clipped_losses_in_the_stage_equal_loops_over_tokens(learner, rollouts, tables):
+    """With old logprobs and old values moved away, so that every clip is at work, and an asymmetric range."""
+    values, advantages = tables
+    random = np.random.default_rng(8)
+    move = lambda column, by: column.with_values((column.values + random.choice([-by, by], len(column.values))).astype(np.float32))  # noqa: E731, E501
+    old, old_values = move(rollouts.logprobs, 0.5), move(values.values, 1.0)
+    config = PPOConfig(epochs=1, minibatches=1, clip_range_low=0.1, clip_range_high=0.3, value_clip_range=0.25)
+    metrics = ppo(learner(), replace(rollouts, logprobs=old), replace(values, values=old_values), advantages, config, seed=0)
+    tokens = list(zip(rollouts.logprobs.values, old.values, advantages.advantages.values, values.values.values,
+                      old_values.values, advantages.returns.values, strict=True))
+    policy = np.mean([oracles.policy_loss(lp, o, a, 0.1, 0.3) for lp, o, a, *_ in tokens])
+    value_ = np.mean([oracles.value_loss(v, o, g, 0.25) for *_, v, o, g in tokens])
+    np.testing.assert_allclose([metrics.policy_loss, metrics.value_loss], [policy, value_], rtol=1e-4)
+    assert metrics.clip_fraction == 1
+    np.testing.assert_allclose([metrics.ratio_min, metrics.ratio_max], [np.exp(-0.5), np.exp(0.5)], rtol=1e-4)
+
+
 def test_the_update_raises_what_was_good_and_lowers_what_was_bad(learner, rollouts, tables):
     values, advantages = tables
     trained = learner()
-    config = trained.config
     before = trained.actor
-    ppo(trained, rollouts, values, advantages, config, seed=0)
+    ppo(trained, rollouts, values, advantages, PPOConfig(epochs=2, minibatches=3), seed=0)
     from stages.ops.models import score_tokens
     change = score_tokens(before, rollouts, TEMPERATURE, "test").values - rollouts.logprobs.values
     assert np.corrcoef(change, advantages.advantages.values)[0, 1] > 0.1
@@ -102,7 +138,7 @@ def test_target_kl_ends_the_update(learner, rollouts, tables):
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(learner, rollouts, tables):
     def weights(seed):
         trained = learner()
-        ppo(trained, rollouts, *tables, trained.config, seed=seed)
+        ppo(trained, rollouts, *tables, PPOConfig(epochs=2, minibatches=3), seed=seed)
         return torch.cat([p.flatten() for p in trained.actor.module.parameters()])
 
     assert torch.equal(weights(1), weights(1))
@@ -111,7 +147,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(learner, roll
 
 def test_optimizer_state_survives_being_saved(learner, rollouts, tables):
     trained, fresh = learner(), learner()
-    ppo(trained, rollouts, *tables, trained.config, seed=0)
+    ppo(trained, rollouts, *tables, PPOConfig(epochs=2, minibatches=3), seed=0)
     tensors = {name: tensor.clone() for name, tensor in
                state_tensors(trained.optimizers["actor"], trained.actor.module).items()}
     load_state_tensors(fresh.optimizers["actor"], fresh.actor.module, dict(tensors))

@@ -9,6 +9,7 @@ import pytest
 
 from schemas.config import ComponentConfig, RewardConfig
 from schemas.errors import NonFiniteError, RewardError
+from schemas.tables import Ragged, Rollouts
 from stages.ops.rewards import combine, function_scorer, model_scorer, server_scorer
 from stages.reward import metrics, reward
 
@@ -29,7 +30,20 @@ ENDS = ("eos", "length", "eos")
     ({"missing_eos": "replace", "missing_eos_penalty": 4}, [1, -4, -5]),
 ])
 def test_weights_then_clip_then_the_eos_rule(settings, expected):
-    assert combine(PARTS, ENDS, config(**settings)).tolist() == expected
+    assert combine(PARTS, three(ENDS), config(**settings)).tolist() == expected
+
+
+def three(finish_reason):
+    """Three responses of one token, ended so."""
+    token = Ragged.from_rows([np.zeros(1, np.int32)] * 3, np.int32)
+    return Rollouts(row_id=np.arange(3), prompt_id=np.arange(3), prompt=("",) * 3, response=("",) * 3, prompt_tokens=token,
+                    response_tokens=token, logprobs=token.with_values(np.zeros(3, np.float32)), finish_reason=finish_reason)
+
+
+def test_a_sum_that_overflows_is_refused_with_its_rows():
+    parts = {"a": np.float32([1, 3e38, 1]), "b": np.float32([0, -3e38, 0])}
+    with pytest.raises(NonFiniteError, match="the score is inf in row 1"):
+        combine(parts, three(ENDS), config())
 
 
 def test_the_stage_keeps_each_component(rollouts):

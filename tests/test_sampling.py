@@ -91,6 +91,22 @@ def test_scoring_does_not_depend_on_micro_batches(tiny_model, rollouts):
     np.testing.assert_allclose(rollouts.logprobs.values, wide, atol=2e-6)
 
 
+def test_no_padded_batch_exceeds_the_budget():
+    """Prompts and responses are padded apart: two rows that are short together can be wide side by side."""
+    from schemas.tables import Ragged
+    from stages.ops.sequences import make_batch, split_by_tokens
+
+    random = np.random.default_rng(0)
+    for budget in (64, 182, 400):
+        prompts, responses = (Ragged.from_rows([np.ones(n) for n in random.integers(1, 91, 40)], np.int32) for _ in range(2))
+        lengths = np.stack([prompts.lengths, responses.lengths], 1)
+        groups = split_by_tokens(lengths, random.permutation(40), budget)
+        assert sorted(np.concatenate(groups)) == list(range(40))
+        for group in groups:
+            size = make_batch(prompts, responses, group, 0, torch.device("cpu")).input_ids.numel()
+            assert size <= budget or len(group) == 1
+
+
 def test_a_nan_stops_the_rollout_with_its_rows(tiny_model):
     import copy
 

@@ -10,6 +10,7 @@ import pytest
 from flows.cli import run_command
 from flows.runs import open_run
 from flows.store import Store
+from schemas.artifacts import ArtifactRef
 
 STAGES = [("base_model", 0), ("sft", 0), ("reward_model", 0), ("evaluate", 0), ("rollout", 2), ("reference", 2),
           ("reward", 2), ("value", 1), ("gae", 2), ("ppo", 1), ("ppo", 2), ("evaluate", 2)]
@@ -36,7 +37,8 @@ def test_another_lambda_makes_a_new_artifact_and_leaves_the_run_alone(copied, ca
     assert (code, result["verdict"], result["models_loaded"]) == (0, "new", 0)
     assert result["artifact"] != result["recorded"]
     assert {path: path.read_bytes() for path in (store / "runs").rglob("*.json")} == runs_before
-    assert Store(store).artifacts()
+    assert Store(store).find(ArtifactRef.model_validate(dict(zip(("stage", "identity"), result["artifact"].split("/"),
+                                                                  strict=True))))
     recorded, now = result["metrics"]["advantage_std"]
     assert recorded != now
 
@@ -81,3 +83,41 @@ def test_what_cannot_be_rerun_is_said(trained, arguments, message, capsys):
     assert run_command([*arguments, "--store", str(trained[1])]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_old_rollouts_with_a_new_reward_function(copied, tmp_path, monkeypatch, capsys):
+    """The function is looked for below the current folder and imported; the run keeps its own."""
+    (tmp_path / "short.py").write_text("def score(prompts, responses):\n    return [-float(len(r)) for r in responses]\n")
+    monkeypatch.chdir(tmp_path)
+    setting = "reward.components={short: {source: 'short.py:score'}}"
+    code, result = answer(capsys, "stage", "reward", "tiny", "--iteration", 1, "--set", setting, "--store", copied[1])
+    assert (code, result["verdict"], result["models_loaded"]) == (0, "new", 0)
+    assert result["metrics"]["component_short"][1] < -1
+
+
+@pytest.mark.parametrize("setting", ["data.prompts=x.jsonl", "base_model.layers=2"])
+def test_other_inputs_belong_to_another_run(trained, setting, capsys):
+    arguments = ["stage", "rollout", "tiny", "--iteration", "1", "--store", str(trained[1]), "--set", setting]
+    assert run_command(arguments) == 2
+    assert "make another run" in capsys.readouterr().err
+
+
+def test_a_damaged_artifact_is_made_again_as_the_error_says(copied, capsys):
+    import shutil
+
+    store, run = Store(copied[1]), open_run(Store(copied[1]), "tiny")
+    ref = run.state(2).artifacts["value"]
+    path = store.place(ref, "values.parquet")
+    path.write_bytes(b"")
+    assert run_command(["stage", "gae", "tiny", "--iteration", "2", "--store", str(copied[1])]) == 1
+    folder = store.root / "artifacts" / "value" / ref.identity
+    assert f"remove {folder} and make it again with baton stage value RUN" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    assert run_command(["stage", "value", "tiny", "--iteration", "2", "--store", str(copied[1]), "--quiet"]) == 0
+    assert run_command(["stage", "gae", "tiny", "--iteration", "2", "--store", str(copied[1]), "--quiet"]) == 0
+
+
+def test_rollouts_are_scored_at_the_temperature_they_were_sampled_at(copied, capsys):
+    code, result = answer(capsys, "stage", "reference", "tiny", "--iteration", 1, "--set", "rollout.temperature=0.5",
+                          "--store", copied[1])
+    assert (code, result["verdict"]) == (0, "same")

@@ -33,22 +33,21 @@ def test_every_metric_of_every_stage_is_there_once(trained):
     expected: dict = {}
     for state in run.states():
         for key, value in (state.metrics | timings(run, state)).items():
-            expected.setdefault(key, []).append((state.iteration, value))
+            expected.setdefault(key, {})[state.iteration] = value
     found = points(client, mirrored)
     assert found.keys() == expected.keys()
     for key, values in expected.items():
-        assert sorted(found[key]) == pytest.approx(values), key
+        assert len(found[key]) == len(values) and dict(found[key]) == pytest.approx(values), key
     assert mirrored.data.params["ppo.learning_rate"] == "0.001"
     assert mirrored.info.run_name == "tiny" and mirrored.info.status == "FINISHED"
 
 
-def test_samples_and_the_best_actor(trained):
+def test_samples_and_the_best_actor(trained, tmp_path):
     store = trained[1]
     run, client = open_run(Store(store), "tiny"), client_of(store)
-    mlflow.set_tracking_uri(f"sqlite:///{store / 'mlflow.db'}")
     paths = [item.path for item in client.list_artifacts(only_run(client).info.run_id, "samples")]
     assert paths == ["samples/iteration-000000.json", "samples/iteration-000002.json"]
-    file = mlflow.artifacts.download_artifacts(run_id=only_run(client).info.run_id, artifact_path=paths[1])
+    file = client.download_artifacts(only_run(client).info.run_id, paths[1], str(tmp_path))
     table = json.loads(Path(file).read_text())
     assert "response" in table["columns"] and len(table["data"]) == 6
     version = client.get_model_version_by_alias("baton-tiny", "best")
@@ -78,6 +77,17 @@ def test_a_server_that_is_away_stops_nothing_and_is_completed_later(example, pre
     found = points(client_of(store), only_run(client_of(store)))
     assert [step for step, _ in found["rollout/logprob"]] == [1, 2]
     assert [step for step, _ in found["evaluate/gold"]] == [0, 1, 2]
+
+
+def test_a_finished_run_completes_its_mirror(copied):
+    """A database that has nothing of it yet: the next start brings everything."""
+    folder, store = copied
+    before = points(client_of(store), only_run(client_of(store)))
+    uri = f"sqlite:///{store / 'other.db'}"
+    assert run_command(["train", str(folder), "--store", str(store), "--quiet", "--set", f"tracking.uri={uri}"]) == 0
+    client = mlflow.MlflowClient(uri)
+    assert points(client, only_run(client)) == before
+    assert client.get_model_version_by_alias("baton-tiny", "best").version
 
 
 def test_how_to_open_names_the_store(trained):

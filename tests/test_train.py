@@ -13,7 +13,7 @@ from flows.cli import run_command
 from flows.models import load_scalar, save_learner, save_model
 from flows.runs import open_run
 from flows.store import Attempt, Store
-from schemas.artifacts import derive_seed
+from schemas.artifacts import ArtifactRef, derive_seed
 from schemas.tables import Rollouts, Samples
 from stages.base_model import base_model
 from stages.evaluate import evaluate
@@ -199,7 +199,34 @@ def _fresh_logger():
 def test_save_model_writes_the_same_bytes_twice(tiny_model, tmp_path):
     digests = []
     for name in ("one", "two"):
-        attempt = Attempt(None, tmp_path / name)
+        attempt = Attempt(ArtifactRef(stage="test", identity="0" * 64), tmp_path / name)
         save_model(attempt, "model", tiny_model)
         digests.append({entry.path: entry.sha256 for entry in attempt.seal()})
     assert digests[0] == digests[1] and "model/model.safetensors" in digests[0]
+
+
+def test_runs_are_found_again_on_prefects_page(trained):
+    """The flow and its tasks, by name and tag, as the server that ran them has them."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
+
+    with get_client(sync_client=True) as client:
+        flows = client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=["baton", "tiny"])))
+        (first,) = [flow for flow in flows if flow.name == "tiny-train" and flow.parameters["store"] == str(trained[1])]
+        tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [first.id]}), limit=100)
+    assert first.state.is_completed()
+    assert {"sft-000000", "rollout-000001", "ppo-000002", "evaluate-000002"} <= {task.name for task in tasks}
+    assert all({"baton", "tiny"} <= set(task.tags) for task in tasks)
+
+
+def test_another_writers_bytes_are_used_and_ours_forgotten(copied):
+    """Two writers of one checkpoint whose bytes differ: the model kept warm is that of the store."""
+    from flows.produce import _commit
+
+    run = open_run(Store(copied[1]), "tiny")
+    state = run.state(1)
+    mine = run.models.actor(state.actor)
+    theirs = run.store.manifest(state.actor.artifact)
+    attempt = run.store.attempt(theirs.recipe)
+    _commit(run, theirs.model_copy(update={"attempt": attempt.name, "files": ()}))
+    assert run.models.actor(state.actor) is not mine

@@ -21,7 +21,7 @@ FEELINGS = {"adored": 2.0, "loved": 1.75, "enjoyed": 1.25, "liked": 1.0, "got us
             "disliked": -1.0, "could not stand": -1.75, "hated": -2.0}
 INTROS = ("To my surprise", "As always", "Honestly", "This time", "All in all", "By the end")
 SUBJECT = "subject"  # what the prompt names, where an aspect could stand
-UNREADABLE = -2.0  # of a sentence that the grammar cannot have made, or that was said before
+UNREADABLE = -3.0  # worse than anything it can say; of a sentence that the grammar cannot have made, or that was said before
 
 
 @dataclass(frozen=True)
@@ -298,9 +298,10 @@ def _patterns(topic: str) -> tuple[re.Pattern, re.Pattern, re.Pattern]:
     """Of the opening, of a sentence about aspects, and of one about a feeling."""
     t = TOPICS[topic]
     judged = f"(?:{'|'.join(d for d in DEGREES if d)})?(?:{'|'.join(t.words)})"
-    clause = f"(?:{'|'.join(_be(aspect) for aspect in t.aspects)}) ({judged})"
+    about = "|".join(_be(aspect).removeprefix("the ") for aspect in t.aspects)
     opening = re.compile(f"was ({judged})(?:,? (?:and|but) ({judged}))?")
-    aspect = re.compile(f"(?:(?:{'|'.join(INTROS)}), )?{clause}(?:(?:,? (?:and|but)) {clause})?", re.IGNORECASE)
+    begin = f"(?:The|(?:{'|'.join(INTROS)}), the)"
+    aspect = re.compile(f"{begin} (?:{about}) ({judged})(?:,? (?:and|but) the (?:{about}) ({judged}))?")
     feeling = re.compile(f"I ({'|'.join(FEELINGS)}) the (?:{'|'.join(a.removesuffix('*') for a in t.aspects)})")
     return opening, aspect, feeling
 
@@ -331,7 +332,7 @@ def topic_of(prompt: str) -> str | None:
 
 
 def score(prompt: str, response: str) -> float:
-    """Mean value of the review's sentences, counted as two at least; one that is cut, foreign or said twice is −2."""
+    """Mean value of the review's sentences, counted as two at least; one that is cut, foreign or said twice is −3."""
     topic = topic_of(prompt)
     if topic is None:
         return UNREADABLE
@@ -347,7 +348,7 @@ def score(prompt: str, response: str) -> float:
 
 
 def gold(prompts: list[str], responses: list[str]) -> list[float]:
-    """The judge: what the grammar knows of each response, from −2 to about 2.5."""
+    """The judge: what the grammar knows of each response, from −3 to 2.6."""
     return [score(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
@@ -398,7 +399,7 @@ def _pair(prompt: str, random: Random) -> dict[str, str]:
 
 
 def files(seed: int = 2026) -> dict[str, list[dict[str, str]]]:
-    """File name → rows. Held-out prompts and pairs use subjects that the training prompts do not."""
+    """File name → rows. Held-out prompts and pairs combine subject and name as no training row does."""
     random = Random(seed)
     prompts = _prompts(random)
     heldout, training = prompts[:64], prompts[64:]

@@ -39,7 +39,7 @@ class Learner(Protocol):
     def micro_batches(self, rollouts: Rollouts, rows: np.ndarray) -> Sequence[MicroBatch]:
         """The rows, cut to what fits."""
 
-    def predict(self, batch: MicroBatch) -> Prediction:
+    def predict(self, batch: MicroBatch, *, entropy_gradient: bool) -> Prediction:
         """The current policy and critic on tokens that were sampled earlier."""
 
     def step(self) -> dict[str, float]:
@@ -47,10 +47,14 @@ class Learner(Protocol):
 
 
 class LanguageModelLearner:
-    """An actor and a critic, each a language model with an AdamW of its own, fully fine-tuned."""
+    """An actor and a critic, each a language model with an AdamW of its own, fully fine-tuned.
+
+    Of `config` it takes what concerns the optimizers; the losses are `ppo`'s.
+    """
 
     def __init__(self, actor: LanguageModel, critic: LanguageModel, config: PPOConfig, temperature: float) -> None:
-        self.actor, self.critic, self.config, self.temperature = actor, critic, config, temperature
+        self.actor, self.critic, self.temperature = actor, critic, temperature
+        self.max_grad_norm = config.max_grad_norm
         self.optimizers = {
             "actor": adamw(actor.module, config.learning_rate, config),
             "critic": adamw(critic.module, config.critic_learning_rate, config),
@@ -59,9 +63,9 @@ class LanguageModelLearner:
     def micro_batches(self, rollouts: Rollouts, rows: np.ndarray) -> list[Batch]:
         return batches(rollouts, rows, self.actor)
 
-    def predict(self, batch: Batch) -> Prediction:
+    def predict(self, batch: Batch, *, entropy_gradient: bool) -> Prediction:
         logprobs = response_logprobs(self.actor.module, batch, self.temperature)
-        with torch.set_grad_enabled(self.config.entropy_coef > 0):
+        with torch.set_grad_enabled(entropy_gradient):
             spread = entropy(logprobs)
         values = state_values(self.critic.module, batch)[:, :-1]
         return Prediction(of_tokens(logprobs, batch), batch.flat(spread), batch.flat(values))
@@ -69,7 +73,7 @@ class LanguageModelLearner:
     def step(self) -> dict[str, float]:
         norms = {}
         for name, optimizer in self.optimizers.items():
-            norms[name] = clip_gradients(optimizer, self.config.max_grad_norm)
+            norms[name] = clip_gradients(optimizer, self.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return norms

@@ -39,13 +39,13 @@ class LanguageModel:
 
     @property
     def pad_id(self) -> int:
-        """What fills padded positions; masked everywhere, so that any token would do."""
+        """What fills padded positions, which are masked."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.eos_ids)
 
 
 def batches(rollouts: Rollouts, rows: np.ndarray, model: LanguageModel) -> list[Batch]:
     """The rows as padded batches within the model's token budget."""
-    lengths = rollouts.prompt_tokens.lengths + rollouts.response_tokens.lengths
+    lengths = np.stack([rollouts.prompt_tokens.lengths, rollouts.response_tokens.lengths], 1)
     groups = split_by_tokens(lengths, rows, model.micro_batch_tokens)
     return [make_batch(rollouts.prompt_tokens, rollouts.response_tokens, group, model.pad_id, model.device)
             for group in groups]
@@ -105,8 +105,12 @@ def state_values(critic: nn.Module, batch: Batch) -> Tensor:
 
 @torch.inference_mode()
 def sequence_scores(model: LanguageModel, rows: Sequence[Sequence[int]], progress: str) -> np.ndarray:
-    """(b,) float32: a one-label sequence classifier's output for each token row, read at its last token but padding."""
-    lengths, out = np.array([len(row) for row in rows]), np.empty(len(rows), np.float32)
+    """(b,) float32: a one-label sequence classifier's output for each token row, as transformers pools it.
+
+    That is at the last token that is not the padding token, in training too. A tokenizer that pads with EOS therefore
+    has it read before EOS.
+    """
+    lengths, out = np.array([[len(row)] for row in rows]), np.empty(len(rows), np.float32)
     groups = split_by_tokens(lengths, np.arange(len(rows)), model.micro_batch_tokens)
     for group in tqdm(groups, progress, leave=False, disable=None):
         batch = model.tokenizer.pad({"input_ids": [list(rows[i]) for i in group]}, padding_side="right",

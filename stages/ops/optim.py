@@ -31,8 +31,10 @@ def state_tensors(optimizer: AdamW, module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_state_tensors(optimizer: AdamW, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `state_tensors`. Raises `KeyError` naming what is missing or left over."""
+    """The inverse of `state_tensors`. Raises `KeyError` naming a tensor that is missing or left over."""
     for name, parameter in module.named_parameters():
+        if f"{name}.step" not in tensors:
+            continue  # never had a gradient
         state = {key: tensors.pop(f"{name}.{key}") for key in ("exp_avg", "exp_avg_sq", "step")}
         moments = {key: state[key].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = moments | {"step": _step(state["step"], parameter)}

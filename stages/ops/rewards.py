@@ -79,14 +79,17 @@ def score_components(scorers: Mapping[str, Scorer], rollouts: Rollouts) -> dict[
     return components
 
 
-def combine(components: Mapping[str, np.ndarray], finish_reason: Sequence[str], config: RewardConfig) -> np.ndarray:
-    """(B,) float32: Σ weight·component, clipped, then the missing-EOS rule."""
+def combine(components: Mapping[str, np.ndarray], rollouts: Rollouts, config: RewardConfig) -> np.ndarray:
+    """(B,) float32: Σ weight·component, clipped, then the missing-EOS rule. Raises `NonFiniteError` with the rows."""
     total = sum(config.components[name].weight * values.astype(np.float64) for name, values in components.items())
     if config.clip is not None:
         total = np.clip(total, -config.clip, config.clip)
-    missing = np.array(finish_reason) != "eos"
+    missing = np.array(rollouts.finish_reason) != "eos"
     if config.missing_eos == "subtract":
         total = total - config.missing_eos_penalty * missing
     if config.missing_eos == "replace":
         total = np.where(missing, -config.missing_eos_penalty, total)
-    return total.astype(np.float32)
+    with np.errstate(over="ignore"):  # found by the next line
+        score = total.astype(np.float32)
+    require_finite("the score", score, rollouts.row_id)
+    return score

@@ -60,15 +60,20 @@ def make_batch(prompts: Ragged, responses: Ragged, rows: np.ndarray, pad_id: int
 
 
 def split_by_tokens(lengths: np.ndarray, rows: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """`rows` sorted by length, longest first, cut so that no group's rows × longest row exceeds `max_tokens`.
+    """`rows` sorted by length, longest first, cut so that no padded group is larger than `max_tokens`.
 
-    A row longer than the budget makes a group of its own. Ties keep the order of `rows`.
+    `lengths`: (B, k), of the k parts of a row that are padded apart. A row longer than the budget makes a group of its
+    own. Ties keep the order of `rows`.
     """
-    order = rows[np.argsort(-lengths[rows], kind="stable")]
-    groups: list[np.ndarray] = []
-    start = 0
-    while start < len(order):
-        size = max(1, int(max_tokens // lengths[order[start]]))
-        groups.append(order[start : start + size])
-        start += size
-    return groups
+    order = rows[np.argsort(-lengths[rows].sum(1), kind="stable")]
+    groups: list[list[int]] = []
+    widest = np.zeros(lengths.shape[1], np.int64)
+    for row in order:
+        wider = np.maximum(widest, lengths[row])
+        if groups and wider.sum() * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(row)
+            widest = wider
+        else:
+            groups.append([row])
+            widest = lengths[row]
+    return [np.array(group) for group in groups]

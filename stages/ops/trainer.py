@@ -1,9 +1,10 @@
-"""What `sft` and `reward_model` share: the settings under which TRL's trainers repeat bit for bit, and a progress bar."""
+"""What `sft` and `reward_model` share: settings under which TRL's trainers repeat bit for bit, a bar, a guard for NaN."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
@@ -12,7 +13,7 @@ from schemas.errors import NonFiniteError
 
 
 def common_arguments(config: SFTConfig | RewardModelConfig, seed: int, rows: int, device: str) -> dict[str, Any]:
-    """Arguments of both trainers: float32, no dropout of rows, no checkpoints, no reports, every step logged."""
+    """Arguments of both trainers: float32, no checkpoints, no reports, every step logged."""
     steps = max(1, round(config.epochs * rows / config.batch_size))
     return dict(
         max_steps=steps, per_device_train_batch_size=config.batch_size, learning_rate=config.learning_rate,
@@ -23,8 +24,46 @@ def common_arguments(config: SFTConfig | RewardModelConfig, seed: int, rows: int
     )
 
 
+def run(trainer: Trainer, name: str, tokens: str) -> tuple[float, int]:
+    """Trains; the mean loss of the last tenth of the steps, and the steps.
+
+    `tokens`: the dataset's column of token ids, by which a batch's rows are found again. Raises `NonFiniteError` with
+    the rows of the first loss that is not finite, or naming a weight that is not finite at the end.
+    """
+    progress = _Progress(name)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(progress)
+    _guard_loss(trainer, name, tokens)
+    trainer.train()
+    for weight, values in trainer.model.named_parameters():
+        if not torch.isfinite(values).all():
+            raise NonFiniteError(f"{name}: the weight {weight} is not finite after the last step; lower the learning rate")
+    trainer.model.config.use_cache = True  # switched off by the trainer, and would be saved so
+    last = progress.losses[-max(1, len(progress.losses) // 10) :]
+    return sum(last) / len(last), len(progress.losses)
+
+
+def _guard_loss(trainer: Trainer, name: str, tokens: str) -> None:
+    """Has the trainer look at each loss before it goes backward through it."""
+    compute = trainer.compute_loss
+
+    def compute_loss(model, inputs, *args, **kwargs):
+        batch = {tuple(row[mask.bool()].tolist()) for row, mask in zip(inputs["input_ids"], inputs["attention_mask"],
+                                                                       strict=True)}
+        out = compute(model, inputs, *args, **kwargs)
+        loss = out[0] if isinstance(out, tuple) else out
+        if not torch.isfinite(loss):
+            rows = [i for i, row in enumerate(trainer.train_dataset[tokens]) if tuple(row) in batch]
+            raise NonFiniteError(f"{name}: the loss is {loss.item()} at step {trainer.state.global_step + 1}, in rows "
+                                 f"{', '.join(map(str, rows))}; look at them, or lower the learning rate")
+        return out
+
+    trainer.compute_loss = compute_loss
+
+
 class _Progress(TrainerCallback):
-    """A bar with the loss; a loss that is not finite ends the training."""
+    """A bar with the loss."""
 
     def __init__(self, name: str) -> None:
         self.name, self.losses = name, []
@@ -33,27 +72,10 @@ class _Progress(TrainerCallback):
         self.bar = tqdm(total=state.max_steps, desc=self.name, leave=False, disable=None)
 
     def on_log(self, args, state, control, logs=None, **_):
-        if not logs or "loss" not in logs:
-            return
-        loss = float(logs["loss"])
-        if not abs(loss) < float("inf"):
-            raise NonFiniteError(f"{self.name}: the loss is {loss} at step {state.global_step}; lower the learning rate "
-                                 f"or look at the rows of that step")
-        self.losses.append(loss)
-        self.bar.update()
-        self.bar.set_postfix(loss=f"{loss:.3f}")
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+            self.bar.update()
+            self.bar.set_postfix(loss=f"{self.losses[-1]:.3f}")
 
     def on_train_end(self, args, state, control, **_):
         self.bar.close()
-
-
-def run(trainer: Trainer, name: str) -> tuple[float, int]:
-    """Trains; the mean loss of the last tenth of the steps, and the steps. Raises `NonFiniteError`."""
-    progress = _Progress(name)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(progress)
-    trainer.train()
-    trainer.model.config.use_cache = True  # switched off by the trainer, and would be saved so
-    last = progress.losses[-max(1, len(progress.losses) // 10) :]
-    return sum(last) / len(last), len(progress.losses)

@@ -1,0 +1,66 @@
+"""Models from folders and back, and the cache that keeps them warm."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from flows.models import WarmModels, load_scalar, load_tokenizer
+from flows.runs import open_run
+from flows.store import Store
+
+
+@pytest.fixture
+def run(trained):
+    return open_run(Store(trained[1]), "tiny")
+
+
+def test_a_critic_from_an_actor_begins_at_0_with_its_body(run):
+    folder = run.store.folder(run.state(0).actor.artifact, "actor")
+    critic, actor = load_scalar(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert not critic.score.weight.any()
+    assert torch.equal(critic.transformer.wte.weight, actor.transformer.wte.weight)
+
+
+def test_a_critic_from_a_reward_model_keeps_its_head(run):
+    folder = run.store.folder(run.state(0).reward_model.artifact, "reward_model")
+    assert load_scalar(folder).score.weight.any()
+
+
+def test_a_tokenizer_without_padding_pads_with_eos(run, tmp_path):
+    folder = run.store.folder(run.state(0).actor.artifact, "actor")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).pad_token_id == tokenizer.eos_token_id
+
+
+def test_models_stay_warm_up_to_the_limit(run):
+    models = WarmModels(run.store, run.config.model_copy(
+        update={"execution": run.config.execution.model_copy(update={"warm_models": 2})}))
+    state = run.state(1)
+    first = models.actor(state.actor)
+    assert models.actor(state.actor) is first and models.loaded == 1
+    models.critic(state.critic)
+    models.reference(state.reference)
+    assert models.actor(state.actor) is not first and models.loaded == 4
+
+
+def test_training_takes_models_out_of_the_cache(run):
+    models, state = WarmModels(run.store, run.config), run.state(1)
+    warm = models.actor(state.actor)
+    learner = models.take_learner(state.actor, state.critic, state.optimizer, 1.0)
+    assert learner.actor is warm
+    assert models.actor(state.actor) is not warm
+    models.put_learner(run.state(2).actor.artifact, learner)
+    again = run.state(2)
+    assert models.actor(again.actor) is warm
+    assert models.take_learner(again.actor, again.critic, again.optimizer, 1.0) is learner
+
+
+def test_optimizer_moments_are_read_back(run):
+    state = run.state(2)
+    learner = WarmModels(run.store, run.config).take_learner(state.actor, state.critic, state.optimizer, 1.0)
+    steps = {float(s["step"]) for o in learner.optimizers.values() for s in o.state.values()}
+    assert steps == {8.0}  # 2 iterations × 2 epochs × 2 minibatches
+    assert all(np.isfinite(s["exp_avg"].numpy()).all() for o in learner.optimizers.values() for s in o.state.values())
