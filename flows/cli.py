@@ -11,13 +11,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from tqdm import tqdm
 
 from schemas.errors import BatonError, ConfigError
+
+if TYPE_CHECKING:
+    from flows.runs import Run
 
 log = logging.getLogger("baton")
 
@@ -97,6 +100,14 @@ SETTINGS = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
                         help="A setting of the config, for example ppo.learning_rate=1e-5; may be repeated.")
 
 
+def opened(root: str, name: str, settings: tuple[str, ...] = ()) -> Run:
+    """A run of the store. Raises `ConfigError` if there is none, or a setting is wrong."""
+    from flows.runs import open_run
+    from flows.store import Store
+
+    return open_run(Store(Path(root)), name, settings=settings)
+
+
 def tagged(flow: Callable[..., Any], name: str, *arguments: Any) -> Any:
     """Runs the flow; it and its tasks are found on Prefect's page by the tags `baton` and the run's name."""
     from prefect import tags
@@ -126,7 +137,7 @@ def train(config: str, name: str | None, iterations: int | None, settings: tuple
     return _finished(run, [])
 
 
-def _nothing_to_do(run) -> Answer:
+def _nothing_to_do(run: Run) -> Answer:
     from flows import display
     from flows.mirror import Mirror
 
@@ -138,7 +149,7 @@ def _nothing_to_do(run) -> Answer:
     return _finished(run, found)
 
 
-def _finished(run, found: list[str]) -> Answer:
+def _finished(run: Run, found: list[str]) -> Answer:
     from flows import display
     from flows.mirror import how_to_open
 
@@ -152,10 +163,7 @@ def _finished(run, found: list[str]) -> Answer:
 @click.argument("run")
 def iterate(run: str, root: str) -> Answer:
     """Exactly the next iteration of RUN."""
-    from flows.runs import open_run
-    from flows.store import Store
-
-    open_run(Store(Path(root)), run).to_iterate()  # a mistake is said before Prefect starts
+    opened(root, run).to_iterate()  # a mistake is said before Prefect starts
     from flows.iterate import iterate_flow
 
     state = tagged(iterate_flow, run, root)
@@ -171,14 +179,12 @@ def iterate(run: str, root: str) -> Answer:
 def stage_command(stage: str, run: str, iteration: int, settings: tuple[str, ...], root: str) -> Answer:
     """STAGE of an iteration of RUN again, from saved artifacts; the run is left alone."""
     from flows import display
-    from flows.runs import open_run
-    from flows.store import Store
 
-    open_run(Store(Path(root)), run, settings=settings).recorded(stage, iteration)  # a mistake is said before Prefect starts
+    opened(root, run, settings).recorded(stage, iteration)  # a mistake is said before Prefect starts
     from flows.stage import stage_flow
 
     result = tagged(stage_flow, run, root, stage, iteration, settings)
-    rows = display.stage_metrics(open_run(Store(Path(root)), run), result)
+    rows = display.stage_metrics(opened(root, run), result)
     data = {"recorded": str(result.recorded), "artifact": str(result.ref), "verdict": result.verdict,
             "models_loaded": result.models_loaded, "metrics": rows,
             "different": sorted(result.reproduction.different) if result.reproduction else []}
@@ -190,10 +196,10 @@ def stage_command(stage: str, run: str, iteration: int, settings: tuple[str, ...
 def runs(root: str) -> Answer:
     """The runs of the store."""
     from flows import display
-    from flows.runs import open_run, overview, run_names
+    from flows.runs import overview, run_names
     from flows.store import Store
 
-    rows = [overview(open_run(Store(Path(root)), name)) for name in run_names(Store(Path(root)))]
+    rows = [overview(opened(root, name)) for name in run_names(Store(Path(root)))]
     return Answer(rows, lambda console: console.print(display.runs(rows) if rows else f"no runs in {root}"))
 
 
@@ -203,14 +209,13 @@ def runs(root: str) -> Answer:
 def show(run: str, iteration: int | None, root: str) -> Answer:
     """The iterations of RUN, and where the time of the last, or of one, went."""
     from flows import display
-    from flows.runs import open_run, time_spent
-    from flows.store import Store
+    from flows.runs import time_spent
 
-    opened = open_run(Store(Path(root)), run)
-    states = opened.states() if iteration is None else [opened.state(iteration)]
+    what = opened(root, run)
+    states = what.states() if iteration is None else [what.state(iteration)]
     if not states:
         raise ConfigError(f"run {run!r} is not prepared yet; go on with baton train")
-    spent = time_spent(opened, states[-1])
+    spent = time_spent(what, states[-1])
 
     def print_all(console: Console) -> None:
         console.print(display.iterations(states) if iteration is None else display.metrics(states[0]))
@@ -223,11 +228,11 @@ def show(run: str, iteration: int | None, root: str) -> Answer:
 @click.argument("run", required=False)
 def verify(run: str | None, root: str) -> Answer:
     """Check every byte of RUN, or of the whole store."""
-    from flows.runs import open_run, references
+    from flows.runs import references
     from flows.store import Store
 
     store = Store(Path(root))
-    refs = references(open_run(store, run)) if run else store.artifacts()
+    refs = references(opened(root, run)) if run else store.artifacts()
     findings = [finding for ref in tqdm(refs, "verify", leave=False, disable=None) for finding in store.verify(ref)]
 
     def print_all(console: Console) -> None:
