@@ -116,3 +116,27 @@ def test_a_nan_stops_the_rollout_with_its_rows(tiny_model):
     broken = replace(tiny_model, module=module)
     with pytest.raises(NonFiniteError, match="the actor's logprob is nan"):
         rollout(broken, ["a", "x", "a"], np.arange(3), RolloutConfig(max_new_tokens=3), chat_template=False, seed=1)
+
+
+def _llama(vocab, eos):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                        num_attention_heads=4, num_key_value_heads=2, eos_token_id=eos, pad_token_id=0))
+
+
+def _neox(vocab, eos):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                            num_attention_heads=4, eos_token_id=eos, pad_token_id=0))
+
+
+@pytest.mark.parametrize("make", [_llama, _neox])
+def test_other_architectures_sample_and_score_alike(tiny_model, make):
+    """Rotary positions, grouped heads, left padding and the cache: a rescoring finds the logprobs of the sampling."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        module = make(len(tiny_model.tokenizer), tiny_model.tokenizer.eos_token_id).eval()
+    model = replace(tiny_model, module=module)
+    prompts = ["The soup", "A night at Villa Rosa", "My", "The choir at Saint Agnes"]
+    out = rollout(model, prompts, np.arange(4), RolloutConfig(max_new_tokens=20), chat_template=False, seed=6)
+    np.testing.assert_allclose(score_tokens(model, out, 1.0, "test").values, out.logprobs.values, atol=5e-6)

@@ -388,13 +388,13 @@ def _spoiled(prompt: str, review: str, random: Random) -> str:
 
 
 def _pair(prompt: str, random: Random) -> dict[str, str]:
-    """Two reviews of one subject, three quarters of a point apart at least, the better one chosen."""
+    """Two reviews of one subject, one point apart at least, the better one chosen."""
     while True:
         a, b = _review(prompt, random), _review(prompt, random)
         if random.random() < 0.5:
             b = _spoiled(prompt, a if random.random() < 0.5 else b, random)
         better, worse = sorted((a, b), key=lambda review: -score(prompt, review))
-        if score(prompt, better) - score(prompt, worse) >= 0.75:
+        if score(prompt, better) - score(prompt, worse) >= 1:
             return {"prompt": prompt, "chosen": better, "rejected": worse}
 
 
