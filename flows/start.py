@@ -56,8 +56,7 @@ def check_device(device: str) -> None:
         return
     import torch
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there[device]:
+    if not torch.cuda.is_available():
         raise ConfigError(f"execution.device: torch finds no {device} here; set execution.device=cpu")
 
 

@@ -199,7 +199,7 @@ class EvaluateConfig(Settings):
 class ExecutionConfig(Settings):
     """Where and how fast; not part of any identity. Recorded with every artifact, and used again by resume and rerun."""
 
-    device: Literal["cpu", "cuda", "mps"] = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     """Where models run; of several GPUs, CUDA_VISIBLE_DEVICES chooses the one."""
     threads: PositiveInt | None = None
     """CPU threads of torch; null takes the cores there are. The last bits of results depend on it."""

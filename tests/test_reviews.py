@@ -28,13 +28,13 @@ def test_the_files_are_what_the_grammar_writes(grammar):
 @pytest.mark.parametrize("response, expected", [
     (" was superb. The sauce was bland.", (2 - 1) / 2),
     (" was superb.", 2 / 2),  # counted as two sentences
-    (" was truly superb and fresh. I hated the bread. It came in a small blue bowl.", ((2.6 + 1) / 2 - 2 + 0) / 3),
-    (" was superb. The sauce was bland. The sauce was bland.", (2 - 1 - 3) / 3),  # said twice
-    (" was superb. The sauce was", (2 - 3) / 2),  # cut
-    (" was superb. The plot was gripping.", (2 - 3) / 2),  # of another topic
-    (" was superb. The sauce was Bland.", (2 - 3) / 2),  # a capital
-    (" was sauce the.", -3 / 2),
-    ("", -3 / 2),
+    (" was truly superb and fresh. I hated the bread. It came in a small blue bowl.", ((2 + 1) / 2 - 2 + 0) / 3),
+    (" was superb. The sauce was bland. The sauce was bland.", (2 - 1 - 2) / 3),  # said twice
+    (" was superb. The sauce was", (2 - 2) / 2),  # cut
+    (" was superb. The plot was gripping.", (2 - 2) / 2),  # of another topic
+    (" was superb. The sauce was Bland.", (2 - 2) / 2),  # a capital
+    (" was sauce the.", -2 / 2),
+    ("", -2 / 2),
 ])
 def test_gold_by_hand(grammar, response, expected):
     (score,) = grammar.gold(["The fish stew at Mira's"], [response])
@@ -49,7 +49,7 @@ def test_gold_reads_whatever_a_model_writes(grammar):
     for _ in range(500):
         text = " ".join(draw.choice([str, str.upper, str.capitalize])(draw.choice(words)) for _ in range(12))
         (score,) = grammar.gold(["The fish stew at Mira's"], [text])
-        assert -3 <= score <= 2.6
+        assert -2 <= score <= 2
 
 
 def test_every_demonstration_can_be_read(grammar):

@@ -21,7 +21,8 @@ FEELINGS = {"adored": 2.0, "loved": 1.75, "enjoyed": 1.25, "liked": 1.0, "got us
             "disliked": -1.0, "could not stand": -1.75, "hated": -2.0}
 INTROS = ("To my surprise", "As always", "Honestly", "This time", "All in all", "By the end")
 SUBJECT = "subject"  # what the prompt names, where an aspect could stand
-UNREADABLE = -3.0  # worse than anything it can say; of a sentence that the grammar cannot have made, or that was said before
+WORST, BEST = -2.0, 2.0
+UNREADABLE = WORST  # of a sentence that the grammar cannot have made, or that was said before
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,11 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
+def _strengthened(degree: str, value: float) -> float:
+    """An adjective's value with a degree before it; nothing is better or worse than the best or worst."""
+    return min(BEST, max(WORST, DEGREES[degree] * value))
+
+
 class Writer:
     """Draws the sentences of one review; what it draws is worth about what the mood says."""
 
@@ -262,7 +268,7 @@ class Writer:
         value = t.words[word]
         degrees = ["truly "] if abs(value) > 1.5 else [d for d in DEGREES if d and (value < 0 or d != "a little ")]
         degree = self.random.choice(["", *degrees]) if self.random.random() < 0.6 else ""
-        return degree + word, DEGREES[degree] * value
+        return degree + word, _strengthened(degree, value)
 
     def _both(self, one: str, two: str, joint: str) -> str:
         """Two judgements, joined by `and` if both are good or both bad, else by `but`."""
@@ -308,7 +314,7 @@ def _patterns(topic: str) -> tuple[re.Pattern, re.Pattern, re.Pattern]:
 
 def _value_of(topic: str, judged: str) -> float:
     degree = next((d for d in DEGREES if d and judged.startswith(d)), "")
-    return DEGREES[degree] * TOPICS[topic].words[judged.removeprefix(degree)]
+    return _strengthened(degree, TOPICS[topic].words[judged.removeprefix(degree)])
 
 
 def sentence_value(topic: str, sentence: str, first: bool) -> float | None:
@@ -332,7 +338,7 @@ def topic_of(prompt: str) -> str | None:
 
 
 def score(prompt: str, response: str) -> float:
-    """Mean value of the review's sentences, counted as two at least; one that is cut, foreign or said twice is −3."""
+    """Mean value of the review's sentences, counted as two at least; one that is cut, foreign or said twice is −2."""
     topic = topic_of(prompt)
     if topic is None:
         return UNREADABLE
@@ -348,7 +354,7 @@ def score(prompt: str, response: str) -> float:
 
 
 def gold(prompts: list[str], responses: list[str]) -> list[float]:
-    """The judge: what the grammar knows of each response, from −3 to 2.6."""
+    """The judge: what the grammar knows of each response, from −2 to 2."""
     return [score(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
@@ -388,13 +394,13 @@ def _spoiled(prompt: str, review: str, random: Random) -> str:
 
 
 def _pair(prompt: str, random: Random) -> dict[str, str]:
-    """Two reviews of one subject, one point apart at least, the better one chosen."""
+    """Two reviews of one subject, three quarters of a point apart at least, the better one chosen."""
     while True:
         a, b = _review(prompt, random), _review(prompt, random)
         if random.random() < 0.5:
             b = _spoiled(prompt, a if random.random() < 0.5 else b, random)
         better, worse = sorted((a, b), key=lambda review: -score(prompt, review))
-        if score(prompt, better) - score(prompt, worse) >= 1:
+        if score(prompt, better) - score(prompt, worse) >= 0.75:
             return {"prompt": prompt, "chosen": better, "rejected": worse}
 
 
