@@ -30,8 +30,9 @@ def gae(
     kl = kl_estimate(rollouts.logprobs.values, reference.logprobs.values, config.kl_estimator)
     shaped = rollouts.logprobs.with_values(shape_rewards(kl, rewards.score, rollouts.logprobs, kl_coef))
     cut = (np.array(rollouts.finish_reason) == "length") & config.bootstrap_truncated
-    advantages = gae_advantages(shaped, values.values, np.where(cut, values.bootstrap, 0.0),
-                                config.gamma, config.gae_lambda)
+    with np.errstate(invalid="ignore"):  # infinite values are refused below
+        advantages = gae_advantages(shaped, values.values, np.where(cut, values.bootstrap, 0.0),
+                                    config.gamma, config.gae_lambda)
     require_finite("the advantage", advantages, rollouts.row_id)
     return Advantages(
         row_id=rollouts.row_id, kl=_float32(shaped, kl), rewards=_float32(shaped, shaped.values),

@@ -64,9 +64,17 @@ def prefect_server():
         try:
             _wait_for(f"{API}/health", server)
             yield API
+            _flush_logs()
         finally:
             server.terminate()
             server.wait(30)
+
+
+def _flush_logs() -> None:
+    """Sends what Prefect still holds back while there is a server to send it to."""
+    from prefect.logging.handlers import APILogHandler
+
+    APILogHandler().flush()
 
 
 def _wait_for(url: str, server: subprocess.Popen) -> None:
