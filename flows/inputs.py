@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -31,7 +30,6 @@ COLUMNS = {
 }
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
                "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
-_modules: dict[str, Any] = {}  # user files that this process has run
 
 
 # --- the config file ---
@@ -162,8 +160,8 @@ def check_function(source: str, folder: Path) -> Path:
 
 def _module_of(file: Path, source: str):
     """The file as a module, under a name made from its content, so that a process can hold several versions."""
-    name = f"baton_user_{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
-    if (module := _modules.get(name)) is None:
+    name = f"baton_user_{sha256_file(file)[:16]}"
+    if (module := sys.modules.get(name)) is None:
         spec = importlib.util.spec_from_file_location(name, file)
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # dataclasses look their module up there
@@ -172,7 +170,6 @@ def _module_of(file: Path, source: str):
         except (Exception, SystemExit) as error:  # whatever a user's file does when it is run
             del sys.modules[name]
             raise ConfigError(f"function {source!r}: {file} cannot be run: {type(error).__name__}: {error}") from None
-        _modules[name] = module
     return module
 
 
@@ -223,7 +220,12 @@ def _download(source: str, place: Path) -> Path:
         raise ConfigError(f"base_model.source: {source!r} is no folder ({place}) and the hub gave: {reason}") from None
 
 
-def recipe_of(role: str, paths: list[Path]) -> Recipe:
+def recipes_of(files: dict[str, list[Path]]) -> dict[str, Recipe]:
+    """Role → recipe of every input; reads all their bytes, so that it is done once."""
+    return {role: _recipe(role, paths) for role, paths in files.items()}
+
+
+def _recipe(role: str, paths: list[Path]) -> Recipe:
     """The recipe of an input: its identity is that of its content, and of its file name where that matters."""
     kind = "function" if role == "judge" or role.startswith("reward.") else role
     content = {_inner(role, path): sha256_file(path) for path in paths}
@@ -235,9 +237,10 @@ def _inner(role: str, path: Path) -> str:
     return f"{role}.jsonl" if role in COLUMNS else f"model/{path.name}" if role == "base_model" else path.name
 
 
-def import_files(store: Store, config: RunConfig, files: dict[str, list[Path]]) -> dict[str, ArtifactRef]:
+def import_files(
+    store: Store, config: RunConfig, files: dict[str, list[Path]], recipes: dict[str, Recipe]
+) -> dict[str, ArtifactRef]:
     """Commits every input that is not in the store yet; role → artifact."""
-    recipes = {role: recipe_of(role, paths) for role, paths in files.items()}
     for role, recipe in recipes.items():
         if store.find(recipe.ref) is None:
             _, manifest = write(store, config, recipe, lambda attempt, role=role: _copy(role, files[role], attempt))

@@ -10,7 +10,7 @@ from typing import Any
 from prefect import flow
 
 from flows import tasks
-from flows.inputs import check_function, functions_of, import_files
+from flows.inputs import check_function, functions_of, import_files, recipes_of
 from flows.produce import Reproduction
 from flows.runs import Run, open_run
 from flows.store import Store
@@ -70,7 +70,7 @@ def use_new_functions(run: Run, recorded: Run) -> None:
     old = functions_of(recorded.config)
     files = {role: [check_function(source, Path.cwd())] for role, source in functions_of(run.config).items()
              if old.get(role) != source}
-    run.inputs |= import_files(run.store, run.config, files)
+    run.inputs |= import_files(run.store, run.config, files, recipes_of(files))
 
 
 def arguments(run: Run, recorded: Run, stage: str, iteration: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flows.inputs import check_inputs, import_files, read_config, read_lines, recipe_of
+from flows.inputs import check_inputs, import_files, read_config, read_lines, recipes_of
 from flows.runs import Run, create_or_open, open_run, require_same, run_names
 from flows.store import Store
 from schemas.artifacts import check_name
@@ -25,14 +25,15 @@ def start(
     config, folder = read_config(source, settings)
     name = check_name(folder.resolve().name if name is None else name, "run name")
     store, files = Store(Path(root)), check_inputs(config, folder)
-    inputs = {role: recipe_of(role, paths).ref for role, paths in files.items()}
+    recipes = recipes_of(files)
+    inputs = {role: recipe.ref for role, recipe in recipes.items()}
     check_device(config.execution.device)
     if name in run_names(store):
         require_same(open_run(store, name), config, inputs)
     else:
         check_lengths(config, files)
     check_writable(store)
-    import_files(store, config, files)
+    import_files(store, config, files, recipes)
     create_or_open(store, name, config, inputs)
     execution = config.execution.model_dump(mode="json", exclude_none=True)  # without threads: as the run has them
     overrides = {"iterations": iterations or config.iterations, "execution": execution,

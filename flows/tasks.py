@@ -38,12 +38,9 @@ def stage_task(function):
                 persist_result=False, cache_policy=NO_CACHE)
 
 
-def _settings(*sections: Settings, **more: Any) -> dict[str, Any]:
+def _settings(section: Settings, **more: Any) -> dict[str, Any]:
     """What of the config decides a stage's result."""
-    merged: dict[str, Any] = {}
-    for section in sections:
-        merged |= section.model_dump(mode="json")
-    return merged | more
+    return section.model_dump(mode="json") | more
 
 
 # --- once, before the first iteration ---
