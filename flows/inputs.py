@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 COLUMNS = {
     "prompts": ("prompt",), "heldout_prompts": ("prompt",), "demonstrations": ("prompt", "completion"),
     "pairs": ("prompt", "chosen", "rejected"), "heldout_pairs": ("prompt", "chosen", "rejected"),
+    "pretraining": ("text",),
 }
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
                "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")

@@ -13,7 +13,8 @@ from flows import tasks
 from flows.mirror import Mirror
 from flows.runs import Run, open_run
 from flows.store import Store
-from schemas.artifacts import ArtifactRef, ModelRef, TrainState, prefixed
+from schemas.artifacts import ArtifactRef, ModelRef, Moments, TrainState, prefixed
+from stages.ops.kl import adapted_kl_coef
 
 log = logging.getLogger("baton")
 
@@ -21,27 +22,38 @@ log = logging.getLogger("baton")
 def run_iteration(run: Run, state: TrainState, last: int) -> TrainState:
     """The iteration after `state`; evaluated if it is due, or the `last` one. Stages already committed are found."""
     i, started, found = state.iteration + 1, time.perf_counter(), len(run.found)
-    rollouts = tasks.rollout(run, i, actor=state.actor)
-    reference = tasks.reference(run, i, reference_model=state.reference, rollouts=rollouts)
-    rewards = tasks.reward(run, i, reward_model=state.reward_model, rollouts=rollouts)
-    values = tasks.value(run, i, critic=state.critic, rollouts=rollouts)
-    advantages = tasks.gae(run, i, rollouts=rollouts, reference=reference, rewards=rewards, values=values,
-                           kl_coef=state.kl_coef)
-    update = tasks.ppo(run, i, actor=state.actor, critic=state.critic, optimizer=state.optimizer, rollouts=rollouts,
-                       values=values, advantages=advantages)
-    artifacts = {"rollout": rollouts, "reference": reference, "reward": rewards, "value": values, "gae": advantages,
-                 "ppo": update}
-    actor = ModelRef(artifact=update, folder="actor")
+    made = {"rollout": tasks.rollout(run, i, actor=state.actor)}
+    rollouts = made["rollout"]
+    made["reference"] = tasks.reference(run, i, reference_model=state.reference, rollouts=rollouts)
+    made["reward"] = tasks.reward(run, i, reward_model=state.reward_model, rollouts=rollouts,
+                                  reward_bias=state.reward_bias, reward_moments=state.reward_moments)
+    if state.critic:
+        made["value"] = tasks.value(run, i, critic=state.critic, rollouts=rollouts)
+    values = made.get("value")
+    made["gae"] = tasks.gae(run, i, rollouts=rollouts, reference=made["reference"], rewards=made["reward"],
+                            values=values, kl_coef=state.kl_coef)
+    made["ppo"] = tasks.ppo(run, i, actor=state.actor, critic=state.critic, optimizer=state.optimizer, rollouts=rollouts,
+                            reference=made["reference"], values=values, advantages=made["gae"], kl_coef=state.kl_coef)
+    actor = ModelRef(artifact=made["ppo"], folder="actor")
     if _evaluation_due(run, i, last):
-        artifacts["evaluate"] = tasks.evaluate(run, i, updated_actor=actor, reference_model=state.reference,
-                                               reward_model=state.reward_model, baseline=state.baseline)
+        made["evaluate"] = tasks.evaluate(run, i, updated_actor=actor, reference_model=state.reference,
+                                          reward_model=state.reward_model, baseline=state.baseline,
+                                          reward_bias=state.reward_bias)
+    metrics = metrics_of(run, made)
     after = state.model_copy(update=dict(
-        iteration=i, actor=actor, critic=ModelRef(artifact=update, folder="critic"),
-        optimizer=ModelRef(artifact=update, folder="optimizer"), artifacts=artifacts,
-        metrics=metrics_of(run, artifacts), seconds=time.perf_counter() - started))
+        iteration=i, actor=actor, critic=ModelRef(artifact=made["ppo"], folder="critic") if state.critic else None,
+        optimizer=ModelRef(artifact=made["ppo"], folder="optimizer"), artifacts=made, metrics=metrics,
+        kl_coef=adapted_kl_coef(state.kl_coef, metrics["gae/kl"], run.config.rollout.batch_size, run.config.kl),
+        reward_moments=_moments(metrics), seconds=time.perf_counter() - started))
     run.save(after)
     log.info(line(after, last, run.found[found:]))
     return after
+
+
+def _moments(metrics: dict[str, float]) -> Moments:
+    """The running moments of scores with this iteration's, where `reward` keeps them."""
+    return Moments(**{name: metrics[f"reward/running_{name}"] for name in Moments.model_fields
+                      if f"reward/running_{name}" in metrics})
 
 
 def metrics_of(run: Run, artifacts: dict[str, ArtifactRef]) -> dict[str, float]:

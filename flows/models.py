@@ -56,14 +56,15 @@ class WarmModels:
         return self._load(ref, load)
 
     def take_learner(
-        self, actor: ModelRef, critic: ModelRef, optimizer: ModelRef | None, temperature: float
+        self, actor: ModelRef, critic: ModelRef | None, optimizer: ModelRef | None, temperature: float
     ) -> LanguageModelLearner:
-        """Actor, critic and optimizers to train; they leave the cache, since training changes them."""
+        """Actor, critic if there is one, and optimizers to train; they leave the cache, since training changes them."""
         warm = self._learners.pop(optimizer.artifact, None) if optimizer else None
-        models = (self._take("actor", actor, load_causal), self._take("critic", critic, load_scalar))
+        actor_model = self._take("actor", actor, load_causal)
+        critic_model = self._take("critic", critic, load_scalar) if critic else None
         if warm:
             return warm
-        learner = LanguageModelLearner(*models, self.config.ppo, temperature)
+        learner = LanguageModelLearner(actor_model, critic_model, self.config.ppo, temperature)
         if optimizer:
             load_optimizers(learner, self.store.folder(optimizer.artifact, optimizer.folder))
         return learner
@@ -71,8 +72,8 @@ class WarmModels:
     def put_learner(self, artifact: ArtifactRef, learner: LanguageModelLearner) -> None:
         """Keeps what was trained, under the artifact it was saved to."""
         self._learners[artifact] = learner
-        self._put("actor", ModelRef(artifact=artifact, folder="actor"), learner.actor)
-        self._put("critic", ModelRef(artifact=artifact, folder="critic"), learner.critic)
+        for name, model in learner.networks.items():
+            self._put(name, ModelRef(artifact=artifact, folder=name), model)
 
     def forget(self, artifact: ArtifactRef) -> None:
         """Lets go of what is warm of an artifact, so that it is read from the store."""
@@ -151,8 +152,8 @@ def save_model(attempt: Attempt, inner: str, model: LanguageModel) -> None:
 
 
 def save_learner(attempt: Attempt, learner: LanguageModelLearner) -> None:
-    """`actor/`, `critic/` and `optimizer/actor.safetensors`, `optimizer/critic.safetensors`."""
-    parts = tqdm(_models(learner), "ppo: save", leave=False, disable=None)
+    """`actor/`, `critic/` if there is one, and `optimizer/actor.safetensors`, `optimizer/critic.safetensors`."""
+    parts = tqdm(learner.networks.items(), "ppo: save", leave=False, disable=None)
     for name, model in parts:
         save_model(attempt, name, model)
         save_file(state_tensors(learner.optimizers[name], model.module), attempt.path(f"optimizer/{name}.safetensors"))
@@ -160,13 +161,9 @@ def save_learner(attempt: Attempt, learner: LanguageModelLearner) -> None:
 
 def load_optimizers(learner: LanguageModelLearner, folder: Path) -> None:
     """The inverse of `save_learner` for the optimizers. Raises `StoreError` if they are of another model."""
-    for name, model in _models(learner):
+    for name, model in learner.networks.items():
         path = folder / f"{name}.safetensors"
         try:
             load_state_tensors(learner.optimizers[name], model.module, load_file(path))
         except KeyError as error:
             raise StoreError(f"{path}: {error} does not fit the {name}") from None
-
-
-def _models(learner: LanguageModelLearner) -> tuple[tuple[str, LanguageModel], ...]:
-    return ("actor", learner.actor), ("critic", learner.critic)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -13,7 +12,7 @@ from flows.inputs import apply_settings
 from flows.produce import Reproduction, now
 from flows.store import Store, put_once, read_record
 from schemas.artifacts import ArtifactRef, RunRecord, TrainState, check_name, derive_seed
-from schemas.config import NAME_PATTERN, RunConfig, differences, parse_config
+from schemas.config import NAME_PATTERN, RunConfig, differences, merged, parse_config
 from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -148,7 +147,7 @@ def open_run(
         there = ", ".join(run_names(store)) or "none"
         raise ConfigError(f"no run {name!r} in {store.root}; runs there: {there} (--store or BATON_STORE chooses the store)")
     record = read_record(path, RunRecord)
-    data = apply_settings(_merged(record.config, overrides or {}), settings)
+    data = apply_settings(merged(record.config, overrides or {}), settings)
     return Run(store, record, _settled(parse_config(data, f"run {name!r}")))
 
 
@@ -156,15 +155,6 @@ def run_names(store: Store) -> list[str]:
     """Names of all runs, in order."""
     names = (path.parent.name for path in store.root.glob("runs/*/run.json"))
     return sorted(name for name in names if re.fullmatch(NAME_PATTERN, name))
-
-
-def _merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the values of `overrides` put over it, section by section."""
-    out = copy.deepcopy(dict(config))
-    for key, value in overrides.items():
-        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
-        out[key] = _merged(out[key], value) if both else value
-    return out
 
 
 def _settled(config: RunConfig) -> RunConfig:

@@ -77,7 +77,7 @@ def arguments(run: Run, recorded: Run, stage: str, iteration: int) -> dict[str, 
     """The stage's inputs, by the names of its task's parameters, from the saved states before and after it."""
     after = run.state(iteration)
     before = run.state(iteration - 1) if iteration else after
-    changed = run.config.gae.kl_coef != recorded.config.gae.kl_coef
+    changed = run.config.kl.coef != recorded.config.kl.coef
     saved = {
         "base": lambda: base_of(run, after.artifacts),
         "start": lambda: after.reference,
@@ -88,11 +88,13 @@ def arguments(run: Run, recorded: Run, stage: str, iteration: int) -> dict[str, 
         "reward_model": lambda: after.reward_model,
         "updated_actor": lambda: after.actor,
         "baseline": lambda: after.baseline if iteration else None,
-        "kl_coef": lambda: run.config.gae.kl_coef if changed else before.kl_coef,
+        "kl_coef": lambda: run.config.kl.coef if changed else before.kl_coef,
+        "reward_bias": lambda: after.reward_bias,
+        "reward_moments": lambda: before.reward_moments,
         "rollouts": lambda: after.artifacts["rollout"],
         "reference": lambda: after.artifacts["reference"],
         "rewards": lambda: after.artifacts["reward"],
-        "values": lambda: after.artifacts["value"],
+        "values": lambda: run.recorded("value", iteration) if run.config.gae.has_critic else None,
         "advantages": lambda: after.artifacts["gae"],
     }
     wanted = inspect.signature(tasks.STAGES[stage].fn).parameters

@@ -86,8 +86,8 @@ def check_lengths(config: RunConfig, files: dict[str, list[Path]]) -> None:
             prompts = [row["prompt"] for row in read_lines(paths[0], role)]
             tokens = tokenize(tokenizer, prompts, config.base_model.chat_template)
             require_fit([len(row) for row in tokens], context, config.rollout.max_new_tokens, str(paths[0]))
-        elif role in ("demonstrations", "pairs", "heldout_pairs"):
-            for column in ("completion", "chosen", "rejected"):
-                texts = [row["prompt"] + row[column] for row in read_lines(paths[0], role) if column in row]
+        elif role in ("demonstrations", "pairs", "heldout_pairs", "pretraining"):
+            for column in ("completion", "chosen", "rejected", "text"):
+                texts = [row.get("prompt", "") + row[column] for row in read_lines(paths[0], role) if column in row]
                 tokens = tokenize(tokenizer, texts, config.base_model.chat_template) if texts else []
                 require_fit([len(row) for row in tokens], context, 1, str(paths[0]))

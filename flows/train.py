@@ -45,12 +45,17 @@ def prepare(run: Run) -> TrainState:
     if run.config.reward_model:
         artifacts["reward_model"] = _said(run, tasks.reward_model(run, 0, start=actor))
         reward_model = ModelRef(artifact=artifacts["reward_model"], folder="reward_model")
+    bias = 0.0
+    if run.config.reward.center_on_demonstrations:
+        artifacts["reward_bias"] = _said(run, tasks.reward_bias(run, 0, reference_model=actor, reward_model=reward_model))
+        bias = run.store.manifest(artifacts["reward_bias"]).metrics["bias"]
     artifacts["evaluate"] = _said(run, tasks.evaluate(
-        run, 0, updated_actor=actor, reference_model=actor, reward_model=reward_model, baseline=None))
+        run, 0, updated_actor=actor, reference_model=actor, reward_model=reward_model, baseline=None, reward_bias=bias))
+    critic = run.config.value and (reward_model if run.config.value.start == "reward_model" else actor)
     state = TrainState(
-        iteration=0, actor=actor, critic=reward_model if run.config.value.start == "reward_model" else actor,
-        optimizer=None, reference=actor, reward_model=reward_model, baseline=artifacts["evaluate"], artifacts=artifacts,
-        kl_coef=run.config.gae.kl_coef, metrics=metrics_of(run, artifacts), seconds=time.perf_counter() - started)
+        iteration=0, actor=actor, critic=critic, optimizer=None, reference=actor, reward_model=reward_model,
+        baseline=artifacts["evaluate"], artifacts=artifacts, kl_coef=run.config.kl.coef, reward_bias=bias,
+        metrics=metrics_of(run, artifacts), seconds=time.perf_counter() - started)
     run.save(state)
     return state
 
@@ -61,7 +66,7 @@ def base_of(run: Run, artifacts: dict[str, ArtifactRef]) -> ModelRef:
 
 
 SHOWN = {"base_model": ("parameters",), "sft": ("loss",), "reward_model": ("heldout_accuracy",),
-         "evaluate": ("gold", "score")}
+         "reward_bias": ("bias",), "evaluate": ("gold", "score")}
 
 
 def _said(run: Run, ref: ArtifactRef) -> ArtifactRef:

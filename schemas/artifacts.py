@@ -146,13 +146,24 @@ class ModelRef(Record):
     folder: InnerPath
 
 
+class Moments(Record):
+    """Running moments of scores."""
+
+    count: float = 0
+    """Scores seen."""
+    mean: float = 0
+    std: float = 0
+    """Standard deviation (÷ count)."""
+
+
 class TrainState(Record):
     """All that crosses an iteration: iteration i maps state i−1 to state i; state 0 is what `prepare` made."""
 
     format_version: int = FORMAT_VERSION
     iteration: int = Field(ge=0)
     actor: ModelRef
-    critic: ModelRef
+    critic: ModelRef | None
+    """None where the advantages are estimated without one."""
     optimizer: ModelRef | None
     """Both optimizers' state; none before the first update."""
     reference: ModelRef
@@ -162,7 +173,11 @@ class TrainState(Record):
     artifacts: dict[str, ArtifactRef]
     """What the stages of this iteration wrote, by stage."""
     kl_coef: float
-    """β of the next iteration's `gae`."""
+    """β of the next iteration."""
+    reward_bias: float = 0.0
+    """What is taken off every weighted sum: the demonstrations' mean, or 0."""
+    reward_moments: Moments = Moments()
+    """Of all scores so far, for the next iteration's `reward`; kept where it normalises."""
     metrics: dict[str, float]
     """`stage/metric` of this iteration."""
     seconds: float

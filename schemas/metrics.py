@@ -65,6 +65,13 @@ class ReferenceMetrics(Metrics):
     """log π_ref of a sampled token, nats, mean."""
 
 
+class RewardBiasMetrics(Metrics):
+    bias: float
+    """Weighted sum of a demonstration's components, mean."""
+    bias_std: float
+    """Standard deviation of the weighted sums (n − 1)."""
+
+
 class RewardMetrics(Metrics):
     score: float
     """Score of a response, mean."""
@@ -74,8 +81,16 @@ class RewardMetrics(Metrics):
     """Lowest score."""
     score_max: float
     """Highest score."""
+    raw_score: float
+    """Weighted sum less bias, before it is normalised, clipped or penalised, mean."""
     component: dict[str, float]
     """Each component before its weight, mean."""
+    running_count: float | None
+    """Scores in the running moments, this batch's included; given where scores are normalised, as the next two."""
+    running_mean: float | None
+    """Mean of all raw scores so far."""
+    running_std: float | None
+    """Standard deviation of all raw scores so far (÷ count)."""
 
 
 class ValueMetrics(Metrics):
@@ -93,7 +108,7 @@ class GAEMetrics(Metrics):
     kl_coef: float
     """β that was applied."""
     reward: float
-    """Σ_t r_t of a response, mean: score minus β times KL."""
+    """Σ_t r_t of a response, mean: score minus β times KL where the KL is in the reward."""
     advantage_mean: float
     """A_t before whitening, mean over tokens."""
     advantage_std: float
@@ -103,36 +118,59 @@ class GAEMetrics(Metrics):
     return_std: float
     """returns_t, standard deviation over tokens."""
     explained_variance: float | None
-    """1 − Var(returns − V)/Var(returns) over tokens; not given where returns do not vary."""
+    """1 − Var(returns − V)/Var(returns) over tokens; not given without a critic or where returns do not vary."""
+    equal_groups: float | None
+    """Part of the prompts whose responses all had one reward, and so advantage 0; given where they are compared."""
 
 
 class PPOMetrics(Metrics):
-    """Means over the tokens of all minibatches, each measured before its own step, unless said otherwise."""
+    """Means over the tokens of all minibatches, each measured before its own step, unless said otherwise.
 
-    policy_loss: float
-    """−min(ratio·A, clip(ratio)·A)."""
-    value_loss: float
+    What was not computed is left out: the policy's in a critic warm-up, the critic's where there is none.
+    """
+
+    policy_loss: float | None = None
+    """max(−ratio·A, −clip(ratio)·A), with the bound of `dual_clip` and the importance weight."""
+    value_loss: float | None = None
     """½·max of the clipped and unclipped squared error."""
-    entropy: float
+    kl_loss: float | None = None
+    """KL estimate of the trained policy to the reference, nats a token; where the KL is in the loss."""
+    ptx_loss: float | None = None
+    """−log π of a token of the texts mixed in, nats."""
+    entropy: float | None = None
     """Entropy of the policy's next-token distribution, nats."""
-    approx_kl: float
-    """KL of the rollout's policy to the updated one, k3 = (ratio − 1) − log ratio, nats a token."""
-    approx_kl_k1: float
+    approx_kl: float | None = None
+    """KL of the old policy to the updated one, k3 = (ratio − 1) − log ratio, nats a token."""
+    approx_kl_k1: float | None = None
     """The same by k1 = −log ratio."""
-    approx_kl_final: float
+    approx_kl_final: float | None = None
     """approx_kl in the last minibatch alone."""
-    clip_fraction: float
+    clip_fraction: float | None = None
     """Part of the tokens with ratio outside [1 − ε_low, 1 + ε_high]."""
-    value_clip_fraction: float
-    """Part of the tokens where the clipped square was the larger one."""
-    ratio_min: float
+    clip_fraction_loss: float | None = None
+    """Part of the tokens whose loss is the clipped one, so that they give no gradient."""
+    dual_clip_fraction: float | None = None
+    """Part of the tokens whose loss is the bound of `dual_clip`."""
+    value_clip_fraction: float | None = None
+    """Part of the tokens with |V − V_old| above `value_clip_range`."""
+    value_clip_fraction_loss: float | None = None
+    """Part of the tokens whose value loss is the clipped square, the larger one."""
+    ratio_min: float | None = None
     """Least ratio seen."""
-    ratio_max: float
+    ratio_max: float | None = None
     """Greatest ratio seen."""
-    grad_norm_actor: float
+    importance_weight: float | None = None
+    """min(π_old/π_rollout, C), mean over the batch; given with recomputed old logprobs, as the next two."""
+    importance_weight_max: float | None = None
+    """Greatest π_old/π_rollout, before the cap."""
+    importance_cap_fraction: float | None = None
+    """Part of the tokens that the cap held."""
+    grad_norm_actor: float | None = None
     """Norm of the actor's gradient before clipping, mean over steps."""
-    grad_norm_critic: float
+    grad_norm_critic: float | None = None
     """Norm of the critic's gradient before clipping, mean over steps."""
+    learning_rate_factor: float
+    """What both learning rates were multiplied with."""
     steps: int
     """Optimizer steps taken; fewer than epochs × minibatches where target_kl ended the update."""
 
@@ -143,7 +181,7 @@ class EvaluateMetrics(Metrics):
     gold_std: float
     """Its standard deviation over samples (n − 1)."""
     score: float
-    """The reward of a held-out sample, mean."""
+    """raw_score of a held-out sample, mean."""
     kl: float
     """Σ_t log π − log π_ref of a held-out sample, nats, mean."""
     win_rate: float
@@ -155,7 +193,7 @@ class EvaluateMetrics(Metrics):
 
 
 METRICS: dict[str, type[Metrics]] = {
-    "base_model": BaseModelMetrics, "sft": SFTMetrics, "reward_model": RewardModelMetrics, "rollout": RolloutMetrics,
-    "reference": ReferenceMetrics, "reward": RewardMetrics, "value": ValueMetrics, "gae": GAEMetrics,
-    "ppo": PPOMetrics, "evaluate": EvaluateMetrics,
+    "base_model": BaseModelMetrics, "sft": SFTMetrics, "reward_model": RewardModelMetrics,
+    "reward_bias": RewardBiasMetrics, "rollout": RolloutMetrics, "reference": ReferenceMetrics, "reward": RewardMetrics,
+    "value": ValueMetrics, "gae": GAEMetrics, "ppo": PPOMetrics, "evaluate": EvaluateMetrics,
 }

@@ -221,7 +221,8 @@ class Rewards(Table):
 
     file: ClassVar[str] = "rewards.parquet"
     row_id: np.ndarray = column(pa.int64(), ROW_ID_DOC)
-    score: np.ndarray = column(pa.float32(), "what PPO is rewarded with: weighted sum, clip, EOS rule")
+    raw_score: np.ndarray = column(pa.float32(), "weighted sum of the components, less the demonstrations' mean if centred")
+    score: np.ndarray = column(pa.float32(), "what PPO is rewarded with: raw_score normalised, clipped, penalised")
     components: dict[str, np.ndarray] = column(NAMED, "each component as its source gave it, before its weight")
 
 
@@ -242,9 +243,10 @@ class Advantages(Table):
     file: ClassVar[str] = "advantages.parquet"
     row_id: np.ndarray = column(pa.int64(), ROW_ID_DOC)
     kl: Ragged = column(FLOATS, "nats: the KL estimate of the token, against the reference", "R")
-    rewards: Ragged = column(FLOATS, "r_t = −β·kl_t, plus the score at the last response token", "R")
-    advantages: Ragged = column(FLOATS, "A_t, whitened over the batch unless the config says not to", "R")
-    returns: Ragged = column(FLOATS, "A_t + V_t before whitening: what the critic is fitted to", "R")
+    rewards: Ragged = column(FLOATS, "r_t = −β·kl_t (0 if the KL is in the loss), plus the score at the last token", "R")
+    raw_advantages: Ragged = column(FLOATS, "A_t before whitening", "R")
+    advantages: Ragged = column(FLOATS, "A_t, whitened if the config says so: what the policy is updated with", "R")
+    returns: Ragged = column(FLOATS, "what the critic is fitted to, A_t + V_t; without a critic the reward to go", "R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +259,7 @@ class Samples(Table):
     response: tuple[str, ...] = column(pa.string(), "the response decoded, special tokens left out")
     response_length: np.ndarray = column(pa.int64(), "R, EOS included")
     finish_reason: tuple[str, ...] = column(pa.string(), "`eos` or `length`")
-    score: np.ndarray = column(pa.float32(), "the reward of the config, as in training")
+    score: np.ndarray = column(pa.float32(), "the reward's raw_score")
     gold: np.ndarray = column(pa.float32(), "the judge's score, never trained on; the reward where no judge is set")
     kl: np.ndarray = column(pa.float32(), "nats a response: Σ_t log π(token) − log π_ref(token)")
     win: np.ndarray = column(pa.float32(), "1, ½ or 0: gold above, equal to or below the starting actor's sample")

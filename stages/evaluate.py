@@ -1,7 +1,8 @@
 """Evaluation: one response to each held-out prompt, scored by the reward and by a judge that is never trained on.
 
-KL is Σ_t log π(token) − log π_ref(token) of a response, in nats. A win is a sample whose gold score is above that of
-the starting actor's sample for the same prompt, drawn with the same uniforms; a tie is half a win.
+The score is the reward's raw_score, which means the same in all iterations: no running moments, clip or penalties.
+KL is Σ_t log π(token) − log π_ref(token) of a response, in nats. A win is a sample whose gold score is above that of the
+starting actor's sample for the same prompt, drawn with the same uniforms; a tie is half a win.
 """
 
 from __future__ import annotations
@@ -14,24 +15,27 @@ from schemas.config import RewardConfig, RolloutConfig
 from schemas.metrics import EvaluateMetrics
 from schemas.tables import Rollouts, Samples
 from stages.ops.finite import require_finite
-from stages.ops.kl import kl_estimate
 from stages.ops.models import LanguageModel, score_tokens
-from stages.ops.rewards import Scorer, combine, score_components
+from stages.ops.rewards import Scorer, score_components, weighted_sum
 from stages.ops.sampling import respond
 
-VERSION = 1
+VERSION = 2
 
 
 def evaluate(
     actor: LanguageModel, reference: LanguageModel, prompts: Sequence[str], scorers: Mapping[str, Scorer],
     judge: Scorer | None, baseline: Samples | None, rollout: RolloutConfig, reward: RewardConfig, *,
-    chat_template: bool, seed: int,
+    bias: float, chat_template: bool, seed: int,
 ) -> Samples:
-    """`prompts`: B held-out texts; `baseline`: the starting actor's samples, none when it is the one evaluated."""
+    """`prompts`: B held-out texts; `baseline`: the starting actor's samples, none when it is the one evaluated; `bias`:
+    what the reward takes off.
+
+    Raises `RewardError` and `NonFiniteError` with the rows.
+    """
     responses = respond(actor, prompts, np.arange(len(prompts)), rollout, chat_template=chat_template, seed=seed,
                         progress="evaluate")
-    score = combine(score_components(scorers, responses), responses, reward)
-    gold = score
+    gold = score = weighted_sum(score_components(scorers, responses), reward, bias)
+    require_finite("the score", score, responses.row_id)
     if judge is not None:
         gold = judge(responses)
         require_finite("the judge's score", gold, responses.row_id)
@@ -44,8 +48,8 @@ def evaluate(
 def _kl(responses: Rollouts, reference: LanguageModel, temperature: float) -> np.ndarray:
     """(B,) float32, nats a response."""
     theirs = score_tokens(reference, responses, temperature, "evaluate")
-    kl = kl_estimate(responses.logprobs.values, theirs.values, "k1")
-    return responses.logprobs.with_values(kl).sums().astype(np.float32)
+    log_ratio = responses.logprobs.values.astype(np.float64) - theirs.values
+    return responses.logprobs.with_values(log_ratio).sums().astype(np.float32)
 
 
 def _wins(gold: np.ndarray, baseline: np.ndarray) -> np.ndarray:

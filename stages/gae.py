@@ -1,43 +1,70 @@
 """GAE: KL, shaped rewards, advantages and returns per response token. No model, milliseconds.
 
-r_t = −β·kl_t + [t = R−1]·score,  δ_t = r_t + γ·V_{t+1} − V_t,  A_t = δ_t + γλ·A_{t+1},  returns = A + V,
-then A is whitened over the batch (Schulman et al. 2016, https://arxiv.org/abs/1506.02438; the KL reward after
-Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, equation 2). A response cut at the length limit ends there,
-V_R = 0, unless `bootstrap_truncated`. All in float64, written as float32.
+r_t = −β·kl_t + [t = R−1]·score (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, equation 2), then by `estimator`:
+
+gae                   A_t = Σ_l (γλ)^l·δ_{t+l},  δ_t = r_t + γ·V_{t+1} − V_t,  returns = A + V
+reinforce++           A_t = G_t, the reward to go
+grpo                  A_t = (R − mean)/σ   of R = Σ_t r_t over the responses to one prompt, the same for all tokens
+rloo                  A_t = R − mean of the others
+reinforce++-baseline  A_t = R − mean
+
+and A is whitened over the batch, unless for grpo and rloo. A response cut at the length limit ends there, V_R = 0, unless
+`bootstrap_truncated`. All in float64, written as float32.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
-from schemas.config import GAEConfig
+from schemas.config import GAEConfig, KLConfig
 from schemas.metrics import GAEMetrics
 from schemas.tables import Advantages, Ragged, ReferenceLogprobs, Rewards, Rollouts, Values, require_aligned
-from stages.ops.advantages import gae_advantages, whiten
+from stages.ops.advantages import (
+    centred,
+    equal_groups,
+    gae_advantages,
+    grpo_advantages,
+    length_adaptive_lambda,
+    rewards_to_go,
+    rloo_advantages,
+    whiten,
+)
 from stages.ops.finite import require_finite
 from stages.ops.kl import kl_estimate
 
-VERSION = 1
+VERSION = 2
 
 
 def gae(
-    rollouts: Rollouts, reference: ReferenceLogprobs, rewards: Rewards, values: Values, config: GAEConfig, *,
-    kl_coef: float,
+    rollouts: Rollouts, reference: ReferenceLogprobs, rewards: Rewards, values: Values | None, config: GAEConfig,
+    kl: KLConfig, *, kl_coef: float,
 ) -> Advantages:
-    """`kl_coef`: β. Raises `TableError` if the tables' rows do not line up, `NonFiniteError` with the rows."""
-    for table in (reference, rewards, values):
+    """`values`: only for the estimator `gae`; `kl_coef`: β, which is in r_t if `kl.placement` is `reward`.
+
+    Raises `TableError` if the tables' rows do not line up, `NonFiniteError` with the rows.
+    """
+    for table in (reference, rewards, *([values] if config.has_critic else [])):
         require_aligned(rollouts, table)
-    kl = kl_estimate(rollouts.logprobs.values, reference.logprobs.values, config.kl_estimator)
-    shaped = rollouts.logprobs.with_values(shape_rewards(kl, rewards.score, rollouts.logprobs, kl_coef))
-    cut = (np.array(rollouts.finish_reason) == "length") & config.bootstrap_truncated
+    divergence = _kl(rollouts, reference, kl.estimator)
+    charged = kl_coef if kl.placement == "reward" else 0.0
+    shaped = rollouts.logprobs.with_values(shape_rewards(divergence, rewards.score, rollouts.logprobs, charged))
+    if config.whiten_rewards:
+        shaped = shaped.with_values(whiten(shaped.values, shift=False, unbiased=config.whiten_unbiased))
     with np.errstate(invalid="ignore"):  # infinite values are refused below
-        advantages = gae_advantages(shaped, values.values, np.where(cut, values.bootstrap, 0.0),
-                                    config.gamma, config.gae_lambda)
+        advantages, returns = _estimate(rollouts, shaped, values, config)
     require_finite("the advantage", advantages, rollouts.row_id)
+    white = whiten(advantages.values, unbiased=config.whiten_unbiased) if config.whitens else advantages.values
     return Advantages(
-        row_id=rollouts.row_id, kl=_float32(shaped, kl), rewards=_float32(shaped, shaped.values),
-        advantages=_float32(shaped, whiten(advantages.values) if config.whiten else advantages.values),
-        returns=_float32(shaped, advantages.values + values.values.values))
+        row_id=rollouts.row_id, kl=_float32(shaped, divergence), rewards=_float32(shaped, shaped.values),
+        raw_advantages=_float32(shaped, advantages.values), advantages=_float32(shaped, white),
+        returns=_float32(shaped, returns.values))
+
+
+def _kl(rollouts: Rollouts, reference: ReferenceLogprobs, estimator: str) -> np.ndarray:
+    """(n,) float64, nats a token."""
+    log_ratio = reference.logprobs.values.astype(np.float64) - rollouts.logprobs.values
+    return kl_estimate(torch.from_numpy(log_ratio), estimator).numpy()
 
 
 def shape_rewards(kl: np.ndarray, score: np.ndarray, rows: Ragged, kl_coef: float) -> np.ndarray:
@@ -47,16 +74,43 @@ def shape_rewards(kl: np.ndarray, score: np.ndarray, rows: Ragged, kl_coef: floa
     return rewards
 
 
+def _estimate(rollouts: Rollouts, rewards: Ragged, values: Values | None, config: GAEConfig) -> tuple[Ragged, Ragged]:
+    """Advantages before whitening, and returns."""
+    if config.has_critic:
+        return _with_critic(rollouts, rewards, values, config)
+    to_go = rewards_to_go(rewards, config.gamma)
+    if config.estimator == "reinforce++":
+        return to_go, to_go
+    compare = {"grpo": grpo_advantages, "rloo": rloo_advantages, "reinforce++-baseline": centred}[config.estimator]
+    of_response = compare(rewards.sums(), rollouts.prompt_id)
+    return rewards.with_values(of_response[rewards.row_of_value]), to_go
+
+
+def _with_critic(rollouts: Rollouts, rewards: Ragged, values: Values, config: GAEConfig) -> tuple[Ragged, Ragged]:
+    """The actor's advantages by its λ, the critic's returns by its own."""
+    cut = (np.array(rollouts.finish_reason) == "length") & config.bootstrap_truncated
+    bootstrap, gae_lambda = np.where(cut, values.bootstrap, 0.0), config.gae_lambda
+    if config.length_adaptive_alpha is not None:
+        gae_lambda = length_adaptive_lambda(rewards.lengths, config.length_adaptive_alpha)
+    advantages = critics = gae_advantages(rewards, values.values, bootstrap, config.gamma, gae_lambda)
+    if config.critic_lambda is not None:
+        critics = gae_advantages(rewards, values.values, bootstrap, config.gamma, config.critic_lambda)
+    return advantages, rewards.with_values(critics.values + values.values.values)
+
+
 def _float32(rows: Ragged, values: np.ndarray) -> Ragged:
     return rows.with_values(values.astype(np.float32))
 
 
-def metrics(advantages: Advantages, values: Values, *, kl_coef: float) -> GAEMetrics:
+def metrics(
+    advantages: Advantages, rollouts: Rollouts, values: Values | None, config: GAEConfig, *, kl_coef: float
+) -> GAEMetrics:
     """KL, reward, and moments of what the update is given."""
-    returns, value = (x.values.astype(np.float64) for x in (advantages.returns, values.values))
-    raw, variance = returns - value, returns.var()
+    raw, returns = (x.values.astype(np.float64) for x in (advantages.raw_advantages, advantages.returns))
+    errors, variance = returns - values.values.values if values else None, returns.var()
     return GAEMetrics(
         kl=advantages.kl.sums().mean(), kl_per_token=advantages.kl.values.mean(dtype=np.float64), kl_coef=kl_coef,
         reward=advantages.rewards.sums().mean(), advantage_mean=raw.mean(), advantage_std=raw.std(),
         return_mean=returns.mean(), return_std=returns.std(),
-        explained_variance=1 - (returns - value).var() / variance if variance > 0 else None)
+        explained_variance=1 - errors.var() / variance if values and variance > 0 else None,
+        equal_groups=equal_groups(advantages.rewards.sums(), rollouts.prompt_id) if config.compares_responses else None)

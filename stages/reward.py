@@ -1,7 +1,11 @@
 """Reward: one score per response.
 
-score = Σ_k weight_k·component_k → clipped to ±clip → missing-EOS rule: `subtract` takes a penalty off responses
-without EOS, `replace` puts −penalty in the place of their score (Huang et al. 2024, https://arxiv.org/abs/2403.17031).
+raw_score = Σ_k weight_k·component_k − bias, and from it
+score = normalised by the running moments → clipped to ±clip → missing-EOS rule → less the overlong penalty.
+
+The missing-EOS rule: `subtract` takes a penalty off responses without EOS, `replace` puts −penalty in the place of their
+score (Huang et al. 2024, https://arxiv.org/abs/2403.17031). The moments are those of all raw scores so far with this
+batch's, and are handed to the next iteration.
 """
 
 from __future__ import annotations
@@ -10,23 +14,54 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from schemas.artifacts import Moments
 from schemas.config import RewardConfig
 from schemas.metrics import RewardMetrics
 from schemas.tables import Rewards, Rollouts
-from stages.ops.rewards import Scorer, combine, score_components
+from stages.ops.finite import require_finite
+from stages.ops.rewards import Scorer, normalized, overlong_penalty, score_components, updated_moments, weighted_sum
 
-VERSION = 1
+VERSION = 2
 
 
-def reward(scorers: Mapping[str, Scorer], rollouts: Rollouts, config: RewardConfig) -> Rewards:
-    """`scorers`: one for each of `config.components`. Raises `RewardError` and `NonFiniteError`."""
+def reward(
+    scorers: Mapping[str, Scorer], rollouts: Rollouts, config: RewardConfig, *, bias: float, moments: Moments,
+    max_new_tokens: int,
+) -> Rewards:
+    """`scorers`: one for each of `config.components`; `moments`: before this batch; `max_new_tokens`: of the rollouts.
+
+    Raises `RewardError` and `NonFiniteError`.
+    """
     components = score_components(scorers, rollouts)
-    return Rewards(row_id=rollouts.row_id, score=combine(components, rollouts, config), components=components)
+    raw = weighted_sum(components, config, bias)
+    require_finite("the score", raw, rollouts.row_id)
+    score = normalized(raw, updated_moments(moments, raw), config.normalize)
+    return Rewards(row_id=rollouts.row_id, raw_score=raw, components=components,
+                   score=penalized(score, rollouts, config, max_new_tokens).astype(np.float32))
 
 
-def metrics(rewards: Rewards) -> RewardMetrics:
-    """Moments of the score, mean of each component."""
-    score = rewards.score.astype(np.float64)
+def penalized(score: np.ndarray, rollouts: Rollouts, config: RewardConfig, max_new_tokens: int) -> np.ndarray:
+    """(B,) scores after the clip, the missing-EOS rule and the overlong penalty."""
+    if config.clip is not None:
+        score = np.clip(score, -config.clip, config.clip)
+    missing = np.array(rollouts.finish_reason) != "eos"
+    if config.missing_eos == "subtract":
+        score = score - config.missing_eos_penalty * missing
+    if config.missing_eos == "replace":
+        score = np.where(missing, -config.missing_eos_penalty, score)
+    if config.overlong_buffer is not None:
+        over = overlong_penalty(rollouts.response_tokens.lengths, max_new_tokens, config.overlong_buffer)
+        score = score - config.overlong_penalty * over
+    return score
+
+
+def metrics(rewards: Rewards, config: RewardConfig, moments: Moments) -> RewardMetrics:
+    """Moments of the score, mean of each component, and the running moments with this batch's."""
+    score, running = rewards.score.astype(np.float64), updated_moments(moments, rewards.raw_score)
+    kept = config.normalize != "none"
     return RewardMetrics(
         score=score.mean(), score_std=score.std(ddof=1) if len(score) > 1 else 0.0, score_min=score.min(),
-        score_max=score.max(), component={name: x.mean(dtype=np.float64) for name, x in rewards.components.items()})
+        score_max=score.max(), raw_score=rewards.raw_score.mean(dtype=np.float64),
+        component={name: x.mean(dtype=np.float64) for name, x in rewards.components.items()},
+        running_count=running.count if kept else None, running_mean=running.mean if kept else None,
+        running_std=running.std if kept else None)

@@ -1,4 +1,4 @@
-"""Rollout: one response sampled from the actor for each prompt of the iteration.
+"""Rollout: responses sampled from the actor, one or several to each prompt of the iteration.
 
 token_t ~ π(· | prompt, tokens before t), π the softmax of logits / temperature, untruncated: top-k or top-p would
 make the stored logprobs those of another distribution and break the ratio. One uniform per (row, step), keyed by
@@ -24,7 +24,10 @@ def rollout(
     actor: LanguageModel, prompts: Sequence[str], prompt_id: np.ndarray, config: RolloutConfig, *,
     chat_template: bool, seed: int,
 ) -> Rollouts:
-    """`prompts`: B texts; `prompt_id`: (B,) their lines in the prompt file. Raises `NonFiniteError` with the rows."""
+    """`prompts`: B texts, one a response; `prompt_id`: (B,) their lines in the prompt file.
+
+    Raises `NonFiniteError` with the rows.
+    """
     return respond(actor, prompts, prompt_id, config, chat_template=chat_template, seed=seed, progress="rollout")
 
 

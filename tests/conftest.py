@@ -116,6 +116,33 @@ def trained(tmp_path_factory, prefect_server):
     return folder, store
 
 
+EVERY_CHOICE = (
+    "kl.target=0.01", "kl.horizon=100", "reward.normalize=standardize", "reward.center_on_demonstrations=true",
+    "reward.clip=2", "reward.missing_eos=subtract", "reward.overlong_buffer=4", "gae.critic_lambda=1",
+    "gae.length_adaptive_alpha=0.5", "gae.bootstrap_truncated=true", "gae.whiten_rewards=true",
+    "gae.whiten_unbiased=false", "ppo.dual_clip=3", "ppo.value_coef=0.1", "ppo.entropy_coef=0.01",
+    "ppo.loss_aggregation=sequence", "ppo.schedule=cosine", "ppo.schedule_iterations=8", "ppo.warmup_iterations=1",
+    "ppo.critic_warmup=1", "ppo.recompute_old_logprobs=true", "ppo.importance_cap=1.0001", "ppo.ptx_coef=0.5",
+    "ppo.ptx_batch_size=4", "rollout.precision=bfloat16")
+NO_CRITIC = ("gae.estimator=grpo", "rollout.responses_per_prompt=4", "kl.placement=loss", "kl.estimator=k3",
+             "data.pretraining=pretraining.jsonl", "ppo.ptx_coef=0.1")
+VARIANTS = {"every_choice": EVERY_CHOICE, "no_critic": NO_CRITIC}
+
+
+@pytest.fixture(scope="session")
+def variants(trained, tmp_path_factory):
+    """The tiny example with settings that are off by default, trained beside the plain one: (its folder, its store)."""
+    from flows.cli import run_command
+
+    folder = shutil.copytree(trained[0], tmp_path_factory.mktemp("variants") / "tiny")
+    store = shutil.copytree(trained[1], folder.parent / "store")
+    (folder / "pretraining.jsonl").write_text('{"text": "The soup was warm."}\n{"text": "A fine evening, and late."}\n')
+    for run, settings in VARIANTS.items():
+        options = [option for setting in settings for option in ("--set", setting)]
+        assert run_command(["train", str(folder), "--run", run, "--store", str(store), "--quiet", *options]) == 0
+    return folder, store
+
+
 @pytest.fixture
 def copied(trained, tmp_path):
     """The trained example in a store of its own, which a test may change: (its folder, its store)."""

@@ -19,12 +19,12 @@ def kl(logprob: float, reference: float, estimator: str) -> float:
     return {"k1": -math.log(r), "k2": math.log(r) ** 2 / 2, "k3": (r - 1) - math.log(r)}[estimator]
 
 
-def policy_loss(logprob: float, old: float, advantage: float, low: float, high: float) -> float:
-    """Case by case: a positive advantage is cut off above 1 + high, a negative one below 1 − low."""
+def policy_loss(logprob: float, old: float, advantage: float, low: float, high: float, dual: float = math.inf) -> float:
+    """Case by case: a positive advantage is cut off above 1 + high, a negative one below 1 − low and above dual."""
     ratio = math.exp(max(-20.0, min(20.0, logprob - old)))
     if advantage >= 0:
         return -advantage * min(ratio, 1 + high)
-    return -advantage * max(ratio, 1 - low)
+    return -advantage * min(max(ratio, 1 - low), dual)
 
 
 def value_loss(value: float, old: float, target: float, clip: float | None) -> float:
@@ -42,10 +42,23 @@ def log_softmax(logits: list[float]) -> list[float]:
     return [x - total for x in logits]
 
 
-def whiten(values: list[float]) -> list[float]:
+def whiten(values: list[float], shift: bool = True, unbiased: bool = True) -> list[float]:
     mean = sum(values) / len(values)
-    variance = sum((x - mean) ** 2 for x in values) / (len(values) - 1)
-    return [(x - mean) / math.sqrt(variance + 1e-8) for x in values]
+    variance = sum((x - mean) ** 2 for x in values) / (len(values) - (1 if unbiased else 0))
+    return [(x - mean) / math.sqrt(variance + 1e-8) + (0 if shift else mean) for x in values]
+
+
+def group_advantages(returns: list[float], groups: list[int], estimator: str) -> list[float]:
+    """Each response against the others to its prompt, one at a time."""
+    out = []
+    for i, (own, group) in enumerate(zip(returns, groups, strict=True)):
+        others = [r for j, (r, g) in enumerate(zip(returns, groups, strict=True)) if g == group and j != i]
+        everyone = [own, *others]
+        mean = sum(everyone) / len(everyone)
+        variance = sum((r - mean) ** 2 for r in everyone) / (len(everyone) - 1)
+        out.append({"rloo": own - sum(others) / len(others), "grpo": (own - mean) / math.sqrt(variance + 1e-8),
+                    "reinforce++-baseline": own - mean}[estimator])
+    return out
 
 
 def sample(probabilities: list[float], u: float) -> int:

@@ -39,7 +39,7 @@ def refused(example, tmp_path, capsys):
     ("ppo.learning_rate=-1", "ppo.learning_rate: should be greater than 0, found -1"),
     ("ppo.learning_rate=fast", "ppo.learning_rate: should be a valid number"),
     ("ppo.learning_rate=.nan", "ppo.learning_rate: should be a finite number"),
-    ("gae.kl_estimator=k4", "gae.kl_estimator: should be 'k1', 'k2' or 'k3', found 'k4'"),
+    ("kl.estimator=k4", "kl.estimator: should be 'k1', 'k2' or 'k3', found 'k4'"),
     ("ppo.minibatches=3", "rollout.batch_size=8 does not divide into ppo.minibatches=3"),
     ("base_model.heads=3", "base_model: width=16 does not divide into heads=3"),
     ("rollout.max_new_tokens=160", "leaves no room for a prompt in base_model.context_length=160"),
@@ -58,6 +58,48 @@ def refused(example, tmp_path, capsys):
 ])
 def test_a_wrong_setting(refused, setting, message):
     assert message in refused("--set", setting)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (["rollout.batch_size=1", "ppo.minibatches=1"], "whitening with one response (rollout.batch_size=1) takes away whether"),
+    (["rollout.batch_size=1", "ppo.minibatches=1", "gae.whiten=none", "gae.whiten_rewards=true"], "whitening with one"),
+    (["gae.estimator=grpo"], "gae.estimator=grpo compares the responses to one prompt, and rollout."),
+    (["gae.estimator=rloo"], "gae.estimator=rloo compares"),
+    (["gae.estimator=reinforce++-baseline"], "gae.estimator=reinforce++-baseline compares"),
+    (["gae.estimator=reinforce++", "value.start=actor"], "gae.estimator=reinforce++ has no critic and reads no values"),
+    (["value=null"], "gae.estimator=gae needs values"),
+    (["gae.estimator=reinforce++", "ppo.critic_warmup=2"], "has no critic; set it to 0"),
+    (["gae.estimator=reinforce++", "gae.critic_lambda=1"], "gae: critic_lambda is about a critic's values"),
+    (["gae.estimator=reinforce++", "gae.bootstrap_truncated=true"], "gae: bootstrap_truncated is about a critic's values"),
+    (["kl.placement=[reward, loss]", "kl.target=6"], "kl: placement: in the reward and in the loss, one divergence"),
+    (["kl.placement=both"], "charged twice and `target` could steer neither; choose reward or loss"),
+    (["kl.placement=loss"], "kl: estimator=k1 in the loss has a gradient that is 0 on average"),
+    (["kl.coef=0", "kl.target=6"], "kl: target adapts coef by factors, and coef=0 stays 0"),
+    (["rollout.responses_per_prompt=3"], "rollout.batch_size=8 does not divide into responses_per_prompt=3"),
+    (["reward.overlong_buffer=11"], "reward.overlong_buffer=11 is longer than rollout.max_new_tokens=10"),
+    (["ppo.importance_cap=2"], "ppo: importance_cap weighs recomputed against sampled logprobs"),
+    (["rollout.precision=bfloat16"], "rollout.precision=bfloat16 samples from another policy than the float32 one"),
+    (["ppo.schedule=linear"], "ppo: schedule=linear with schedule_iterations=None: a falling schedule needs its length"),
+    (["ppo.schedule_iterations=4"], "a constant one has none"),
+    (["ppo.schedule=linear", "ppo.schedule_iterations=1"], "iterations=2 go on after ppo.schedule_iterations=1"),
+    (["ppo.dual_clip=1"], "ppo.dual_clip: should be greater than 1, found 1"),
+    (["preset=clasic"], "preset: should be 'classic' or 'reasoning', found 'clasic'"),
+])
+def test_a_combination_that_means_nothing(refused, settings, message):
+    assert message in refused(*(part for setting in settings for part in ("--set", setting)))
+
+
+def test_choices_that_need_data(example, refused):
+    model = {"base_model": {"source": "nowhere"}, "sft": None}
+
+    def without_demonstrations(config):
+        config |= model
+        del config["data"]["demonstrations"]
+
+    assert "ppo.ptx_coef needs data.pretraining or data.demonstrations" in refused(
+        "--set", "ppo.ptx_coef=1", change=without_demonstrations)
+    assert "reward.center_on_demonstrations needs data.demonstrations" in refused(
+        "--set", "reward.center_on_demonstrations=true")
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", "A", "x" * 65, ".x", "a..b", "a\n"])

@@ -1,19 +1,24 @@
 """The update: ratio 1 at the start, gradients however a minibatch is cut, and what stops it."""
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import oracles
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from schemas.config import PPOConfig
+from schemas.config import PPOConfig, RolloutConfig
 from schemas.errors import NonFiniteError
-from schemas.tables import Advantages, Values
+from schemas.tables import Advantages, Ragged, ReferenceLogprobs, Rollouts, Values
 from stages.ops.learner import LanguageModelLearner
-from stages.ops.optim import load_state_tensors, state_tensors
-from stages.ppo import ppo
+from stages.ops.models import score_tokens
+from stages.ops.optim import learning_rate_factor, load_state_tensors, state_tensors
+from stages.ops.prompts import demonstrations_as_texts
+from stages.ppo import KLLoss, ppo
+from stages.rollout import rollout
 from stages.value import value
 
 TEMPERATURE = 0.8
@@ -34,7 +39,8 @@ def tables(rollouts, tiny_critic):
     """Values of the critic, and advantages and returns drawn at random."""
     values, random = value(tiny_critic, rollouts), np.random.default_rng(3)
     draw = lambda: rollouts.logprobs.with_values(random.normal(size=len(rollouts.logprobs.values)).astype(np.float32))  # noqa: E731
-    return values, Advantages(row_id=rollouts.row_id, kl=draw(), rewards=draw(), advantages=draw(), returns=draw())
+    return values, Advantages(row_id=rollouts.row_id, kl=draw(), rewards=draw(), raw_advantages=draw(),
+                              advantages=draw(), returns=draw())
 
 
 def test_ratio_is_1_before_the_first_step(learner, rollouts, tables):
@@ -65,21 +71,197 @@ def test_values_are_read_where_tokens_are_predicted(rollouts, tiny_critic):
         np.testing.assert_allclose(values.bootstrap[row], states[-1], atol=2e-6)
 
 
-def test_however_a_minibatch_is_cut_the_gradient_is_the_same(learner, rollouts, tables):
-    def weights(budget):
-        trained = learner(budget, epochs=1, minibatches=1, entropy_coef=0.01)
-        ppo(trained, rollouts, *tables, PPOConfig(epochs=1, minibatches=1, entropy_coef=0.01), seed=0)
-        return [first_moment for m in (trained.actor, trained.critic)
-                for first_moment in gradients(trained, m)]
+EVERYTHING = dict(entropy_coef=0.01, dual_clip=3.0, value_coef=0.5, ptx_coef=0.3, ptx_batch_size=8,
+                  recompute_old_logprobs=True, importance_cap=1.0001)
 
-    def gradients(trained, model):
-        optimizer = trained.optimizers["actor" if model is trained.actor else "critic"]
-        return [state["exp_avg"].clone() for state in optimizer.state.values()]  # 0.1 × the clipped gradient
 
-    whole = weights(4096)
-    for budget in (1, 60, 120):
-        for a, b in zip(whole, weights(budget), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-7)
+class Cut(LanguageModelLearner):
+    """Cuts every minibatch into so many micro-batches."""
+
+    parts = 1
+
+    def micro_batches(self, rows_of, rows):
+        cut = super().micro_batches
+        return [batch for part in np.array_split(rows, self.parts) for batch in cut(rows_of, part)]
+
+
+@pytest.fixture
+def eight(tiny_model, tiny_critic):
+    """Eight rollouts, sampled in bfloat16, with everything an update can be given."""
+    prompts = ["The soup", "The film The Salt Road", "A night at Villa Rosa", "My copy", "The choir at Saint Agnes", "Our",
+               "The pancakes at the Blue Lamp", "The quartet"]
+    rollouts = rollout(tiny_model, prompts, np.arange(8), RolloutConfig(max_new_tokens=12, temperature=TEMPERATURE,
+                       precision="bfloat16"), chat_template=False, seed=2)
+    random = np.random.default_rng(3)
+    draw = lambda: rollouts.logprobs.with_values(random.normal(size=len(rollouts.logprobs.values)).astype(np.float32))  # noqa: E731
+    advantages = Advantages(row_id=rollouts.row_id, kl=draw(), rewards=draw(), raw_advantages=draw(), advantages=draw(),
+                            returns=draw())
+    reference = ReferenceLogprobs(row_id=rollouts.row_id, logprobs=rollouts.logprobs.with_values(
+        rollouts.logprobs.values + 0.3 * draw().values))
+    texts = demonstrations_as_texts(tiny_model.tokenizer, [{"prompt": text, "completion": " was warm."} for text in prompts],
+                                    chat_template=False)
+    return rollouts, value(tiny_critic, rollouts), advantages, {"kl_loss": KLLoss(reference, 0.2, "k3"), "texts": texts}
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_1x8_2x4_and_8x1_micro_batches_give_one_gradient(learner, eight, aggregation):
+    """With every loss at work: policy, value, entropy, KL, texts, importance weights."""
+    rollouts, values, advantages, more = eight
+    config = PPOConfig(epochs=1, minibatches=1, max_grad_norm=1e9, loss_aggregation=aggregation, **EVERYTHING)
+
+    def gradients(parts):
+        made = learner()
+        trained = Cut(made.actor, made.critic, config, TEMPERATURE)
+        trained.parts = parts
+        metrics = ppo(trained, rollouts, values, advantages, config, seed=0, **more)
+        return metrics, [state["exp_avg"] for o in trained.optimizers.values() for state in o.state.values()]
+
+    first, whole = gradients(1)
+    assert first.importance_cap_fraction > 0 and first.ptx_loss > 0 and first.kl_loss > 0
+    for parts in (2, 8):
+        metrics, pieces = gradients(parts)
+        for a, b in zip(whole, pieces, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-6)
+        np.testing.assert_allclose(list(metrics.flat().values()), list(first.flat().values()), rtol=1e-4, atol=1e-6)
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 7)), min_size=1, max_size=6), st.integers(1, 80), st.randoms())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_padding_and_sharding_change_nothing(tiny_model, tiny_critic, lengths, budget, random):
+    """Logprobs and values of ragged rows, down to one token: alone, and with others in any order and any budget."""
+    def made(order):
+        draw = lambda row, n: np.random.default_rng([row, n]).integers(3, 320, n)  # noqa: E731
+        ragged = lambda which: Ragged.from_rows([draw(i, lengths[i][which]) for i in order], np.int32)  # noqa: E731
+        n = len(order)
+        responses = ragged(1)
+        return Rollouts(row_id=np.arange(n), prompt_id=np.arange(n), prompt=("",) * n, response=("",) * n,
+                        prompt_tokens=ragged(0), response_tokens=responses, finish_reason=("eos",) * n,
+                        logprobs=responses.with_values(np.zeros(len(responses.values), np.float32)))
+
+    order = list(range(len(lengths)))
+    random.shuffle(order)
+    small = [replace(m, micro_batch_tokens=budget) for m in (tiny_model, tiny_critic)]
+    together, theirs = score_tokens(small[0], made(order), TEMPERATURE, "test"), value(small[1], made(order))
+    for place, row in enumerate(order):
+        alone = made([row])
+        np.testing.assert_allclose(together[place], score_tokens(tiny_model, alone, TEMPERATURE, "test")[0], atol=5e-6)
+        np.testing.assert_allclose(theirs.values[place], value(tiny_critic, alone).values[0], atol=5e-6)
+
+
+def test_the_mean_over_sequences(learner, rollouts, tables):
+    """The gradient with loss_aggregation=sequence is the mean of those of updates on each response alone."""
+    values, advantages = tables
+    config = PPOConfig(epochs=1, minibatches=1, max_grad_norm=1e9, loss_aggregation="sequence")
+
+    def gradient(rows):
+        trained, table = learner(max_grad_norm=1e9), take(rollouts, rows)
+        ppo(trained, table, take(values, rows), take(advantages, rows), config, seed=0)
+        return torch.cat([state["exp_avg"].flatten() for o in trained.optimizers.values() for state in o.state.values()])
+
+    single = torch.stack([gradient([row]) for row in range(len(rollouts))]).mean(0)
+    torch.testing.assert_close(gradient(range(len(rollouts))), single, rtol=1e-3, atol=1e-6)
+
+
+def take(table, rows):
+    """Those rows of a table."""
+    def of(column):
+        if isinstance(column, Ragged):
+            return Ragged.from_rows([column[i] for i in rows], column.values.dtype)
+        return tuple(column[i] for i in rows) if isinstance(column, tuple) else column[list(rows)]
+    return type(table)(**{f.name: of(getattr(table, f.name)) for f in fields(table)})
+
+
+def test_a_critic_warm_up_leaves_the_actor_untouched(learner, rollouts, tables):
+    trained = learner(entropy_coef=0.1)
+    before = copy.deepcopy(trained.actor.module.state_dict())
+    critic = copy.deepcopy(trained.critic.module.state_dict())
+    config = PPOConfig(epochs=2, minibatches=3, entropy_coef=0.1, ptx_coef=1, target_kl=1e-9)
+    metrics = ppo(trained, rollouts, *tables, config, seed=0, train_actor=False,
+                  texts=demonstrations_as_texts(trained.actor.tokenizer, [{"prompt": "A", "completion": " b"}], False))
+    assert all(torch.equal(before[k], v) for k, v in trained.actor.module.state_dict().items())
+    assert not all(torch.equal(critic[k], v) for k, v in trained.critic.module.state_dict().items())
+    assert not trained.optimizers["actor"].state
+    assert metrics.steps == 6 and metrics.policy_loss is None and metrics.value_loss > 0
+
+
+def test_without_a_critic_only_the_actor_is_trained(learner, rollouts, tables):
+    made = learner()
+    trained = LanguageModelLearner(made.actor, None, PPOConfig(), TEMPERATURE)
+    metrics = ppo(trained, rollouts, None, tables[1], PPOConfig(epochs=1, minibatches=1), seed=0)
+    assert metrics.value_loss is None and metrics.grad_norm_critic is None and metrics.grad_norm_actor > 0
+    assert list(trained.networks) == ["actor"]
+
+
+def test_a_kl_loss_equals_a_loop_over_tokens(learner, rollouts, tables):
+    """At the first step π is π_old, so the penalty is that of the stored logprobs; its gradient pulls to the reference."""
+    random = np.random.default_rng(5)
+    reference = ReferenceLogprobs(row_id=rollouts.row_id, logprobs=rollouts.logprobs.with_values(
+        (rollouts.logprobs.values + random.normal(size=len(rollouts.logprobs.values)) / 3).astype(np.float32)))
+    pairs = list(zip(rollouts.logprobs.values, reference.logprobs.values, strict=True))
+    for estimator in ("k2", "k3"):
+        metrics = ppo(learner(), rollouts, *tables, PPOConfig(epochs=1, minibatches=1), seed=0,
+                      kl_loss=KLLoss(reference, 0.7, estimator))
+        np.testing.assert_allclose(metrics.kl_loss, np.mean([oracles.kl(*pair, estimator) for pair in pairs]), rtol=1e-3)
+
+
+def test_importance_weights_of_recomputed_logprobs(learner, rollouts, tables):
+    """Rollouts whose stored logprobs are those of another policy: the ratio begins at 1 all the same, and tokens weigh
+    min(π_old/π_rollout, C)."""
+    values, advantages = tables
+    moved = np.random.default_rng(1).normal(size=len(rollouts.logprobs.values)).astype(np.float32) / 2
+    sampled = replace(rollouts, logprobs=rollouts.logprobs.with_values(rollouts.logprobs.values - moved))
+    config = PPOConfig(epochs=1, minibatches=1, recompute_old_logprobs=True, importance_cap=1.2)
+    metrics = ppo(learner(), sampled, values, advantages, config, seed=0)
+    weights = np.exp(moved.astype(np.float64))
+    assert abs(metrics.ratio_min - 1) < 1e-5 and abs(metrics.ratio_max - 1) < 1e-5
+    np.testing.assert_allclose(
+        [metrics.importance_weight, metrics.importance_weight_max, metrics.importance_cap_fraction],
+        [np.minimum(weights, 1.2).mean(), weights.max(), (weights > 1.2).mean()], rtol=1e-4)
+    np.testing.assert_allclose(metrics.policy_loss,
+                               np.mean(-np.minimum(weights, 1.2) * advantages.advantages.values), rtol=1e-3)
+    plain = ppo(learner(), sampled, values, advantages, PPOConfig(epochs=1, minibatches=1), seed=0)
+    assert plain.ratio_max > 1.5 and plain.importance_weight is None
+
+
+def test_texts_are_mixed_in_with_their_weight(learner, rollouts, tables, tiny_model):
+    """With advantages 0, the actor's gradient is ptx_coef times that of the mean of −log π over the texts' tokens."""
+    values, advantages = tables
+    flat = advantages.advantages.with_values(np.zeros_like(advantages.advantages.values))
+    texts = demonstrations_as_texts(tiny_model.tokenizer, [{"prompt": "The soup", "completion": " was warm."}], False)
+    config = PPOConfig(epochs=1, minibatches=1, max_grad_norm=1e9, ptx_coef=0.25, ptx_batch_size=3)
+    trained, naive = learner(), learner()
+    trained.max_grad_norm = 1e9
+    metrics = ppo(trained, rollouts, values, replace(advantages, advantages=flat), config, seed=0, texts=texts)
+    ids = torch.tensor([*texts.prompt_tokens[0], *texts.response_tokens[0]])[None].long()
+    start = len(texts.prompt_tokens[0])
+    logprobs = naive.actor.module(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
+    loss = -logprobs.gather(1, ids[0, start:, None]).mean()
+    (0.25 * loss).backward()
+    np.testing.assert_allclose(metrics.ptx_loss, loss.item(), rtol=1e-4)
+    for ours, theirs in zip(trained.actor.module.parameters(), naive.actor.module.parameters(), strict=True):
+        found = trained.optimizers["actor"].state[ours]["exp_avg"] * 10
+        torch.testing.assert_close(found, theirs.grad, rtol=2e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({}, [1, 1, 1, 1]),
+    ({"warmup_iterations": 2}, [1 / 3, 2 / 3, 1, 1]),
+    ({"schedule": "linear", "schedule_iterations": 4}, [1, 0.75, 0.5, 0.25]),
+    ({"schedule": "cosine", "schedule_iterations": 2}, [1, 0.5, 0, 0]),
+    ({"schedule": "linear", "schedule_iterations": 4, "warmup_iterations": 1}, [0.5, 0.75, 0.5, 0.25])])
+def test_learning_rate_schedules_by_hand(settings, expected):
+    np.testing.assert_allclose([learning_rate_factor(i, PPOConfig(**settings)) for i in range(1, 5)], expected, atol=1e-12)
+
+
+def test_the_schedule_scales_the_step(learner, rollouts, tables):
+    """Adam's first step is as long as the learning rate: a quarter of it moves a quarter as far."""
+    def moved(factor):
+        trained = learner()
+        before = [p.clone() for p in trained.actor.module.parameters()]
+        ppo(trained, rollouts, *tables, PPOConfig(epochs=1, minibatches=1), seed=0, learning_rate_factor=factor)
+        return torch.cat([(p - b).flatten() for p, b in zip(trained.actor.module.parameters(), before, strict=True)])
+
+    torch.testing.assert_close(moved(0.25), moved(1.0) / 4, rtol=1e-2, atol=1e-7)
 
 
 def test_the_gradient_is_that_of_a_mean_over_tokens(learner, rollouts, tables):
@@ -115,7 +297,9 @@ def test_clipped_losses_in_the_stage_equal_loops_over_tokens(learner, rollouts, 
     policy = np.mean([oracles.policy_loss(lp, o, a, 0.1, 0.3) for lp, o, a, *_ in tokens])
     value_ = np.mean([oracles.value_loss(v, o, g, 0.25) for *_, v, o, g in tokens])
     np.testing.assert_allclose([metrics.policy_loss, metrics.value_loss], [policy, value_], rtol=1e-4)
-    assert metrics.clip_fraction == 1
+    assert metrics.clip_fraction == metrics.value_clip_fraction == 1
+    taken = [(o - lp < 0) == (a > 0) for lp, o, a, *_ in tokens]  # moved the way its advantage wants
+    np.testing.assert_allclose(metrics.clip_fraction_loss, np.mean(taken), atol=1e-6)
     np.testing.assert_allclose([metrics.ratio_min, metrics.ratio_max], [np.exp(-0.5), np.exp(0.5)], rtol=1e-4)
 
 
@@ -124,7 +308,6 @@ def test_the_update_raises_what_was_good_and_lowers_what_was_bad(learner, rollou
     trained = learner()
     before = trained.actor
     ppo(trained, rollouts, values, advantages, PPOConfig(epochs=2, minibatches=3), seed=0)
-    from stages.ops.models import score_tokens
     change = score_tokens(before, rollouts, TEMPERATURE, "test").values - rollouts.logprobs.values
     assert np.corrcoef(change, advantages.advantages.values)[0, 1] > 0.1
 

@@ -6,12 +6,26 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from schemas.artifacts import Moments
 from schemas.config import ComponentConfig, RewardConfig
 from schemas.errors import NonFiniteError, RewardError
 from schemas.tables import Ragged, Rollouts
-from stages.ops.rewards import combine, function_scorer, model_scorer, server_scorer
+from stages.ops.prompts import demonstrations_as_texts, pretraining_as_texts
+from stages.ops.rewards import (
+    function_scorer,
+    model_scorer,
+    normalized,
+    overlong_penalty,
+    server_scorer,
+    updated_moments,
+    weighted_sum,
+)
 from stages.reward import metrics, reward
+from stages.reward_bias import metrics as bias_metrics
+from stages.reward_bias import reward_bias
 
 
 def config(**settings):
@@ -30,7 +44,13 @@ ENDS = ("eos", "length", "eos")
     ({"missing_eos": "replace", "missing_eos_penalty": 4}, [1, -4, -5]),
 ])
 def test_weights_then_clip_then_the_eos_rule(settings, expected):
-    assert combine(PARTS, three(ENDS), config(**settings)).tolist() == expected
+    assert scored(three(ENDS), PARTS, config(**settings)).score.tolist() == expected
+
+
+def scored(rollouts, parts, settings, bias=0.0, moments=Moments(), max_new_tokens=10):  # noqa: B008
+    """What the stage makes of components that are known."""
+    scorers = {name: lambda _, values=values: values for name, values in parts.items()}
+    return reward(scorers, rollouts, settings, bias=bias, moments=moments, max_new_tokens=max_new_tokens)
 
 
 def three(finish_reason):
@@ -43,17 +63,76 @@ def three(finish_reason):
 def test_a_sum_that_overflows_is_refused_with_its_rows():
     parts = {"a": np.float32([1, 3e38, 1]), "b": np.float32([0, -3e38, 0])}
     with pytest.raises(NonFiniteError, match="the score is inf in row 1"):
-        combine(parts, three(ENDS), config())
+        scored(three(ENDS), parts, config())
+
+
+def test_order_of_the_score():
+    """Raw 1, 5, −5 less bias 1: 0, 4, −6; over their σ: clipped to 1; then the EOS rule of the second."""
+    out = scored(three(ENDS), PARTS, config(normalize="scale", clip=1, missing_eos="subtract", missing_eos_penalty=0.5), 1.0)
+    sigma = np.std([0, 4, -6])
+    assert out.raw_score.tolist() == [0, 4, -6]
+    np.testing.assert_allclose(out.score, [0, min(4 / sigma, 1) - 0.5, -1], rtol=1e-6)
+
+
+@given(st.lists(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=9), min_size=1, max_size=5))
+def test_running_moments_are_those_of_all_scores_at_once(batches):
+    moments = Moments()
+    for batch in batches:
+        moments = updated_moments(moments, np.float32(batch))
+    everything = np.concatenate(batches).astype(np.float64)
+    assert moments.count == len(everything)
+    np.testing.assert_allclose([moments.mean, moments.std], [everything.mean(), everything.std()], atol=1e-6)
+
+
+def test_scores_are_normalized_by_the_moments_that_hold_them():
+    before = updated_moments(Moments(), np.float32([0, 2]))
+    out = scored(three(ENDS), PARTS, config(normalize="standardize"), moments=before)
+    everything = np.float64([0, 2, 1, 5, -5])
+    np.testing.assert_allclose(out.score, (everything[2:] - everything.mean()) / everything.std(), rtol=1e-6)
+    measured = metrics(out, config(normalize="standardize"), before)
+    np.testing.assert_allclose([measured.running_count, measured.running_mean, measured.running_std],
+                               [5, everything.mean(), everything.std()])
+    assert metrics(out, config(), before).running_count is None
+    assert normalized(np.float32([3]), Moments(count=4, mean=1, std=2), "scale").tolist() == [1.5]
+
+
+def test_the_overlong_penalty_by_hand():
+    """Of 10 tokens the last 4 are the buffer: 6 cost nothing, 7 a quarter, 10 all."""
+    np.testing.assert_allclose(overlong_penalty(np.array([1, 6, 7, 9, 10]), 10, 4), [0, 0, 0.25, 0.75, 1])
+    out = scored(three(ENDS), PARTS, config(overlong_buffer=4, overlong_penalty=2), max_new_tokens=2)
+    assert out.score.tolist() == [1 - 1.5, 5 - 1.5, -5 - 1.5]  # one token of two, of which four are the buffer
+
+
+DEMONSTRATIONS = [{"prompt": "The soup", "completion": " was warm."}, {"prompt": "A", "completion": " fine evening"}]
+
+
+def test_demonstrations_score_0_on_average_once_their_mean_is_taken_off(tiny_model, tiny_critic):
+    texts = demonstrations_as_texts(tiny_model.tokenizer, DEMONSTRATIONS, chat_template=False)
+    parts = RewardConfig(components={"m": ComponentConfig(source="reward_model", weight=3)})
+    out = reward_bias({"m": model_scorer(tiny_critic)}, texts, parts)
+    assert abs((weighted_sum(out.components, parts, bias_metrics(out).bias)).mean()) < 1e-6
+    for row, demonstration in enumerate(DEMONSTRATIONS):
+        whole = tiny_model.tokenizer("".join(demonstration.values()))["input_ids"]
+        assert [*texts.prompt_tokens[row], *texts.response_tokens[row]] == [*whole, tiny_model.tokenizer.eos_token_id]
+        assert tiny_model.tokenizer.decode(texts.prompt_tokens[row]) == demonstration["prompt"]
+
+
+def test_pretraining_text_is_the_response_to_its_first_token(tiny_model):
+    texts = pretraining_as_texts(tiny_model.tokenizer, [{"text": "The soup was warm."}])
+    ids = tiny_model.tokenizer("The soup was warm.")["input_ids"]
+    assert texts.prompt_tokens[0].tolist() == ids[:1]
+    assert texts.response_tokens[0].tolist() == [*ids[1:], tiny_model.tokenizer.eos_token_id]
 
 
 def test_the_stage_keeps_each_component(rollouts):
     parts = RewardConfig(components={"length": ComponentConfig(source="m:f", weight=0.5),
                                      "one": ComponentConfig(source="m:g")})
     out = reward({"length": lambda r: np.float32([len(text) for text in r.response]),
-                  "one": lambda r: np.ones(len(r), np.float32)}, rollouts, parts)
+                  "one": lambda r: np.ones(len(r), np.float32)}, rollouts, parts, bias=0.0,
+                 moments=Moments(), max_new_tokens=12)
     lengths = np.array([len(text) for text in rollouts.response])
     np.testing.assert_allclose(out.score, 0.5 * lengths + 1)
-    measured = metrics(out).flat()
+    measured = metrics(out, parts, Moments()).flat()
     assert measured["component_one"] == 1 and abs(measured["component_length"] - lengths.mean()) < 1e-6
 
 
@@ -71,7 +150,8 @@ def test_a_function_that_does_not_score_is_named(function, message, rollouts):
 def test_a_nan_reward_is_refused_with_its_rows(rollouts):
     parts = RewardConfig(components={"x": ComponentConfig(source="m:f")})
     with pytest.raises(NonFiniteError, match=r"reward component 'x' is nan in rows 2, 5"):
-        reward({"x": lambda r: np.where(np.isin(r.row_id, [2, 5]), np.nan, 1.0)}, rollouts, parts)
+        reward({"x": lambda r: np.where(np.isin(r.row_id, [2, 5]), np.nan, 1.0)}, rollouts, parts,
+               bias=0.0, moments=Moments(), max_new_tokens=12)
 
 
 def test_a_reward_model_scores_as_transformers_does_row_by_row(tiny_critic, rollouts):

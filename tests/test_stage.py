@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -30,6 +31,26 @@ def test_every_stage_gives_the_same_bytes_again(copied, stage, iteration, capsys
     assert result["recorded"] == result["artifact"]
 
 
+@pytest.mark.parametrize("run, stage, iteration", [
+    ("every_choice", "reward_bias", 0), ("every_choice", "evaluate", 0), ("every_choice", "rollout", 2),
+    ("every_choice", "reward", 2), ("every_choice", "value", 2), ("every_choice", "gae", 2), ("every_choice", "ppo", 1),
+    ("every_choice", "ppo", 2), ("every_choice", "evaluate", 2), ("no_critic", "rollout", 1), ("no_critic", "reward", 2),
+    ("no_critic", "gae", 2), ("no_critic", "ppo", 2)])
+def test_so_it_does_with_the_choices_that_are_off_by_default(variants, tmp_path, run, stage, iteration, capsys):
+    store = shutil.copytree(variants[1], tmp_path / "store")
+    code, result = answer(capsys, "stage", stage, run, "--iteration", iteration, "--store", store)
+    assert (code, result["verdict"], result["different"]) == (0, "same", [])
+
+
+def test_advantages_of_saved_rollouts_by_another_estimator(variants, tmp_path, capsys):
+    store = shutil.copytree(variants[1], tmp_path / "store")
+    rerun = ["stage", "gae", "no_critic", "--iteration", 2, "--store", store, "--set"]
+    code, result = answer(capsys, *rerun, "gae.estimator=rloo")
+    assert (code, result["verdict"], result["models_loaded"]) == (0, "new", 0)
+    assert run_command([*map(str, rerun), "gae.estimator=gae", "--set", "value={}"]) == 2
+    assert "has no stage 'value' in iteration 2; it has rollout, reference, reward, gae, ppo" in capsys.readouterr().err
+
+
 def test_another_lambda_makes_a_new_artifact_and_leaves_the_run_alone(copied, capsys):
     store = copied[1]
     runs_before = {path: path.read_bytes() for path in (store / "runs").rglob("*.json")}
@@ -44,7 +65,7 @@ def test_another_lambda_makes_a_new_artifact_and_leaves_the_run_alone(copied, ca
 
 
 def test_the_kl_coefficient_of_a_rerun_is_that_of_the_settings(copied, capsys):
-    _, result = answer(capsys, "stage", "gae", "tiny", "--iteration", 1, "--set", "gae.kl_coef=0.5", "--store", copied[1])
+    _, result = answer(capsys, "stage", "gae", "tiny", "--iteration", 1, "--set", "kl.coef=0.5", "--store", copied[1])
     assert result["metrics"]["kl_coef"] == [0.05, 0.5]
 
 

@@ -38,7 +38,7 @@ def test_a_table_survives_parquet_bit_for_bit(tmp_path):
 
 
 def test_named_components_survive_parquet(tmp_path):
-    table = Rewards(row_id=np.arange(3), score=np.float32([1, 2, 3]),
+    table = Rewards(row_id=np.arange(3), raw_score=np.float32([1, 2, 3]), score=np.float32([1, 2, 3]),
                     components={"length": np.float32([0, -1, -2]), "a": np.float32([7, 8, 9])})
     pq.write_table(table.to_arrow(), tmp_path / "t.parquet")
     again = Rewards.from_arrow(pq.read_table(tmp_path / "t.parquet"))
@@ -76,5 +76,5 @@ def test_tables_that_do_not_line_up_are_refused():
 
 def test_columns_of_one_letter_have_one_length():
     with pytest.raises(TableError, match="column 'returns', row 1"):
-        Advantages(row_id=np.arange(2), kl=ragged([1], [1]), rewards=ragged([1], [1]), advantages=ragged([1], [1]),
-                   returns=ragged([1], [1, 2]))
+        Advantages(row_id=np.arange(2), kl=ragged([1], [1]), rewards=ragged([1], [1]), raw_advantages=ragged([1], [1]),
+                   advantages=ragged([1], [1]), returns=ragged([1], [1, 2]))

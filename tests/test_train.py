@@ -7,24 +7,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import VARIANTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.cli import run_command
 from flows.models import load_scalar, save_learner, save_model
 from flows.runs import open_run
 from flows.store import Attempt, Store
-from schemas.artifacts import ArtifactRef, derive_seed
+from schemas.artifacts import ArtifactRef, Moments, derive_seed
 from schemas.tables import Rollouts, Samples
 from stages.base_model import base_model
 from stages.evaluate import evaluate
 from stages.gae import gae
+from stages.gae import metrics as gae_metrics
+from stages.ops.kl import adapted_kl_coef
 from stages.ops.learner import LanguageModelLearner
 from stages.ops.models import LanguageModel
-from stages.ops.prompts import prompt_order
-from stages.ops.rewards import function_scorer, model_scorer
-from stages.ppo import ppo
+from stages.ops.optim import learning_rate_factor
+from stages.ops.prompts import demonstrations_as_texts, pretraining_as_texts, prompt_order
+from stages.ops.rewards import function_scorer, model_scorer, updated_moments
+from stages.ppo import KLLoss, ppo
 from stages.reference import reference
 from stages.reward import reward
+from stages.reward_bias import metrics as bias_metrics
+from stages.reward_bias import reward_bias
 from stages.reward_model import reward_model
 from stages.rollout import rollout
 from stages.sft import sft
@@ -63,30 +69,55 @@ def in_memory(folder, config, tmp_path):
     reward_model(scorer_model, rows(folder, "pairs"), rows(folder, "heldout_pairs"), config.reward_model,
                  chat_template=False, seed=seed(0, "reward_model"))
     actor, ref = (copy_of(start, tmp_path, "actor", causal) for _ in range(2))
-    critic = copy_of(scorer_model, tmp_path, "reward_model", load_scalar)
+    critic = copy_of(scorer_model, tmp_path, "reward_model", load_scalar) if config.value else None
     scorers = {"reward_model": model_scorer(copy_of(scorer_model, tmp_path, "reward_model", load_scalar))}
     judge, heldout = function_scorer("gold", grammar.gold), [row["prompt"] for row in rows(folder, "heldout_prompts")]
 
+    demonstrations = demonstrations_as_texts(start.tokenizer, rows(folder, "demonstrations"), False)
+    texts = demonstrations
+    if config.data.pretraining:
+        texts = pretraining_as_texts(start.tokenizer, rows(folder, "pretraining"))
+    bias, moments, kl_coef = 0.0, Moments(), config.kl.coef
+    if config.reward.center_on_demonstrations:
+        bias = bias_metrics(reward_bias(scorers, demonstrations, config.reward)).bias
+
     def samples(baseline):
-        return evaluate(actor, ref, heldout, scorers, judge, baseline, config.rollout, config.reward,
+        return evaluate(actor, ref, heldout, scorers, judge, baseline, config.rollout, config.reward, bias=bias,
                         chat_template=False, seed=seed(0, "evaluate"))
 
     baseline = samples(None)
     learner = LanguageModelLearner(actor, critic, config.ppo, config.rollout.temperature)
     prompts = [row["prompt"] for row in rows(folder, "prompts")]
+    size, k = config.rollout.batch_size, config.rollout.responses_per_prompt
     for i in range(1, config.iterations + 1):
-        ids = prompt_order(len(prompts), config.rollout.batch_size, seed=seed(0, "prompt_order"), iteration=i)
-        batch = rollout(actor, [prompts[k] for k in ids], ids, config.rollout, chat_template=False, seed=seed(i, "rollout"))
-        values = value(critic, batch)
-        advantages = gae(batch, reference(ref, batch, temperature=config.rollout.temperature),
-                         reward(scorers, batch, config.reward), values, config.gae, kl_coef=config.gae.kl_coef)
-        ppo(learner, batch, values, advantages, config.ppo, seed=seed(i, "ppo"))
+        ids = np.repeat(prompt_order(len(prompts), size // k, seed=seed(0, "prompt_order"), iteration=i), k)
+        batch = rollout(actor, [prompts[j] for j in ids], ids, config.rollout, chat_template=False, seed=seed(i, "rollout"))
+        values = value(critic, batch) if critic else None
+        rewards = reward(scorers, batch, config.reward, bias=bias, moments=moments,
+                         max_new_tokens=config.rollout.max_new_tokens)
+        scored = reference(ref, batch, temperature=config.rollout.temperature)
+        advantages = gae(batch, scored, rewards, values, config.gae, config.kl, kl_coef=kl_coef)
+        ppo(learner, batch, values, advantages, config.ppo, seed=seed(i, "ppo"),
+            learning_rate_factor=learning_rate_factor(i, config.ppo), train_actor=i > config.ppo.critic_warmup,
+            kl_loss=KLLoss(scored, kl_coef, config.kl.estimator) if config.kl.placement == "loss" else None,
+            texts=texts if config.ppo.ptx_coef else None)
+        kl = gae_metrics(advantages, batch, values, config.gae, kl_coef=kl_coef).kl
+        kl_coef, moments = adapted_kl_coef(kl_coef, kl, size, config.kl), updated_moments(moments, rewards.raw_score)
     return learner, samples(baseline)
 
 
 def test_the_flow_through_storage_equals_the_loop_in_memory(trained, tmp_path):
-    folder, store = trained
-    run = open_run(Store(store), "tiny")
+    require_equal(*trained, "tiny", tmp_path)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_so_it_does_with_the_choices_that_are_off_by_default(variants, tmp_path, name):
+    require_equal(*variants, name, tmp_path)
+
+
+def require_equal(folder, store, name, tmp_path):
+    """Every file of the last checkpoint, and the last samples, of the run and of the loop."""
+    run = open_run(Store(store), name)
     torch.set_num_threads(run.config.execution.threads)
     learner, samples = in_memory(folder, run.config, tmp_path)
     state = run.last()
@@ -96,6 +127,37 @@ def test_the_flow_through_storage_equals_the_loop_in_memory(trained, tmp_path):
     assert ours == run.store.manifest(state.actor.artifact).digests()
     stored = run.store.table(state.artifacts["evaluate"], Samples)
     assert stored.to_arrow().equals(samples.to_arrow())
+
+
+def test_a_critic_warm_up_of_one_iteration(variants):
+    """The actor of iteration 1 is the starting one to the byte, that of iteration 2 is not; both train the critic, each on
+    rollouts of its own."""
+    run = open_run(Store(variants[1]), "every_choice")
+    weights = lambda model: (run.store.place(model.artifact, model.folder) / "model.safetensors").read_bytes()  # noqa: E731
+    start, first, second = (run.state(i) for i in range(3))
+    assert weights(start.actor) == weights(first.actor) != weights(second.actor)
+    assert len({weights(state.critic) for state in (start, first, second)}) == 3
+    assert "ppo/policy_loss" not in first.metrics and "ppo/policy_loss" in second.metrics
+    sampled = [run.store.table(state.artifacts["rollout"], Rollouts) for state in (first, second)]
+    assert not np.array_equal(sampled[0].prompt_id, sampled[1].prompt_id)
+
+
+def test_what_crosses_iterations_is_in_the_state(variants):
+    run = open_run(Store(variants[1]), "every_choice")
+    first, second = run.state(1), run.state(2)
+    assert first.reward_bias == run.state(0).metrics["reward_bias/bias"] == second.reward_bias != 0
+    assert (first.reward_moments.count, second.reward_moments.count) == (8, 16)
+    assert second.metrics["gae/kl_coef"] == first.kl_coef != first.metrics["gae/kl_coef"] == 0.05
+
+
+def test_a_run_without_a_critic_has_no_value_stage(variants):
+    run = open_run(Store(variants[1]), "no_critic")
+    state = run.last()
+    assert state.critic is None and "value" not in state.artifacts
+    assert not [entry.path for entry in run.store.manifest(state.actor.artifact).files if "critic" in entry.path]
+    table = run.store.table(state.artifacts["rollout"], Rollouts)
+    assert [list(group) for group in table.prompt_id.reshape(2, 4)] == [[i] * 4 for i in table.prompt_id[::4]]
+    assert len(set(table.response[:4])) > 1
 
 
 def test_transformers_alone_loads_the_actor_and_generates(trained):

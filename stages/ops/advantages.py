@@ -1,8 +1,6 @@
-"""Token-level advantages: GAE and whitening.
+"""Advantages of response tokens: GAE with a critic, or a comparison of whole responses without one; and whitening.
 
-Row i is one episode of R_i steps. δ_t = r_t + γ·V_{t+1} − V_t, A_t = δ_t + γλ·A_{t+1}; V_{R} is the row's
-`bootstrap` (0 where the episode terminated) and A_R = 0: both a termination and a cut stop the λ-carry.
-Source: Schulman et al. 2016, https://arxiv.org/abs/1506.02438, equations 11, 12 and 16.
+Row i is one episode of R_i steps; rewards r_t, values V_t. A termination and a cut both stop what is carried back.
 """
 
 from __future__ import annotations
@@ -11,10 +9,18 @@ import numpy as np
 
 from schemas.tables import Ragged
 
+EPSILON = 1e-8  # added to a variance before its root is divided by
 
-def gae_advantages(rewards: Ragged, values: Ragged, bootstrap: np.ndarray, gamma: float, gae_lambda: float) -> Ragged:
-    """A_t of every step, float64. `rewards`, `values`: B rows of R steps; `bootstrap`: (B,) V after the last step."""
-    lengths, offsets = rewards.lengths, rewards.offsets[:-1]
+
+def gae_advantages(
+    rewards: Ragged, values: Ragged, bootstrap: np.ndarray, gamma: float, gae_lambda: float | np.ndarray
+) -> Ragged:
+    """δ_t = r_t + γ·V_{t+1} − V_t, A_t = δ_t + γλ·A_{t+1}, A_R = 0: B rows of R steps, float64.
+
+    `bootstrap`: (B,) V_R, 0 where the episode terminated; `gae_lambda`: one λ, or (B,) of them.
+    Source: Schulman et al. 2016, https://arxiv.org/abs/1506.02438, equations 11, 12 and 16.
+    """
+    lengths, offsets, decay = rewards.lengths, rewards.offsets[:-1], np.broadcast_to(gae_lambda, len(rewards))
     out = np.zeros(len(rewards.values))
     next_value, next_advantage = bootstrap.astype(np.float64), np.zeros(len(rewards))
     for back in range(1, int(lengths.max(initial=0)) + 1):
@@ -22,16 +28,67 @@ def gae_advantages(rewards: Ragged, values: Ragged, bootstrap: np.ndarray, gamma
         t = offsets[rows] + lengths[rows] - back
         value = values.values[t].astype(np.float64)
         delta = rewards.values[t] + gamma * next_value[rows] - value
-        next_advantage[rows] = out[t] = delta + gamma * gae_lambda * next_advantage[rows]
+        next_advantage[rows] = out[t] = delta + gamma * decay[rows] * next_advantage[rows]
         next_value[rows] = value
     return rewards.with_values(out)
 
 
-def whiten(values: np.ndarray) -> np.ndarray:
-    """(n,) to (n,): mean 0 and unbiased variance 1, with ε = 1e-8 added to the variance; one value becomes 0.
+def rewards_to_go(rewards: Ragged, gamma: float) -> Ragged:
+    """G_t = Σ_{s≥t} γ^{s−t}·r_s: GAE at V = 0 and λ = 1."""
+    nothing = rewards.with_values(np.zeros(len(rewards.values)))
+    return gae_advantages(rewards, nothing, np.zeros(len(rewards)), gamma, 1.0)
+
+
+def length_adaptive_lambda(lengths: np.ndarray, alpha: float) -> np.ndarray:
+    """λ = 1 − 1/(αR), at least 0: (B,) (Yue et al. 2025, VAPO, https://arxiv.org/abs/2504.05118, section 4.2)."""
+    return np.maximum(0.0, 1 - 1 / (alpha * lengths))
+
+
+def grpo_advantages(returns: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(R_i − mean of the group)/(σ of the group), σ unbiased: (B,) (Shao et al. 2024, https://arxiv.org/abs/2402.03300).
+
+    `returns`: (B,), one a response; `groups`: (B,), equal for responses to one prompt.
+    """
+    mean, count = _group_mean(returns, groups)
+    variance = _group_mean((returns - mean) ** 2, groups)[0] * count / np.maximum(count - 1, 1)
+    return (returns - mean) / np.sqrt(variance + EPSILON)
+
+
+def rloo_advantages(returns: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """R_i − mean of the others of its group: (B,) (Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, equation 8)."""
+    mean, count = _group_mean(returns, groups)
+    return (returns - mean) * count / np.maximum(count - 1, 1)
+
+
+def centred(returns: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """R_i − mean of its group: (B,) (Hu et al. 2025, REINFORCE++ with baseline, https://arxiv.org/abs/2501.03262)."""
+    return returns - _group_mean(returns, groups)[0]
+
+
+def equal_groups(returns: np.ndarray, groups: np.ndarray) -> float:
+    """Part of the groups whose responses all have one return."""
+    _, index = np.unique(groups, return_inverse=True)
+    low, high = np.full(index.max() + 1, np.inf), np.full(index.max() + 1, -np.inf)
+    np.minimum.at(low, index, returns)
+    np.maximum.at(high, index, returns)
+    return float(np.mean(low == high))
+
+
+def _group_mean(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(B,) the mean of each row's group, and (B,) its size."""
+    _, index = np.unique(groups, return_inverse=True)
+    count = np.bincount(index)
+    return (np.bincount(index, weights=values) / count)[index], count[index]
+
+
+def whiten(values: np.ndarray, *, shift: bool = True, unbiased: bool = True) -> np.ndarray:
+    """(x − mean)/√(variance + ε), the mean put back unless `shift`: (n,) to (n,); one value is only shifted.
 
     Over all response tokens of the batch at once, so that padding and minibatches play no part
-    (Huang et al. 2024, https://arxiv.org/abs/2403.17031, detail "advantage whitening").
+    (Huang et al. 2024, https://arxiv.org/abs/2403.17031, details "reward whitening" and "advantage whitening").
     """
-    centred = values - values.mean()
-    return centred / np.sqrt(centred.var(ddof=1) + 1e-8) if len(values) > 1 else centred
+    mean = values.mean()
+    white = values - mean
+    if len(values) > 1:
+        white = white / np.sqrt(white.var(ddof=int(unbiased)) + EPSILON)
+    return white if shift else white + mean

@@ -7,10 +7,21 @@ baselines (Huang et al. 2022, https://iclr-blog-track.github.io/2022/03/25/ppo-i
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 LOG_RATIO_LIMIT = 20.0
+
+
+class Clipped(NamedTuple):
+    """A loss and where its clip was at work: (n,) each."""
+
+    loss: Tensor
+    outside: Tensor  # bool: beyond the clip range
+    taken: Tensor  # bool: the loss is the clipped one, which gives no gradient
+    bounded: Tensor | None = None  # bool: the loss is the bound of the dual clip
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
@@ -18,23 +29,29 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
-def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_range_low: float, clip_range_high: float) -> Tensor:
-    """−min(ratio·A, clip(ratio, 1 − ε_low, 1 + ε_high)·A): (n,)."""
+def policy_loss(
+    log_ratio: Tensor, advantages: Tensor, clip_range_low: float, clip_range_high: float, dual_clip: float | None = None
+) -> Clipped:
+    """−min(ratio·A, clip(ratio, 1 − ε_low, 1 + ε_high)·A), at most −c·A where A < 0: (n,).
+
+    The bound c of `dual_clip`: Ye et al. 2020, https://arxiv.org/abs/1912.09729, equation 7.
+    """
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_range_low, 1 + clip_range_high)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+    outside = (ratio < 1 - clip_range_low) | (ratio > 1 + clip_range_high)
+    plain, clipped = -ratio * advantages, -ratio.clamp(1 - clip_range_low, 1 + clip_range_high) * advantages
+    loss, taken = torch.maximum(plain, clipped), clipped > plain
+    if dual_clip is None:
+        return Clipped(loss, outside, taken)
+    bounded = (advantages < 0) & (loss > -dual_clip * advantages)
+    return Clipped(torch.where(bounded, -dual_clip * advantages, loss), outside, taken | bounded, bounded)
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> tuple[Tensor, Tensor]:
-    """½·max((V − G)², (V_clip − G)²), V_clip = V_old + clip(V − V_old, ±ε): (n,), and where the clipped one won: (n,)."""
-    unclipped = (values - returns) ** 2
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Clipped:
+    """½·max((V − G)², (V_clip − G)²), V_clip = V_old + clip(V − V_old, ±ε): (n,)."""
+    plain = (values - returns) ** 2
     if clip_range is None:
-        return 0.5 * unclipped, torch.zeros_like(unclipped, dtype=torch.bool)
-    near = old_values + (values - old_values).clamp(-clip_range, clip_range)
-    clipped = (near - returns) ** 2
-    return 0.5 * torch.maximum(unclipped, clipped), clipped > unclipped
-
-
-def approx_kl(log_ratio: Tensor) -> Tensor:
-    """KL(π_old‖π) of tokens sampled from π_old by k3 = (ratio − 1) − log ratio: (n,), nats."""
-    return log_ratio.expm1() - log_ratio
+        nowhere = torch.zeros_like(plain, dtype=torch.bool)
+        return Clipped(0.5 * plain, nowhere, nowhere)
+    move = values - old_values
+    clipped = (old_values + move.clamp(-clip_range, clip_range) - returns) ** 2
+    return Clipped(0.5 * torch.maximum(plain, clipped), move.abs() > clip_range, clipped > plain)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.tables import Ragged, Rollouts
 from stages.ops.finite import require_finite
+from stages.ops.prompts import Texts
 from stages.ops.sequences import Batch, make_batch, split_by_tokens
 
 
@@ -43,7 +44,7 @@ class LanguageModel:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.eos_ids)
 
 
-def batches(rollouts: Rollouts, rows: np.ndarray, model: LanguageModel) -> list[Batch]:
+def batches(rollouts: Rollouts | Texts, rows: np.ndarray, model: LanguageModel) -> list[Batch]:
     """The rows as padded batches within the model's token budget."""
     lengths = np.stack([rollouts.prompt_tokens.lengths, rollouts.response_tokens.lengths], 1)
     groups = split_by_tokens(lengths, rows, model.micro_batch_tokens)

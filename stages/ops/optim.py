@@ -1,6 +1,8 @@
-"""AdamW, the gradient norm, and the optimizer's state as named tensors."""
+"""AdamW, its learning rate, the gradient norm, and the optimizer's state as named tensors."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,24 @@ def adamw(module: nn.Module, learning_rate: float, config: PPOConfig) -> AdamW:
     """AdamW over all parameters, β (0.9, 0.999) (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101)."""
     return AdamW(module.parameters(), lr=learning_rate, eps=config.adam_epsilon, weight_decay=config.weight_decay,
                  fused=True)
+
+
+def learning_rate_factor(iteration: int, config: PPOConfig) -> float:
+    """What the learning rates are multiplied with in an iteration, counted from 1; the same for all its steps.
+
+    Rises as i/(W + 1) over the W `warmup_iterations`; falls from 1 at the first iteration to 0 after the N
+    `schedule_iterations`, as 1 − (i − 1)/N or as ½(1 + cos π(i − 1)/N). The smaller of both holds.
+    """
+    rise = min(1.0, iteration / (config.warmup_iterations + 1))
+    if config.schedule == "constant":
+        return rise
+    done = min(1.0, (iteration - 1) / config.schedule_iterations)
+    return min(rise, 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def has_gradients(optimizer: AdamW) -> bool:
+    """Whether a loss has gone backward through its network since the last step."""
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def clip_gradients(optimizer: AdamW, max_norm: float) -> float:

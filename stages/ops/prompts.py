@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from schemas.errors import ConfigError
+from schemas.tables import Ragged
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """B responses that nobody sampled: demonstrations, or pretraining text as the response to its first token."""
+
+    row_id: np.ndarray  # (B,)
+    prompt: tuple[str, ...]
+    response: tuple[str, ...]
+    prompt_tokens: Ragged  # P tokens a row
+    response_tokens: Ragged  # R tokens a row, EOS included
+
+    def __len__(self) -> int:
+        return len(self.row_id)
 
 
 def prompt_order(count: int, batch_size: int, *, seed: int, iteration: int) -> np.ndarray:
@@ -45,6 +61,28 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str], chat_templa
     """Token ids of the rendered prompts, (P,) int32 each."""
     ids = tokenizer([render(tokenizer, prompt, chat_template) for prompt in prompts])["input_ids"]
     return [np.array(row, np.int32) for row in ids]
+
+
+def demonstrations_as_texts(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]], chat_template: bool
+) -> Texts:
+    """`prompt` and `completion` of each row. Tokenized together, as `sft` does; EOS is added."""
+    prompts = tokenize(tokenizer, [row["prompt"] for row in rows], chat_template)
+    wholes = tokenizer([render(tokenizer, row["prompt"], chat_template) + row["completion"] for row in rows])["input_ids"]
+    return _texts([row["prompt"] for row in rows], [row["completion"] for row in rows], prompts,
+                  [[*whole[len(prompt):], tokenizer.eos_token_id] for whole, prompt in zip(wholes, prompts, strict=True)])
+
+
+def pretraining_as_texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]]) -> Texts:
+    """`text` of each row: its first token the prompt, the rest and EOS the response."""
+    ids = tokenizer([row["text"] for row in rows])["input_ids"]
+    return _texts([""] * len(rows), [row["text"] for row in rows], [row[:1] for row in ids],
+                  [[*row[1:], tokenizer.eos_token_id] for row in ids])
+
+
+def _texts(prompts: list[str], responses: list[str], prompt_tokens: list, response_tokens: list) -> Texts:
+    ragged = (Ragged.from_rows([np.asarray(row) for row in rows], np.int32) for rows in (prompt_tokens, response_tokens))
+    return Texts(np.arange(len(prompts)), tuple(prompts), tuple(responses), *ragged)
 
 
 def require_fit(lengths: Sequence[int], context: int, reserved: int, where: str) -> None:

@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 import httpx
 import numpy as np
 
+from schemas.artifacts import Moments
 from schemas.config import RewardConfig
 from schemas.errors import RewardError
 from schemas.tables import Rollouts
 from stages.ops.finite import require_finite
 from stages.ops.models import LanguageModel, sequence_scores
+from stages.ops.prompts import Texts
 
-Scorer = Callable[[Rollouts], np.ndarray]
-"""Rollouts of B rows to (B,) scores."""
+Scorer = Callable[[Rollouts | Texts], np.ndarray]
+"""B responses to (B,) scores."""
 
 UserFunction = Callable[[list[str], list[str]], Sequence[float]]
 """(prompts, responses) to scores, one a response."""
@@ -23,7 +25,7 @@ UserFunction = Callable[[list[str], list[str]], Sequence[float]]
 def model_scorer(model: LanguageModel) -> Scorer:
     """Scores prompt and response by a sequence-classification model, which reads its last token that is not padding."""
 
-    def score(rollouts: Rollouts) -> np.ndarray:
+    def score(rollouts: Rollouts | Texts) -> np.ndarray:
         pairs = zip(rollouts.prompt_tokens, rollouts.response_tokens, strict=True)
         return sequence_scores(model, [np.concatenate(pair).tolist() for pair in pairs], "reward")
 
@@ -33,7 +35,7 @@ def model_scorer(model: LanguageModel) -> Scorer:
 def function_scorer(name: str, function: UserFunction) -> Scorer:
     """Scores by a user's function of (prompts, responses)."""
 
-    def score(rollouts: Rollouts) -> np.ndarray:
+    def score(rollouts: Rollouts | Texts) -> np.ndarray:
         try:
             values = function(list(rollouts.prompt), list(rollouts.response))
         except Exception as error:
@@ -46,7 +48,7 @@ def function_scorer(name: str, function: UserFunction) -> Scorer:
 def server_scorer(url: str, timeout: float = 60.0) -> Scorer:
     """Scores by POST of `{"prompts": […], "responses": […]}`; the answer is `{"scores": […]}`."""
 
-    def score(rollouts: Rollouts) -> np.ndarray:
+    def score(rollouts: Rollouts | Texts) -> np.ndarray:
         body = {"prompts": list(rollouts.prompt), "responses": list(rollouts.response)}
         with httpx.Client(transport=httpx.HTTPTransport(retries=2), timeout=timeout) as client:
             try:
@@ -71,7 +73,7 @@ def _as_scores(source: str, values: Sequence[float], rows: int) -> np.ndarray:
     return scores
 
 
-def score_components(scorers: Mapping[str, Scorer], rollouts: Rollouts) -> dict[str, np.ndarray]:
+def score_components(scorers: Mapping[str, Scorer], rollouts: Rollouts | Texts) -> dict[str, np.ndarray]:
     """Name → (B,) scores, each finite. Raises `NonFiniteError` with the rows, or `RewardError`."""
     components = {name: scorer(rollouts) for name, scorer in scorers.items()}
     for name, values in components.items():
@@ -79,17 +81,31 @@ def score_components(scorers: Mapping[str, Scorer], rollouts: Rollouts) -> dict[
     return components
 
 
-def combine(components: Mapping[str, np.ndarray], rollouts: Rollouts, config: RewardConfig) -> np.ndarray:
-    """(B,) float32: Σ weight·component, clipped, then the missing-EOS rule. Raises `NonFiniteError` with the rows."""
+def weighted_sum(components: Mapping[str, np.ndarray], config: RewardConfig, bias: float) -> np.ndarray:
+    """Σ_k weight_k·component_k − bias: (B,) float32."""
     total = sum(config.components[name].weight * values.astype(np.float64) for name, values in components.items())
-    if config.clip is not None:
-        total = np.clip(total, -config.clip, config.clip)
-    missing = np.array(rollouts.finish_reason) != "eos"
-    if config.missing_eos == "subtract":
-        total = total - config.missing_eos_penalty * missing
-    if config.missing_eos == "replace":
-        total = np.where(missing, -config.missing_eos_penalty, total)
-    with np.errstate(over="ignore"):  # found by the next line
-        score = total.astype(np.float32)
-    require_finite("the score", score, rollouts.row_id)
-    return score
+    with np.errstate(over="ignore"):  # an infinite score is refused later
+        return (total - bias).astype(np.float32)
+
+
+def updated_moments(moments: Moments, values: np.ndarray) -> Moments:
+    """Those of the values seen before and of (B,) `values` (Chan et al. 1979, the pairwise update)."""
+    count, mean, variance = len(values), values.mean(dtype=np.float64), values.var(dtype=np.float64)
+    total, shift = moments.count + count, mean - moments.mean
+    spread = moments.std**2 * moments.count + variance * count + shift**2 * moments.count * count / total
+    return Moments(count=total, mean=moments.mean + shift * count / total, std=float(np.sqrt(spread / total)))
+
+
+def normalized(values: np.ndarray, moments: Moments, how: str) -> np.ndarray:
+    """(B,) float64: as they are (`none`), divided by σ (`scale`), or less μ and divided by σ (`standardize`)."""
+    if how == "none":
+        return values.astype(np.float64)
+    return (values - (moments.mean if how == "standardize" else 0.0)) / max(moments.std, 1e-8)
+
+
+def overlong_penalty(lengths: np.ndarray, max_new_tokens: int, buffer: int) -> np.ndarray:
+    """0 up to `buffer` tokens before the limit, then in proportion to 1 at the limit: (B,).
+
+    Source: Yu et al. 2025, DAPO, https://arxiv.org/abs/2503.14476, equation 13, with its sign turned.
+    """
+    return np.clip((lengths - (max_new_tokens - buffer)) / buffer, 0.0, 1.0)

@@ -50,7 +50,8 @@ def _sample_all(
     with tqdm(total=len(prompts), desc=progress, leave=False, disable=None) as bar:
         for group in groups:
             uniforms = row_uniforms(seed, group, config.max_new_tokens)
-            sampled = sample(actor, [prompts[i] for i in group], uniforms, config.temperature, on_finished=bar.update)
+            sampled = sample(actor, [prompts[i] for i in group], uniforms, config.temperature,
+                             precision=config.precision, on_finished=bar.update)
             for i, row_tokens, row_logprobs in zip(group, *sampled, strict=True):
                 tokens[i], logprobs[i] = row_tokens, row_logprobs
     return tokens, logprobs
@@ -90,8 +91,8 @@ class _Batch:
 
 @torch.inference_mode()
 def sample(
-    model: LanguageModel, prompts: list[np.ndarray], uniforms: np.ndarray, temperature: float,
-    on_finished: Callable[[int], object] = lambda rows: None,
+    model: LanguageModel, prompts: list[np.ndarray], uniforms: np.ndarray, temperature: float, *,
+    precision: str = "float32", on_finished: Callable[[int], object] = lambda rows: None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Response tokens and their logprobs, a pair of (R,) arrays to a prompt.
 
@@ -108,7 +109,8 @@ def sample(
     batch = _Batch(np.arange(b), ids, mask, DynamicCache(config=model.module.config))
     open_rows = torch.ones(b, dtype=torch.bool, device=model.device)  # of the batch, not of the caller's list
     for step in range(steps):
-        distribution = _next_logprobs(model, batch, temperature)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            distribution = _next_logprobs(model, batch, temperature)
         batch.token = sample_tokens(distribution, draws[batch.rows, step])
         tokens[batch.rows, step] = batch.token
         logprobs[batch.rows, step] = distribution.gather(-1, batch.token[:, None]).squeeze(-1)
