@@ -28,8 +28,8 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 
-bench-learning: install ## data/reviews over three seeds
-	$(BIN)/python tests/benchmarks/learning.py
+bench-learning: install ## does it learn? an hour; ONLY="bandit walks" for some of it
+	$(BIN)/python tests/benchmarks/learning.py $(ONLY)
 
 clean:
 	rm -rf $(VENV) build *.egg-info
