@@ -12,8 +12,9 @@ from flows.inputs import apply_settings
 from flows.produce import Reproduction, now
 from flows.store import Store, put_once, read_record
 from schemas.artifacts import ArtifactRef, RunRecord, TrainState, check_name, derive_seed
-from schemas.config import NAME_PATTERN, RunConfig, differences, merged, parse_config
+from schemas.config import RunConfig, differences, merged, parse_config
 from schemas.errors import ConfigError
+from schemas.settings import NAME_PATTERN
 
 if TYPE_CHECKING:
     from flows.models import WarmModels

@@ -17,7 +17,7 @@ from flows.models import load_causal, load_scalar, load_tokenizer, save_learner,
 from flows.produce import Made, produce
 from flows.runs import Run
 from schemas.artifacts import ArtifactRef, ModelRef, Moments, Recipe
-from schemas.config import RewardConfig, Settings
+from schemas.settings import RewardConfig, Settings
 from schemas.tables import Advantages, ReferenceLogprobs, Rewards, Rollouts, Samples, Values
 from stages import base_model as base_model_stage
 from stages import evaluate as evaluate_stage

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from schemas.config import NAME_PATTERN, Name
 from schemas.errors import ConfigError
+from schemas.settings import NAME_PATTERN, Name
 
 FORMAT_VERSION = 1
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from schemas.config import BaseModelConfig
 from schemas.metrics import BaseModelMetrics
+from schemas.settings import BaseModelConfig
 from stages.ops.models import LanguageModel
 from stages.ops.seeding import seeded
 

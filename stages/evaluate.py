@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from schemas.config import RewardConfig, RolloutConfig
 from schemas.metrics import EvaluateMetrics
+from schemas.settings import RewardConfig, RolloutConfig
 from schemas.tables import Rollouts, Samples
 from stages.ops.finite import require_finite
 from stages.ops.models import LanguageModel, score_tokens

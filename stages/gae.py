@@ -17,8 +17,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from schemas.config import GAEConfig, KLConfig
 from schemas.metrics import GAEMetrics
+from schemas.settings import GAEConfig, KLConfig
 from schemas.tables import Advantages, Ragged, ReferenceLogprobs, Rewards, Rollouts, Values, require_aligned
 from stages.ops.advantages import (
     centred,

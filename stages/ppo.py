@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from schemas.config import PPOConfig
 from schemas.errors import NonFiniteError
 from schemas.metrics import PPOMetrics
+from schemas.settings import PPOConfig
 from schemas.tables import Advantages, Ragged, ReferenceLogprobs, Rollouts, Values, require_aligned
 from stages.ops.finite import require_finite
 from stages.ops.kl import kl_estimate
@@ -114,7 +114,7 @@ class _Update:
 
     def step(self, rows: np.ndarray, mixed: np.ndarray | None, tally: Tally) -> float:
         """On a minibatch, and on those texts; the minibatch's approximate KL before the step, nats a token."""
-        mark, weights = tally.mark(), self._weights(rows)
+        weights = self._weights(rows)
         for batch in self.learner.micro_batches(self.rollouts, rows):
             prediction = self.learner.predict(batch, policy=self.train_actor, entropy_gradient=self.config.entropy_coef > 0)
             loss = self._loss(prediction, batch, tally)
@@ -125,7 +125,7 @@ class _Update:
         norms = self.learner.step(self.learning_rate_factor)
         for network, norm in norms.items():
             require_finite(f"the {network}'s gradient norm", np.array([norm] * len(rows)), self.rollouts.row_id[rows])
-        return tally.end(mark, norms)
+        return tally.end_step(norms)
 
     def _weights(self, rows: np.ndarray) -> np.ndarray:
         """(n,) float64: each token's part in the loss of the minibatch, however it is cut; they sum to 1 over it."""

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from schemas.artifacts import Moments
-from schemas.config import RewardConfig
 from schemas.metrics import RewardMetrics
+from schemas.settings import RewardConfig
 from schemas.tables import Rewards, Rollouts
 from stages.ops.finite import require_finite
 from stages.ops.rewards import Scorer, normalized, overlong_penalty, score_components, updated_moments, weighted_sum

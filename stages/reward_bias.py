@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from schemas.config import RewardConfig
 from schemas.metrics import RewardBiasMetrics
+from schemas.settings import RewardConfig
 from schemas.tables import Rewards
 from stages.ops.finite import require_finite
 from stages.ops.prompts import Texts

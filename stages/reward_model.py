@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from schemas.config import RewardModelConfig
 from schemas.metrics import RewardModelMetrics
+from schemas.settings import RewardModelConfig
 from stages.ops.models import LanguageModel, sequence_scores
 from stages.ops.prompts import render
 from stages.ops.seeding import seeded

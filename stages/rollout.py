@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from schemas.config import RolloutConfig
 from schemas.metrics import RolloutMetrics
+from schemas.settings import RolloutConfig
 from schemas.tables import Rollouts
 from stages.ops.models import LanguageModel
 from stages.ops.sampling import respond

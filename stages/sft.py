@@ -9,8 +9,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 
-from schemas.config import SFTConfig
 from schemas.metrics import SFTMetrics
+from schemas.settings import SFTConfig
 from stages.ops.models import LanguageModel
 from stages.ops.prompts import render
 from stages.ops.seeding import seeded

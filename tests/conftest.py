@@ -154,7 +154,7 @@ def copied(trained, tmp_path):
 @pytest.fixture(scope="session")
 def tiny_model():
     """An untrained GPT-2 of two layers and its tokenizer, in evaluation mode."""
-    from schemas.config import BaseModelConfig
+    from schemas.settings import BaseModelConfig
     from stages.base_model import base_model
 
     rows = [json.loads(line) for line in (REVIEWS / "demonstrations.jsonl").read_text(encoding="utf-8").splitlines()[:40]]
@@ -182,7 +182,7 @@ def tiny_critic(tiny_model):
 @pytest.fixture(scope="session")
 def rollouts(tiny_model):
     """Nine responses of unlike lengths to prompts of unlike lengths."""
-    from schemas.config import RolloutConfig
+    from schemas.settings import RolloutConfig
     from stages.rollout import rollout
 
     prompts = ["The soup", "The film The Salt Road", "A night at Villa Rosa", "My copy", "The choir at Saint Agnes",

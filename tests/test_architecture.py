@@ -4,8 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from schemas.config import RunConfig, Settings
+from schemas.config import RunConfig
 from schemas.metrics import METRICS
+from schemas.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,8 +4,9 @@ import pytest
 import yaml
 from conftest import TINY
 
-from schemas.config import ComponentConfig, RunConfig, Settings, parse_config
+from schemas.config import RunConfig, parse_config
 from schemas.presets import PRESETS
+from schemas.settings import ComponentConfig, Settings
 
 DATA = {"prompts": "p", "heldout_prompts": "h", "demonstrations": "d", "pairs": "q", "heldout_pairs": "r"}
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.config import GAEConfig, KLConfig
 from schemas.errors import NonFiniteError, TableError
+from schemas.settings import GAEConfig, KLConfig
 from schemas.tables import Ragged, ReferenceLogprobs, Rewards, Rollouts, Values
 from stages.gae import gae, metrics
 from stages.ops.advantages import (

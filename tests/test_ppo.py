@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from schemas.config import PPOConfig, RolloutConfig
 from schemas.errors import NonFiniteError
+from schemas.settings import PPOConfig, RolloutConfig
 from schemas.tables import Advantages, Ragged, ReferenceLogprobs, Rollouts, Values
 from stages.ops.learner import LanguageModelLearner
 from stages.ops.models import score_tokens

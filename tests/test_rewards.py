@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.artifacts import Moments
-from schemas.config import ComponentConfig, RewardConfig
 from schemas.errors import NonFiniteError, RewardError
+from schemas.settings import ComponentConfig, RewardConfig
 from schemas.tables import Ragged, Rollouts
 from stages.ops.prompts import demonstrations_as_texts, pretraining_as_texts
 from stages.ops.rewards import (

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.config import RolloutConfig
 from schemas.errors import NonFiniteError
+from schemas.settings import RolloutConfig
 from stages.ops.models import score_tokens
 from stages.ops.sampling import row_uniforms, sample_tokens
 from stages.rollout import rollout

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import GPT2ForSequenceClassification
 
-from schemas.config import RewardModelConfig, SFTConfig
 from schemas.errors import NonFiniteError
+from schemas.settings import RewardModelConfig, SFTConfig
 from stages.reward_model import reward_model
 from stages.sft import sft
 

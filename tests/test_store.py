@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from flows.produce import environment, now
 from flows.store import Store, put_once
 from schemas.artifacts import ArtifactRef, FileEntry, Manifest, Recipe, derive_seed, sha256_json
-from schemas.config import DataConfig, RunConfig
+from schemas.config import RunConfig
 from schemas.errors import StoreError
+from schemas.settings import DataConfig
 from schemas.tables import Ragged, ReferenceLogprobs
 
 CONFIG = RunConfig(data=DataConfig(prompts="p", heldout_prompts="h"), base_model={"source": "m"},

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from schemas.config import KLConfig
+from schemas.settings import KLConfig
 
 
 def kl_estimate(log_ratio: Tensor, estimator: str) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from schemas.config import PPOConfig
+from schemas.settings import PPOConfig
 from schemas.tables import Rollouts
 from stages.ops.models import LanguageModel, batches, entropy, of_tokens, response_logprobs, state_values
 from stages.ops.optim import adamw, clip_gradients, has_gradients

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from schemas.config import PPOConfig
+from schemas.settings import PPOConfig
 
 
 def adamw(module: nn.Module, learning_rate: float, config: PPOConfig) -> AdamW:

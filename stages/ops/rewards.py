@@ -8,8 +8,8 @@ import httpx
 import numpy as np
 
 from schemas.artifacts import Moments
-from schemas.config import RewardConfig
 from schemas.errors import RewardError
+from schemas.settings import RewardConfig
 from schemas.tables import Rollouts
 from stages.ops.finite import require_finite
 from stages.ops.models import LanguageModel, sequence_scores

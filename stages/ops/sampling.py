@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from schemas.config import RolloutConfig
+from schemas.settings import RolloutConfig
 from schemas.tables import Ragged, Rollouts
 from stages.ops.finite import require_finite
 from stages.ops.models import LanguageModel

@@ -19,6 +19,7 @@ class Tally:
         self.tokens: dict[str, int] = defaultdict(int)
         self.norms: dict[str, list[float]] = defaultdict(list)
         self.of_steps: list[float] = []  # approximate KL of each step
+        self._ended: tuple[float, int] = (0.0, 0)  # its sum and tokens when the last step was over
         self.extremes: dict[str, float] = {}
 
     def add(self, **columns: Tensor | None) -> None:
@@ -34,16 +35,13 @@ class Tally:
         self.extremes = {"ratio_min": min(self.extremes.get("ratio_min", np.inf), low),
                          "ratio_max": max(self.extremes.get("ratio_max", -np.inf), high)}
 
-    def mark(self) -> tuple[float, int]:
-        """Where the approximate KL stands now, to be handed to `end` after a step."""
-        return self.sums["approx_kl"], self.tokens["approx_kl"]
-
-    def end(self, mark: tuple[float, int], norms: dict[str, float]) -> float:
-        """A step is over: the gradient norms, and the approximate KL since `mark`, which is returned, nats a token."""
+    def end_step(self, norms: dict[str, float]) -> float:
+        """A step is over, with these gradient norms; its approximate KL, nats a token, 0 where the policy was not run."""
         for network, norm in norms.items():
             self.norms[f"grad_norm_{network}"].append(norm)
-        tokens = self.tokens["approx_kl"] - mark[1]
-        self.of_steps.append((self.sums["approx_kl"] - mark[0]) / tokens if tokens else 0.0)
+        before, self._ended = self._ended, (self.sums["approx_kl"], self.tokens["approx_kl"])
+        tokens = self._ended[1] - before[1]
+        self.of_steps.append((self._ended[0] - before[0]) / tokens if tokens else 0.0)
         return self.of_steps[-1]
 
     def metrics(self, learning_rate_factor: float, importance: dict[str, float]) -> PPOMetrics:

@@ -8,8 +8,8 @@ import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from schemas.config import RewardModelConfig, SFTConfig
 from schemas.errors import NonFiniteError
+from schemas.settings import RewardModelConfig, SFTConfig
 
 
 def common_arguments(config: SFTConfig | RewardModelConfig, seed: int, rows: int, device: str) -> dict[str, Any]:

@@ -1,0 +1,323 @@
+"""The settings of the stages: one frozen class each, a doc string per field, unknown keys refused.
+
+Everything in a stage's class decides its result and is part of the identity of what it writes.
+`ExecutionConfig` holds what only decides where and how fast it runs, `TrackingConfig` who is told.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, strict about keys, documented by the strings below its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class DataConfig(Settings):
+    """The input files, JSON lines, relative to the config file. They enter the store by their content."""
+
+    prompts: str
+    """Training prompts: `{"prompt": …}` a line."""
+    heldout_prompts: str
+    """Prompts for `evaluate`, never trained on: `{"prompt": …}` a line."""
+    demonstrations: str | None = None
+    """What `sft` learns from: `{"prompt": …, "completion": …}` a line."""
+    pairs: str | None = None
+    """What `reward_model` learns from: `{"prompt": …, "chosen": …, "rejected": …}` a line."""
+    heldout_pairs: str | None = None
+    """Pairs the reward model is only tested on."""
+    pretraining: str | None = None
+    """What `ppo.ptx_coef` mixes in instead of the demonstrations: `{"text": …}` a line."""
+
+
+class BaseModelConfig(Settings):
+    """Where training starts: a pretrained model (`source`), or a new GPT-2 with a byte-level BPE tokenizer."""
+
+    source: str | None = None
+    """A folder in Hugging Face format, relative to the config file, or the name of a model on the hub."""
+    chat_template: bool = False
+    """Whether a prompt is put to the models as a user's turn in the tokenizer's chat template."""
+    vocab_size: int = Field(1024, ge=259)
+    """New model: V, entries of the tokenizer trained from the demonstrations (256 bytes, 3 special tokens at least)."""
+    context_length: PositiveInt = 128
+    """New model: the most tokens of prompt and response together."""
+    layers: PositiveInt = 4
+    """New model: transformer blocks."""
+    heads: PositiveInt = 4
+    """New model: attention heads; must divide `width`."""
+    width: PositiveInt = 128
+    """New model: size of the residual stream."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} does not divide into heads={self.heads}; make it a multiple")
+        return self
+
+
+class SFTConfig(Settings):
+    """Supervised fine-tuning on demonstrations (TRL's SFTTrainer)."""
+
+    epochs: PositiveFloat = 3
+    """Passes over the demonstrations."""
+    batch_size: PositiveInt = 32
+    """Demonstrations per optimizer step."""
+    learning_rate: PositiveFloat = 2e-5
+    """Peak learning rate of AdamW; warmed up over `warmup_ratio` of the steps, then falls linearly to 0."""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Part of the steps in which the learning rate rises from 0."""
+    completion_only: bool = True
+    """Whether the loss leaves out the prompt's tokens."""
+
+
+class RewardModelConfig(Settings):
+    """Reward-model training on preference pairs (TRL's RewardTrainer): −log σ(r_chosen − r_rejected)."""
+
+    epochs: PositiveFloat = 1
+    """Passes over the pairs."""
+    batch_size: PositiveInt = 32
+    """Pairs per optimizer step."""
+    learning_rate: PositiveFloat = 2e-5
+    """Peak learning rate of AdamW; warmed up over `warmup_ratio` of the steps, then falls linearly to 0."""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Part of the steps in which the learning rate rises from 0."""
+    center_coef: float = Field(0.01, ge=0)
+    """Weight of (r_chosen + r_rejected)², which keeps rewards near 0 (Eisenstein et al. 2023)."""
+
+
+class RolloutConfig(Settings):
+    """Sampling responses from the actor."""
+
+    batch_size: PositiveInt = 128
+    """B, responses per iteration."""
+    responses_per_prompt: PositiveInt = 1
+    """k, responses to each of the B/k prompts of an iteration; must divide `batch_size`."""
+    max_new_tokens: PositiveInt = 32
+    """The most response tokens; a response cut here has finish reason `length`."""
+    temperature: PositiveFloat = 1.0
+    """Logits are divided by it, in rollout, reference and update alike."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What sampling computes in. With bfloat16 the update needs `ppo.recompute_old_logprobs`."""
+
+
+class ComponentConfig(Settings):
+    """One part of the reward."""
+
+    source: str
+    """`reward_model`, `file.py:function` beside the config, `package.module:function`, or an `http://…` server."""
+    weight: float = 1.0
+    """What its value is multiplied with in the sum."""
+
+
+class RewardConfig(Settings):
+    """The score of a response: weighted sum − bias → normalised → clipped → missing-EOS rule → overlong penalty."""
+
+    components: dict[Name, ComponentConfig] = {"reward_model": ComponentConfig(source="reward_model")}
+    """Name → component; the names are those of the `components` column and of the metrics."""
+    center_on_demonstrations: bool = False
+    """Whether the demonstrations' mean is taken off, so that they score 0 on average (Stiennon et al. 2020)."""
+    normalize: Literal["none", "scale", "standardize"] = "none"
+    """By the moments of all scores so far, this batch's included: divided by σ, or (score − μ)/σ."""
+    clip: PositiveFloat | None = None
+    """The score is clipped to ± this; null leaves it."""
+    missing_eos: Literal["none", "subtract", "replace"] = "none"
+    """What happens to the score of a response without EOS: subtract the penalty, or put −penalty in its place."""
+    missing_eos_penalty: float = Field(1.0, ge=0)
+    """The penalty of `missing_eos`."""
+    overlong_buffer: PositiveInt | None = None
+    """The last so many tokens before the limit cost up to `overlong_penalty`, in proportion (Yu et al. 2025, DAPO)."""
+    overlong_penalty: float = Field(1.0, ge=0)
+    """What a response of the full length costs, if there is an `overlong_buffer`."""
+
+    @model_validator(mode="after")
+    def _some_component(self) -> Self:
+        if not self.components:
+            raise ValueError("components is empty; name at least one, for example {reward_model: {source: reward_model}}")
+        return self
+
+
+class KLConfig(Settings):
+    """What keeps the actor near the reference: β·KL(π‖π_ref), estimated token by token."""
+
+    coef: float = Field(0.05, ge=0)
+    """β, per nat; where it starts, if `target` is set."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Of a token's KL (Schulman 2020); k1 is log π − log π_ref."""
+    placement: Literal["reward", "loss"] = "reward"
+    """`reward`: r_t holds −β·kl_t of the rollout's policy. `loss`: the update adds β·kl_t of the policy it trains."""
+    target: PositiveFloat | None = None
+    """Nats a response to which β is adapted from iteration to iteration (Ziegler et al. 2019); null keeps β."""
+    horizon: PositiveFloat = 10_000
+    """Responses after which a KL 20% off `target`, or more, would have changed β by a fifth; smaller adapts faster."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_place(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (data.get("placement") in ("both", ["reward", "loss"], ["loss", "reward"])):
+            raise ValueError("placement: in the reward and in the loss, one divergence would be charged twice and `target` "
+                             "could steer neither; choose reward or loss")
+        return data
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Self:
+        if self.placement == "loss" and self.estimator == "k1":
+            raise ValueError("estimator=k1 in the loss has a gradient that is 0 on average; take k2, k3 or placement=reward")
+        if self.target is not None and self.coef == 0:
+            raise ValueError("target adapts coef by factors, and coef=0 stays 0; set coef above 0, or target to null")
+        return self
+
+
+class ValueConfig(Settings):
+    """The critic."""
+
+    start: Literal["reward_model", "actor"] = "reward_model"
+    """What the critic's weights are before the first iteration; from the actor, its head starts at 0."""
+
+
+class GAEConfig(Settings):
+    """From rewards to advantages: generalized advantage estimation (Schulman et al. 2016), or without a critic."""
+
+    estimator: Literal["gae", "grpo", "rloo", "reinforce++", "reinforce++-baseline"] = "gae"
+    """`gae` needs a critic. The others have none: `grpo` and `rloo` compare the responses to one prompt."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """γ, discount per token."""
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """λ: 0 is one-step TD, 1 is Monte Carlo."""
+    critic_lambda: float | None = Field(None, ge=0, le=1)
+    """λ of the critic's returns (Yuan et al. 2025, VC-PPO); null is that of the advantages."""
+    length_adaptive_alpha: PositiveFloat | None = None
+    """α: a response of R tokens has λ = 1 − 1/(αR) in the place of `gae_lambda` (Yue et al. 2025, VAPO: 0.05)."""
+    bootstrap_truncated: bool = False
+    """Whether a response cut at the length limit is continued by the critic's value rather than ended."""
+    whiten_rewards: bool = False
+    """Whether r_t are divided by their σ over the batch, their mean kept."""
+    whiten: Literal["batch", "none"] | None = None
+    """Whether advantages get mean 0 and variance 1 over the batch's tokens; null: all but `grpo` and `rloo` do."""
+    whiten_unbiased: bool = True
+    """Whether the variance of whitening is divided by n − 1 rather than n."""
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether values are needed."""
+        return self.estimator == "gae"
+
+    @property
+    def compares_responses(self) -> bool:
+        """Whether a response is measured against the others to its prompt."""
+        return self.estimator in ("grpo", "rloo", "reinforce++-baseline")
+
+    @property
+    def whitens(self) -> bool:
+        """`whiten`, or what is conventional for the estimator."""
+        return self.whiten == "batch" if self.whiten else self.estimator not in ("grpo", "rloo")
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Self:
+        for name in ("critic_lambda", "length_adaptive_alpha", "bootstrap_truncated"):
+            if getattr(self, name) and not self.has_critic:
+                raise ValueError(f"{name} is about a critic's values, and estimator={self.estimator} has none; leave it out")
+        return self
+
+
+class PPOConfig(Settings):
+    """The clipped policy update and the value regression (Schulman et al. 2017)."""
+
+    epochs: PositiveInt = 4
+    """Passes over the batch."""
+    minibatches: PositiveInt = 4
+    """Optimizer steps per pass; must divide rollout.batch_size."""
+    clip_range_low: float = Field(0.2, gt=0, lt=1)
+    """ε_low: the ratio is clipped below at 1 − ε_low."""
+    clip_range_high: PositiveFloat = 0.2
+    """ε_high: the ratio is clipped above at 1 + ε_high."""
+    dual_clip: float | None = Field(None, gt=1)
+    """c: where A < 0 the loss is at most −c·A (Ye et al. 2020); null for no bound."""
+    value_clip_range: PositiveFloat | None = 0.2
+    """Values are clipped to ± this around those of the rollout; null for no clipping."""
+    value_coef: PositiveFloat = 1.0
+    """Weight of the value loss; beside an optimizer of its own it only matters to the clipping of the gradient."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus."""
+    loss_aggregation: Literal["token", "sequence"] = "token"
+    """The loss of a minibatch: the mean over its tokens, or the mean over its responses of each one's mean."""
+    learning_rate: PositiveFloat = 1e-5
+    """The actor's AdamW learning rate, before `schedule`."""
+    critic_learning_rate: PositiveFloat = 1e-5
+    """The critic's AdamW learning rate, before `schedule`."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How both learning rates fall, an iteration at a time, to 0 after `schedule_iterations`."""
+    schedule_iterations: PositiveInt | None = None
+    """Length of a schedule that falls."""
+    warmup_iterations: int = Field(0, ge=0)
+    """Iterations in which both learning rates rise linearly to full."""
+    critic_warmup: int = Field(0, ge=0)
+    """The first so many iterations train the critic alone, each on rollouts of its own; the actor stays as it is."""
+    adam_epsilon: PositiveFloat = 1e-5
+    """AdamW's ε."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients of the actor, and those of the critic, are scaled down to this norm."""
+    target_kl: PositiveFloat | None = None
+    """The update ends after the minibatch whose approximate KL (k3, nats a token) to the rollout's policy exceeds it."""
+    recompute_old_logprobs: bool = False
+    """Whether π_old is the actor as the update computes it rather than as the rollout sampled it."""
+    importance_cap: PositiveFloat | None = None
+    """C: with recomputed π_old, tokens weigh min(π_old/π_rollout, C) (Yao et al. 2025); null: they all weigh 1."""
+    ptx_coef: float = Field(0.0, ge=0)
+    """Weight of the language-modelling loss on `data.pretraining`, or on the demonstrations where there is none."""
+    ptx_batch_size: PositiveInt = 32
+    """Texts that are mixed into each optimizer step."""
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Self:
+        if self.importance_cap is not None and not self.recompute_old_logprobs:
+            raise ValueError("importance_cap weighs recomputed against sampled logprobs; set recompute_old_logprobs: true")
+        if (self.schedule == "constant") != (self.schedule_iterations is None):
+            raise ValueError(f"schedule={self.schedule} with schedule_iterations={self.schedule_iterations}: a falling "
+                             "schedule needs its length, a constant one has none")
+        return self
+
+
+class EvaluateConfig(Settings):
+    """Sampling on held-out prompts."""
+
+    every: int = Field(1, ge=0)
+    """Evaluate each so many iterations; the start and the last iteration always; 0: only those."""
+    judge: str | None = None
+    """`file.py:function` or `package.module:function` whose score is reported as gold and never trained on."""
+
+
+class ExecutionConfig(Settings):
+    """Where and how fast; not part of any identity. Recorded with every artifact, and used again by resume and rerun."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where models run; of several GPUs, CUDA_VISIBLE_DEVICES chooses the one."""
+    threads: PositiveInt | None = None
+    """CPU threads of torch; null takes the cores there are. The last bits of results depend on it."""
+    micro_batch_tokens: PositiveInt = 4096
+    """The most tokens, padding included, in one forward or backward pass."""
+    generation_batch_size: PositiveInt = 256
+    """The most responses generated side by side."""
+    warm_models: PositiveInt = 5
+    """Models kept in memory between stages; 1 on a machine that holds only one (the update itself needs two)."""
+
+
+class TrackingConfig(Settings):
+    """MLflow, a mirror of the store; training never waits for it."""
+
+    enabled: bool = True
+    """Whether runs are mirrored to MLflow."""
+    uri: str | None = None
+    """MLflow's tracking URI; null is MLFLOW_TRACKING_URI if set, else sqlite beside the store."""
+    experiment: str = "baton"
+    """MLflow experiment."""
