@@ -1,6 +1,7 @@
 """One record per stage; every metric is defined where it is declared.
 
 A metric is logged as `stage/name`. Means over tokens are over response tokens, EOS included where it was sampled.
+Beside these every stage has `seconds`, `bytes` and, where a model ran, `tokens_per_second`, from its manifest.
 """
 
 from __future__ import annotations

@@ -223,7 +223,7 @@ class GAEConfig(Settings):
     @model_validator(mode="after")
     def _meaningful(self) -> Self:
         for name in ("critic_lambda", "length_adaptive_alpha", "bootstrap_truncated"):
-            if getattr(self, name) and not self.has_critic:
+            if getattr(self, name) != type(self).model_fields[name].default and not self.has_critic:
                 raise ValueError(f"{name} is about a critic's values, and estimator={self.estimator} has none; leave it out")
         return self
 

@@ -193,7 +193,7 @@ def overoptimization(store: Path, folder: Path) -> Check:
     pairs = (example / "pairs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (example / "few.jsonl").write_text("".join(pairs[:100]), encoding="utf-8")
     for name, settings in {"100 pairs": ("data.pairs=few.jsonl", "reward_model.epochs=10"), "3,000 pairs": ()}.items():
-        states = train(store, example, f"over-{name.split()[0].replace(',', '')}", "iterations=96", "kl.coef=0.0", *settings)
+        states = train(store, example, f"over-{name.split()[0].replace(',', '')}", "iterations=64", "kl.coef=0.0", *settings)
         curves[name] = curve(states)
         c, accuracy = curves[name], states[0]["reward_model/heldout_accuracy"]
         peak = int(c["gold"].argmax())
