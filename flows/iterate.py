@@ -43,11 +43,18 @@ def run_iteration(run: Run, state: TrainState, last: int) -> TrainState:
     after = state.model_copy(update=dict(
         iteration=i, actor=actor, critic=ModelRef(artifact=made["ppo"], folder="critic") if state.critic else None,
         optimizer=ModelRef(artifact=made["ppo"], folder="optimizer"), artifacts=made, metrics=metrics,
-        kl_coef=adapted_kl_coef(state.kl_coef, metrics["gae/kl"], run.config.rollout.batch_size, run.config.kl),
+        kl_coef=_next_kl_coef(run, state, metrics["gae/kl"]),
         reward_moments=_moments(metrics), seconds=time.perf_counter() - started))
     run.save(after)
     log.info(line(after, last, run.found[found:]))
     return after
+
+
+def _next_kl_coef(run: Run, state: TrainState, kl: float) -> float:
+    """β after the iteration that follows `state`; kept in a critic warm-up, where the KL is 0 and nobody's merit."""
+    if state.iteration < run.config.ppo.critic_warmup:
+        return state.kl_coef
+    return adapted_kl_coef(state.kl_coef, kl, run.config.rollout.batch_size, run.config.kl)
 
 
 def _moments(metrics: dict[str, float]) -> Moments:

@@ -15,8 +15,9 @@ from flows.produce import Reproduction
 from flows.runs import Run, open_run
 from flows.store import Store
 from flows.train import base_of
-from schemas.artifacts import ArtifactRef
+from schemas.artifacts import ArtifactRef, TrainState
 from schemas.errors import ConfigError
+from schemas.settings import RewardConfig
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ def use_new_functions(run: Run, recorded: Run) -> None:
 
     Raises `ConfigError`, also where a setting names other data or another base model: those belong to a run.
     """
-    for section in ("data", "base_model"):
+    for section in ("preset", "data", "base_model"):
         if getattr(run.config, section) != getattr(recorded.config, section):
-            raise ConfigError(f"--set {section}.…: a stage is run again on what its run was given; make another run for "
+            raise ConfigError(f"--set {section}…: a stage is run again on what its run was given; make another run for "
                               "other inputs")
     old = functions_of(recorded.config)
     files = {role: [check_function(source, Path.cwd())] for role, source in functions_of(run.config).items()
@@ -78,18 +79,20 @@ def arguments(run: Run, recorded: Run, stage: str, iteration: int) -> dict[str, 
     after = run.state(iteration)
     before = run.state(iteration - 1) if iteration else after
     changed = run.config.kl.coef != recorded.config.kl.coef
+    if "reward_moments" in inspect.signature(tasks.STAGES[stage].fn).parameters:
+        _require_moments(run.config.reward, recorded.config.reward)
     saved = {
         "base": lambda: base_of(run, after.artifacts),
         "start": lambda: after.reference,
         "actor": lambda: before.actor,
-        "critic": lambda: before.critic,
+        "critic": lambda: before.critic if run.config.gae.has_critic else None,
         "optimizer": lambda: before.optimizer,
         "reference_model": lambda: after.reference,
         "reward_model": lambda: after.reward_model,
         "updated_actor": lambda: after.actor,
         "baseline": lambda: after.baseline if iteration else None,
         "kl_coef": lambda: run.config.kl.coef if changed else before.kl_coef,
-        "reward_bias": lambda: after.reward_bias,
+        "reward_bias": lambda: _bias(run.config.reward, recorded.config.reward, after),
         "reward_moments": lambda: before.reward_moments,
         "rollouts": lambda: after.artifacts["rollout"],
         "reference": lambda: after.artifacts["reference"],
@@ -99,3 +102,20 @@ def arguments(run: Run, recorded: Run, stage: str, iteration: int) -> dict[str, 
     }
     wanted = inspect.signature(tasks.STAGES[stage].fn).parameters
     return {name: saved[name]() for name in wanted if name not in ("run", "iteration")}
+
+
+def _bias(now: RewardConfig, recorded: RewardConfig, state: TrainState) -> float:
+    """What is taken off the weighted sum. Raises `ConfigError` where the run did not score its demonstrations so."""
+    if not now.center_on_demonstrations:
+        return 0.0
+    if not recorded.center_on_demonstrations or now.components != recorded.components:
+        raise ConfigError("reward.center_on_demonstrations: the run has no demonstrations scored with these components; "
+                          "set it to false, or make another run")
+    return state.reward_bias
+
+
+def _require_moments(now: RewardConfig, recorded: RewardConfig) -> None:
+    """Raises `ConfigError` where the settings normalise by running moments that the run did not keep."""
+    if now.normalize != "none" and (recorded.normalize == "none" or now.components != recorded.components):
+        raise ConfigError("reward.normalize: the run kept no running moments of these scores; set it to none, or make "
+                          "another run")

@@ -10,7 +10,7 @@ from flows.inputs import check_inputs, import_files, read_config, read_lines, re
 from flows.runs import Run, create_or_open, open_run, require_same, run_names
 from flows.store import Store
 from schemas.artifacts import check_name
-from schemas.config import RunConfig
+from schemas.config import RunConfig, merged, parse_config
 from schemas.errors import ConfigError
 
 
@@ -32,13 +32,20 @@ def start(
         require_same(open_run(store, name), config, inputs)
     else:
         check_lengths(config, files)
+    overrides = _of_this_call(config, iterations)
     check_writable(store)
     import_files(store, config, files, recipes)
     create_or_open(store, name, config, inputs)
+    return open_run(store, name, overrides), overrides
+
+
+def _of_this_call(config: RunConfig, iterations: int | None) -> dict[str, Any]:
+    """The settings that hold for this call, whatever the run was made with. Raises `ConfigError` if they do not fit it."""
     execution = config.execution.model_dump(mode="json", exclude_none=True)  # without threads: as the run has them
     overrides = {"iterations": iterations or config.iterations, "execution": execution,
                  "tracking": config.tracking.model_dump(mode="json")}
-    return open_run(store, name, overrides), overrides
+    parse_config(merged(config.model_dump(mode="json"), overrides), "--iterations")
+    return overrides
 
 
 def check_writable(store: Store) -> None:

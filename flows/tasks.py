@@ -42,9 +42,12 @@ def stage_task(function):
                 persist_result=False, cache_policy=NO_CACHE)
 
 
-def _settings(section: Settings, **more: Any) -> dict[str, Any]:
-    """What of the config decides a stage's result."""
-    return section.model_dump(mode="json") | more
+def _settings(section: Settings, exclude: frozenset[str] = frozenset(), **more: Any) -> dict[str, Any]:
+    """What of the config decides a stage's result; `exclude`: settings that `more` says the outcome of."""
+    return section.model_dump(mode="json", exclude=set(exclude)) | more
+
+
+ITERATION_DECIDES = frozenset({"critic_warmup", "warmup_iterations", "schedule", "schedule_iterations"})
 
 
 # --- once, before the first iteration ---
@@ -214,11 +217,12 @@ def ppo(run: Run, iteration: int, actor: ModelRef, critic: ModelRef | None, opti
         kl_coef: float) -> ArtifactRef:
     config, temperature, in_loss = run.config.ppo, _temperature(run, rollouts), run.config.kl.placement == "loss"
     factor, train_actor = learning_rate_factor(iteration, config), iteration > config.critic_warmup
-    settings = _settings(config, temperature=temperature, learning_rate_factor=factor, train_actor=train_actor)
+    settings = _settings(config, ITERATION_DECIDES, temperature=temperature, learning_rate_factor=factor,
+                         train_actor=train_actor)
     settings |= {"kl_coef": kl_coef, "kl_estimator": run.config.kl.estimator} if in_loss else {}
     inputs = {"actor": actor.artifact, "rollouts": rollouts, "advantages": advantages} | _given(
         critic=critic and critic.artifact, values=values, optimizer=optimizer and optimizer.artifact,
-        reference=reference if in_loss else None, texts=run.inputs[_mixed(run)] if config.ptx_coef else None)
+        reference=reference if in_loss else None, **{_mixed(run): run.inputs[_mixed(run)]} if config.ptx_coef else {})
     recipe = Recipe(stage="ppo", version=ppo_stage.VERSION, config=settings, inputs=inputs, seed=run.seed(iteration, "ppo"))
 
     def make(attempt):

@@ -62,7 +62,8 @@ class RunConfig(Settings):
         """The preset below what is written, and a critic where the estimator needs one and none is spoken of."""
         if not isinstance(data, dict):
             return data
-        data = merged(PRESETS.get(data.get("preset"), {}), data)
+        preset = data.get("preset")
+        data = merged(PRESETS.get(preset, {}) if isinstance(preset, str) else {}, data)
         gae = data.get("gae")
         if "value" not in data and (not isinstance(gae, dict) or gae.get("estimator", "gae") == "gae"):
             data["value"] = {}
@@ -125,9 +126,14 @@ def _meaningless(c: RunConfig):
         yield ("whitening with one response (rollout.batch_size=1) takes away whether it was good; raise the batch size, or "
                "set gae.whiten: none and gae.whiten_rewards: false")
     if c.gae.has_critic and c.value is None:
-        yield "gae.estimator=gae needs values: remove value: null, or choose an estimator without a critic"
+        yield "gae.estimator=gae needs values: give a value section (value: {}), or choose an estimator without a critic"
     if not c.gae.has_critic and c.value is not None:
         yield f"gae.estimator={estimator} has no critic and reads no values; remove the value section, or set value: null"
+    if c.kl.target is not None and c.rollout.batch_size >= 5 * c.kl.horizon:
+        yield (f"kl.horizon={c.kl.horizon:g} is so short that one iteration of rollout.batch_size={c.rollout.batch_size} "
+               "could bring kl.coef to 0 or below; make it longer than a fifth of the batch, better many batches")
+    if c.reward.normalize != "none" and c.rollout.batch_size == 1:
+        yield "reward.normalize with rollout.batch_size=1: the first score has no spread; raise the batch size"
     if not c.gae.has_critic and c.ppo.critic_warmup:
         yield f"ppo.critic_warmup={c.ppo.critic_warmup}, but gae.estimator={estimator} has no critic; set it to 0"
     if (buffer := c.reward.overlong_buffer) and buffer > c.rollout.max_new_tokens:

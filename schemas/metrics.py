@@ -109,7 +109,7 @@ class GAEMetrics(Metrics):
     kl_coef: float
     """β that was applied."""
     reward: float
-    """Σ_t r_t of a response, mean: score minus β times KL where the KL is in the reward."""
+    """Σ_t r_t of a response, mean: score minus β times KL where the KL is in the reward; of whitened r_t if they are."""
     advantage_mean: float
     """A_t before whitening, mean over tokens."""
     advantage_std: float

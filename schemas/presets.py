@@ -11,19 +11,19 @@ CLASSIC: dict[str, Any] = {
     "rollout": {"temperature": 0.7},
     "reward": {"missing_eos": "replace", "missing_eos_penalty": 1.0},
     "kl": {"coef": 0.05, "estimator": "k1", "placement": "reward"},
-    "gae": {"gamma": 1.0, "gae_lambda": 0.95, "whiten": "batch"},
+    "gae": {"gamma": 1.0, "gae_lambda": 0.95},
     "ppo": {"epochs": 4, "minibatches": 1, "clip_range_low": 0.2, "clip_range_high": 0.2, "value_clip_range": 0.2,
             "value_coef": 0.1, "learning_rate": 3e-6, "critic_learning_rate": 3e-6, "adam_epsilon": 1e-5},
 }
-"""TRL's PPO trainer and the N+ implementation details (Huang et al. 2024, https://arxiv.org/abs/2403.17031)."""
+"""The main settings of TRL's PPO trainer and of the N+ details (Huang et al. 2024, https://arxiv.org/abs/2403.17031)."""
 
 REASONING: dict[str, Any] = {
     "rollout": {"temperature": 1.0},
     "kl": {"coef": 0.0},
-    "gae": {"gamma": 1.0, "gae_lambda": 1.0, "whiten": "batch"},
+    "gae": {"gamma": 1.0, "gae_lambda": 1.0},
     "ppo": {"epochs": 1, "minibatches": 4, "clip_range_low": 0.2, "clip_range_high": 0.2, "dual_clip": 3.0,
             "value_clip_range": 0.5, "learning_rate": 1e-6, "critic_learning_rate": 1e-5, "adam_epsilon": 1e-8},
 }
-"""OpenRLHF and verl: one pass, no λ-bias, a critic that learns faster than the actor."""
+"""The main settings of OpenRLHF and verl: one pass, λ 1, a critic that learns faster than the actor."""
 
 PRESETS = {"classic": CLASSIC, "reasoning": REASONING}

@@ -225,6 +225,9 @@ class GAEConfig(Settings):
         for name in ("critic_lambda", "length_adaptive_alpha", "bootstrap_truncated"):
             if getattr(self, name) != type(self).model_fields[name].default and not self.has_critic:
                 raise ValueError(f"{name} is about a critic's values, and estimator={self.estimator} has none; leave it out")
+        if self.compares_responses and self.gamma != 1:
+            raise ValueError(f"gamma={self.gamma:g}: estimator={self.estimator} compares whole responses, whose rewards are "
+                             "summed without a discount; leave it 1")
         return self
 
 
@@ -244,7 +247,7 @@ class PPOConfig(Settings):
     value_clip_range: PositiveFloat | None = 0.2
     """Values are clipped to ± this around those of the rollout; null for no clipping."""
     value_coef: PositiveFloat = 1.0
-    """Weight of the value loss; beside an optimizer of its own it only matters to the clipping of the gradient."""
+    """Weight of the value loss; with an optimizer of its own it only matters to clipping and to AdamW's ε."""
     entropy_coef: float = Field(0.0, ge=0)
     """Weight of the entropy bonus."""
     loss_aggregation: Literal["token", "sequence"] = "token"
@@ -285,6 +288,9 @@ class PPOConfig(Settings):
         if (self.schedule == "constant") != (self.schedule_iterations is None):
             raise ValueError(f"schedule={self.schedule} with schedule_iterations={self.schedule_iterations}: a falling "
                              "schedule needs its length, a constant one has none")
+        if self.schedule_iterations is not None and self.warmup_iterations >= self.schedule_iterations:
+            raise ValueError(f"warmup_iterations={self.warmup_iterations} leave nothing of "
+                             f"schedule_iterations={self.schedule_iterations}; shorten the one or lengthen the other")
         return self
 
 

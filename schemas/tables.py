@@ -243,7 +243,7 @@ class Advantages(Table):
     file: ClassVar[str] = "advantages.parquet"
     row_id: np.ndarray = column(pa.int64(), ROW_ID_DOC)
     kl: Ragged = column(FLOATS, "nats: the KL estimate of the token, against the reference", "R")
-    rewards: Ragged = column(FLOATS, "r_t = −β·kl_t (0 if the KL is in the loss), plus the score at the last token", "R")
+    rewards: Ragged = column(FLOATS, "r_t = −β·kl_t (0 if KL is in the loss) + score at the last; whitened if set", "R")
     raw_advantages: Ragged = column(FLOATS, "A_t before whitening", "R")
     advantages: Ragged = column(FLOATS, "A_t, whitened if the config says so: what the policy is updated with", "R")
     returns: Ragged = column(FLOATS, "what the critic is fitted to, A_t + V_t; without a critic the reward to go", "R")

@@ -4,9 +4,9 @@ r_t = −β·kl_t + [t = R−1]·score (Ziegler et al. 2019, https://arxiv.org/a
 
 gae                   A_t = Σ_l (γλ)^l·δ_{t+l},  δ_t = r_t + γ·V_{t+1} − V_t,  returns = A + V
 reinforce++           A_t = G_t, the reward to go
-grpo                  A_t = (R − mean)/σ   of R = Σ_t r_t over the responses to one prompt, the same for all tokens
-rloo                  A_t = R − mean of the others
-reinforce++-baseline  A_t = R − mean
+grpo                  A_t = (S − mean)/σ   of S = Σ_t r_t over the responses to one prompt, the same for all tokens
+rloo                  A_t = S − mean of the others
+reinforce++-baseline  A_t = S − mean
 
 and A is whitened over the batch, unless for grpo and rloo. A response cut at the length limit ends there, V_R = 0, unless
 `bootstrap_truncated`. All in float64, written as float32.

@@ -75,7 +75,8 @@ def _columns(**ragged: Ragged | None) -> dict[str, np.ndarray]:
 # --- recomputed old logprobs ---
 
 def _old_logprobs(learner: Learner, rollouts: Rollouts, config: PPOConfig) -> tuple[Ragged, Ragged | None]:
-    """log π_old of every token, and π_old/π_rollout if π_old is recomputed."""
+    """log π_old of every token, and π_old/π_rollout if π_old is recomputed (Yao et al. 2025, truncated importance
+    sampling, https://fengyao.notion.site/off-policy-rl)."""
     if not config.recompute_old_logprobs:
         return rollouts.logprobs, None
     flat = np.empty_like(rollouts.logprobs.values)

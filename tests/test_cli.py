@@ -82,11 +82,21 @@ def test_a_wrong_setting(refused, setting, message):
     (["ppo.schedule=linear"], "ppo: schedule=linear with schedule_iterations=None: a falling schedule needs its length"),
     (["ppo.schedule_iterations=4"], "a constant one has none"),
     (["ppo.schedule=linear", "ppo.schedule_iterations=1"], "iterations=2 go on after ppo.schedule_iterations=1"),
+    (["kl.target=6", "kl.horizon=1.5"], "kl.horizon=1.5 is so short that one iteration of rollout.batch_size=8 could bring"),
+    (["gae.estimator=rloo", "gae.gamma=0.9"], "gae: gamma=0.9: estimator=rloo compares whole responses"),
+    (["ppo.schedule=linear", "ppo.schedule_iterations=4", "ppo.warmup_iterations=4"], "leave nothing of"),
+    (["reward.normalize=scale", "rollout.batch_size=1", "ppo.minibatches=1", "gae.whiten=none"], "has no spread"),
+    (["preset=[classic]"], "preset: should be 'classic' or 'reasoning', found ['classic']"),
     (["ppo.dual_clip=1"], "ppo.dual_clip: should be greater than 1, found 1"),
     (["preset=clasic"], "preset: should be 'classic' or 'reasoning', found 'clasic'"),
 ])
 def test_a_combination_that_means_nothing(refused, settings, message):
     assert message in refused(*(part for setting in settings for part in ("--set", setting)))
+
+
+def test_more_iterations_than_the_schedule_has(refused):
+    assert "--iterations: iterations=5 go on after ppo.schedule_iterations=3" in refused(
+        "--set", "ppo.schedule=linear", "--set", "ppo.schedule_iterations=3", "--iterations", "5")
 
 
 def test_choices_that_need_data(example, refused):

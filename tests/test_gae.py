@@ -192,6 +192,27 @@ def test_the_stage_by_hand():
     assert math.isclose(measured.explained_variance, 0)  # the errors vary as much as the returns
 
 
+def test_the_discount_reaches_the_stage():
+    """γ = ½, λ = 1, V = (1, 2), score 4: A = (½·4 − 1, 4 − 2), to go (2, 4)."""
+    tables = make([[-1, -1]], [[-1, -1]], [4], [[1, 2]])
+    for estimator, values, expected in (("gae", tables[3], [1, 2]), ("reinforce++", None, [2, 4])):
+        config = GAEConfig(estimator=estimator, gamma=0.5, gae_lambda=1, whiten="none")
+        assert gae(*tables[:3], values, config, KLConfig(), kl_coef=0).advantages.values.tolist() == expected
+
+
+def test_moments_and_explained_variance_by_hand():
+    """A = (2, 0, 1), returns (3, 1, 2), V = (1, 1, 1): the errors vary as the returns. With V = (2, 0, 2) they are
+    (1, 1, 0), variance 2/9 of the returns' 2/3."""
+    tables = make([[-1], [-1], [-1]], [[-1], [-1], [-1]], [3, 1, 2], [[1], [1], [1]])
+    measured = metrics(gae(*tables, GAEConfig(), KLConfig(), kl_coef=0), tables[0], tables[3], GAEConfig(), kl_coef=0)
+    np.testing.assert_allclose(
+        [measured.advantage_mean, measured.advantage_std, measured.return_mean, measured.return_std,
+         measured.explained_variance], [1, np.sqrt(2 / 3), 2, np.sqrt(2 / 3), 0], atol=1e-7)
+    tables = make([[-1], [-1], [-1]], [[-1], [-1], [-1]], [3, 1, 2], [[2], [0], [2]])
+    measured = metrics(gae(*tables, GAEConfig(), KLConfig(), kl_coef=0), tables[0], tables[3], GAEConfig(), kl_coef=0)
+    np.testing.assert_allclose(measured.explained_variance, 1 - (2 / 9) / (2 / 3))
+
+
 def test_kl_to_itself_is_0_and_whitening_covers_the_batch():
     logprobs = [[-1, -2, -0.5], [-3]]
     out = gae(*make(logprobs, logprobs, [1, -1], [[0, 0, 0], [0]]), GAEConfig(), KLConfig(), kl_coef=0.1)

@@ -14,7 +14,7 @@ from schemas.errors import NonFiniteError
 from schemas.settings import PPOConfig, RolloutConfig
 from schemas.tables import Advantages, Ragged, ReferenceLogprobs, Rollouts, Values
 from stages.ops.learner import LanguageModelLearner
-from stages.ops.models import score_tokens
+from stages.ops.models import entropy, score_tokens
 from stages.ops.optim import learning_rate_factor, load_state_tensors, state_tensors
 from stages.ops.prompts import demonstrations_as_texts
 from stages.ppo import KLLoss, ppo
@@ -301,6 +301,68 @@ def test_clipped_losses_in_the_stage_equal_loops_over_tokens(learner, rollouts, 
     taken = [(o - lp < 0) == (a > 0) for lp, o, a, *_ in tokens]  # moved the way its advantage wants
     np.testing.assert_allclose(metrics.clip_fraction_loss, np.mean(taken), atol=1e-6)
     np.testing.assert_allclose([metrics.ratio_min, metrics.ratio_max], [np.exp(-0.5), np.exp(0.5)], rtol=1e-4)
+    log_ratios = np.array([lp - o for lp, o, *_ in tokens], np.float64)
+    np.testing.assert_allclose([metrics.approx_kl, metrics.approx_kl_k1],
+                               [np.mean(np.exp(log_ratios) - 1 - log_ratios), -log_ratios.mean()], rtol=1e-3, atol=1e-5)
+    worse = [(o + np.clip(v - o, -0.25, 0.25) - g) ** 2 > (v - g) ** 2 for *_, v, o, g in tokens]
+    np.testing.assert_allclose(metrics.value_clip_fraction_loss, np.mean(worse), atol=1e-6)
+
+
+def test_all_losses_together_equal_a_loop_over_tokens(learner, rollouts, tables):
+    """Gradients of actor and critic, with old logprobs and values moved so that every clip is at work: policy with an
+    asymmetric and a dual clip, entropy bonus, KL penalty, weighted value loss; case by case, rows without padding."""
+    values, advantages = tables
+    random, n = np.random.default_rng(8), len(rollouts.logprobs.values)
+    moved = lambda column, by: column.with_values((column.values + by * random.normal(size=n)).astype(np.float32))  # noqa: E731
+    old, old_values, theirs = moved(rollouts.logprobs, 0.8), moved(values.values, 1.0), moved(rollouts.logprobs, 0.5)
+    low, high, dual, near, c_v, c_h, beta = 0.1, 0.3, 1.4, 0.25, 0.4, 0.05, 0.7
+    config = PPOConfig(epochs=1, minibatches=1, clip_range_low=low, clip_range_high=high, dual_clip=dual,
+                       value_clip_range=near, value_coef=c_v, entropy_coef=c_h, max_grad_norm=1e9)
+    trained, naive = learner(max_grad_norm=1e9), learner()
+    metrics = ppo(trained, replace(rollouts, logprobs=old), replace(values, values=old_values), advantages, config, seed=0,
+                  kl_loss=KLLoss(ReferenceLogprobs(row_id=rollouts.row_id, logprobs=theirs), beta, "k3"))
+    total, entropies = 0.0, []
+    for row in range(len(rollouts)):
+        ids = torch.tensor(np.concatenate([rollouts.prompt_tokens[row], rollouts.response_tokens[row]])[None]).long()
+        start = len(rollouts.prompt_tokens[row]) - 1
+        policy = (naive.actor.module(input_ids=ids).logits[0, start:-1] / TEMPERATURE).softmax(-1)
+        states = naive.critic.module.score(naive.critic.module.transformer(input_ids=ids).last_hidden_state)[0, start:-1, 0]
+        for t, token in enumerate(rollouts.response_tokens[row]):
+            p, a = policy[t, token], float(advantages.advantages[row][t])
+            ratio, r = p / np.exp(old[row][t]), float(np.exp(theirs[row][t])) / p
+            total = total - a * (ratio.clamp(max=1 + high) if a >= 0 else ratio.clamp(1 - low, dual))
+            entropies.append(-sum(x * x.log() for x in policy[t]))
+            v, o, g = states[t], float(old_values[row][t]), float(advantages.returns[row][t])
+            squares = (v - g) ** 2, (o + (v - o).clamp(-near, near) - g) ** 2
+            total = total + beta * (r - 1 - r.log()) - c_h * entropies[-1] + c_v * max(squares) / 2
+    (total / n).backward()
+    np.testing.assert_allclose(metrics.entropy, torch.stack(entropies).mean().item(), rtol=1e-4)
+    assert 0 < metrics.dual_clip_fraction < metrics.clip_fraction_loss < metrics.clip_fraction < 1
+    for name in ("actor", "critic"):
+        pairs = zip(trained.networks[name].module.parameters(), naive.networks[name].module.parameters(), strict=True)
+        for ours, wanted in pairs:
+            found = trained.optimizers[name].state[ours]["exp_avg"] * 10
+            torch.testing.assert_close(found, wanted.grad, rtol=5e-3, atol=5e-6)
+
+
+def test_entropy_of_a_uniform_distribution_is_log_v():
+    torch.testing.assert_close(entropy(torch.full((1, 1, 8), -np.log(8.0))), torch.full((1, 1), float(np.log(8.0))))
+
+
+def test_each_network_has_its_learning_rate_and_its_gradient_its_limit(learner, rollouts, tables):
+    """Adam's first step is as long as the learning rate wherever the gradient is far above ε; the first moment is a tenth
+    of the clipped gradient."""
+    settings = dict(learning_rate=1e-3, critic_learning_rate=3e-3, max_grad_norm=0.01, adam_epsilon=1e-12, weight_decay=0.0)
+    trained = learner(**settings)
+    before = {name: [p.clone() for p in model.module.parameters()] for name, model in trained.networks.items()}
+    ppo(trained, rollouts, *tables, PPOConfig(epochs=1, minibatches=1, **settings), seed=0)
+    for name, rate in (("actor", 1e-3), ("critic", 3e-3)):
+        moves = [(p - b).abs().max() for p, b in zip(trained.networks[name].module.parameters(), before[name], strict=True)]
+        assert abs(max(moves).item() / rate - 1) < 1e-2
+        moments = torch.cat([state["exp_avg"].flatten() for state in trained.optimizers[name].state.values()])
+        assert abs(moments.norm().item() / 0.001 - 1) < 1e-3
+    for optimizer in learner(weight_decay=0.3, adam_epsilon=1e-7).optimizers.values():
+        assert (optimizer.defaults["weight_decay"], optimizer.defaults["eps"]) == (0.3, 1e-7)
 
 
 def test_the_update_raises_what_was_good_and_lowers_what_was_bad(learner, rollouts, tables):
@@ -313,9 +375,12 @@ def test_the_update_raises_what_was_good_and_lowers_what_was_bad(learner, rollou
 
 
 def test_target_kl_ends_the_update(learner, rollouts, tables):
-    config = PPOConfig(epochs=50, minibatches=1, learning_rate=0.01, target_kl=0.01)
-    metrics = ppo(learner(learning_rate=0.01), rollouts, *tables, config, seed=0)
-    assert metrics.steps < 50 and metrics.approx_kl_final > 0.01
+    """After the first minibatch above it: one step fewer, and it was not reached."""
+    settings = dict(minibatches=1, learning_rate=0.01)
+    stopped = ppo(learner(**settings), rollouts, *tables, PPOConfig(epochs=50, target_kl=0.01, **settings), seed=0)
+    assert 1 < stopped.steps < 50 and stopped.approx_kl_final > 0.01
+    before = ppo(learner(**settings), rollouts, *tables, PPOConfig(epochs=stopped.steps - 1, **settings), seed=0)
+    assert before.approx_kl_final <= 0.01
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(learner, rollouts, tables):

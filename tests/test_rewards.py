@@ -94,6 +94,7 @@ def test_scores_are_normalized_by_the_moments_that_hold_them():
                                [5, everything.mean(), everything.std()])
     assert metrics(out, config(), before).running_count is None
     assert normalized(np.float32([3]), Moments(count=4, mean=1, std=2), "scale").tolist() == [1.5]
+    assert normalized(np.float32([3, 3]), Moments(count=2, mean=3, std=0), "scale").tolist() == [3, 3]
 
 
 def test_the_overlong_penalty_by_hand():
@@ -115,6 +116,16 @@ def test_demonstrations_score_0_on_average_once_their_mean_is_taken_off(tiny_mod
         whole = tiny_model.tokenizer("".join(demonstration.values()))["input_ids"]
         assert [*texts.prompt_tokens[row], *texts.response_tokens[row]] == [*whole, tiny_model.tokenizer.eos_token_id]
         assert tiny_model.tokenizer.decode(texts.prompt_tokens[row]) == demonstration["prompt"]
+
+
+def test_texts_are_whole_where_tokens_reach_over_the_prompts_end(tiny_model):
+    """A prompt that ends within a token of the whole, and one that is empty."""
+    tokenizer = tiny_model.tokenizer
+    for prompt, completion in (("The so", "up was warm."), ("", "The soup."), ("The f", "ilm and the fil")):
+        texts = demonstrations_as_texts(tokenizer, [{"prompt": prompt, "completion": completion}], False)
+        whole = [*texts.prompt_tokens[0], *texts.response_tokens[0]]
+        assert whole == [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
+        assert len(texts.prompt_tokens[0]) >= 1 and len(texts.response_tokens[0]) >= 1
 
 
 def test_pretraining_text_is_the_response_to_its_first_token(tiny_model):

@@ -51,6 +51,23 @@ def test_advantages_of_saved_rollouts_by_another_estimator(variants, tmp_path, c
     assert "has no stage 'value' in iteration 2; it has rollout, reference, reward, gae, ppo" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("run, stage, settings, message", [
+    ("tiny", "reward", ["reward.center_on_demonstrations=true"], "the run has no demonstrations scored with"),
+    ("every_choice", "evaluate", ["reward.components.reward_model.weight=2"], "the run has no demonstrations scored"),
+    ("tiny", "reward", ["reward.normalize=scale"], "reward.normalize: the run kept no running moments"),
+    ("tiny", "gae", ["preset=classic"], "--set preset…: a stage is run again on what its run was given")])
+def test_settings_that_a_rerun_cannot_follow(variants, run, stage, settings, message, capsys):
+    options = [part for setting in settings for part in ("--set", setting)]
+    assert run_command(["stage", stage, run, "--iteration", "2", "--store", str(variants[1]), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_update_without_the_critic_that_a_run_has(copied, capsys):
+    code, result = answer(capsys, "stage", "ppo", "tiny", "--iteration", 2, "--store", copied[1], "--set",
+                          "gae.estimator=reinforce++", "--set", "value=null")
+    assert (code, result["verdict"]) == (0, "new")
+
+
 def test_another_lambda_makes_a_new_artifact_and_leaves_the_run_alone(copied, capsys):
     store = copied[1]
     runs_before = {path: path.read_bytes() for path in (store / "runs").rglob("*.json")}

@@ -44,33 +44,33 @@ def length_adaptive_lambda(lengths: np.ndarray, alpha: float) -> np.ndarray:
     return np.maximum(0.0, 1 - 1 / (alpha * lengths))
 
 
-def grpo_advantages(returns: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """(R_i − mean of the group)/(σ of the group), σ unbiased: (B,) (Shao et al. 2024, https://arxiv.org/abs/2402.03300).
+def grpo_advantages(sums: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(S_i − mean of the group)/√(σ² + ε), σ² unbiased: (B,) (Shao et al. 2024, https://arxiv.org/abs/2402.03300).
 
-    `returns`: (B,), one a response; `groups`: (B,), equal for responses to one prompt.
+    `sums`: (B,), S_i = Σ_t r_t; `groups`: (B,), equal for responses to one prompt.
     """
-    mean, count = _group_mean(returns, groups)
-    variance = _group_mean((returns - mean) ** 2, groups)[0] * count / np.maximum(count - 1, 1)
-    return (returns - mean) / np.sqrt(variance + EPSILON)
+    mean, count = _group_mean(sums, groups)
+    variance = _group_mean((sums - mean) ** 2, groups)[0] * count / np.maximum(count - 1, 1)
+    return (sums - mean) / np.sqrt(variance + EPSILON)
 
 
-def rloo_advantages(returns: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """R_i − mean of the others of its group: (B,) (Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, equation 8)."""
-    mean, count = _group_mean(returns, groups)
-    return (returns - mean) * count / np.maximum(count - 1, 1)
+def rloo_advantages(sums: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """S_i − mean of the others of its group: (B,) (Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, equation 8)."""
+    mean, count = _group_mean(sums, groups)
+    return (sums - mean) * count / np.maximum(count - 1, 1)
 
 
-def centred(returns: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """R_i − mean of its group: (B,) (Hu et al. 2025, REINFORCE++ with baseline, https://arxiv.org/abs/2501.03262)."""
-    return returns - _group_mean(returns, groups)[0]
+def centred(sums: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """S_i − mean of its group: (B,) (Hu et al. 2025, REINFORCE++ with baseline, https://arxiv.org/abs/2501.03262)."""
+    return sums - _group_mean(sums, groups)[0]
 
 
-def equal_groups(returns: np.ndarray, groups: np.ndarray) -> float:
-    """Part of the groups whose responses all have one return."""
+def equal_groups(sums: np.ndarray, groups: np.ndarray) -> float:
+    """Part of the groups whose responses all have one S_i."""
     _, index = np.unique(groups, return_inverse=True)
     low, high = np.full(index.max() + 1, np.inf), np.full(index.max() + 1, -np.inf)
-    np.minimum.at(low, index, returns)
-    np.maximum.at(high, index, returns)
+    np.minimum.at(low, index, sums)
+    np.maximum.at(high, index, sums)
     return float(np.mean(low == high))
 
 

@@ -54,4 +54,5 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
         return Clipped(0.5 * plain, nowhere, nowhere)
     move = values - old_values
     clipped = (old_values + move.clamp(-clip_range, clip_range) - returns) ** 2
-    return Clipped(0.5 * torch.maximum(plain, clipped), move.abs() > clip_range, clipped > plain)
+    outside = move.abs() > clip_range
+    return Clipped(0.5 * torch.maximum(plain, clipped), outside, outside & (clipped > plain))

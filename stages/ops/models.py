@@ -89,7 +89,7 @@ def score_tokens(model: LanguageModel, rollouts: Rollouts, temperature: float, p
 
 
 def entropy(logprobs: Tensor) -> Tensor:
-    """H = −Σ_v p_v log p_v: (b, R, V) to (b, R), nats."""
+    """H = −Σ_v p_v log p_v (Shannon 1948): (b, R, V) to (b, R), nats."""
     return -(logprobs.exp() * logprobs).sum(-1)
 
 

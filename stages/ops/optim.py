@@ -21,7 +21,8 @@ def learning_rate_factor(iteration: int, config: PPOConfig) -> float:
     """What the learning rates are multiplied with in an iteration, counted from 1; the same for all its steps.
 
     Rises as i/(W + 1) over the W `warmup_iterations`; falls from 1 at the first iteration to 0 after the N
-    `schedule_iterations`, as 1 − (i − 1)/N or as ½(1 + cos π(i − 1)/N). The smaller of both holds.
+    `schedule_iterations`, as 1 − (i − 1)/N or as ½(1 + cos π(i − 1)/N) (Loshchilov & Hutter 2017,
+    https://arxiv.org/abs/1608.03983, equation 5). The smaller of both holds. Linear and per iteration as in Baselines' PPO2.
     """
     rise = min(1.0, iteration / (config.warmup_iterations + 1))
     if config.schedule == "constant":
@@ -51,10 +52,13 @@ def state_tensors(optimizer: AdamW, module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_state_tensors(optimizer: AdamW, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `state_tensors`. Raises `KeyError` naming a tensor that is missing or left over."""
+    """The inverse of `state_tensors`. Raises `KeyError` naming a tensor that is left over, or missing beside others.
+
+    A parameter that was never stepped has none: one without gradient, or the whole actor in a critic warm-up.
+    """
     for name, parameter in module.named_parameters():
         if f"{name}.step" not in tensors:
-            continue  # never had a gradient
+            continue
         state = {key: tensors.pop(f"{name}.{key}") for key in ("exp_avg", "exp_avg_sq", "step")}
         moments = {key: state[key].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = moments | {"step": _step(state["step"], parameter)}

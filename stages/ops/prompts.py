@@ -66,11 +66,16 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str], chat_templa
 def demonstrations_as_texts(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]], chat_template: bool
 ) -> Texts:
-    """`prompt` and `completion` of each row. Tokenized together, as `sft` does; EOS is added."""
+    """`prompt` and `completion` of each row, tokenized together as `sft` does; EOS is added.
+
+    The prompt is as many tokens as it has alone, and one at least, since the first token is predicted by none.
+    """
     prompts = tokenize(tokenizer, [row["prompt"] for row in rows], chat_template)
     wholes = tokenizer([render(tokenizer, row["prompt"], chat_template) + row["completion"] for row in rows])["input_ids"]
-    return _texts([row["prompt"] for row in rows], [row["completion"] for row in rows], prompts,
-                  [[*whole[len(prompt):], tokenizer.eos_token_id] for whole, prompt in zip(wholes, prompts, strict=True)])
+    cuts = [max(1, len(prompt)) for prompt in prompts]
+    return _texts([row["prompt"] for row in rows], [row["completion"] for row in rows],
+                  [whole[:cut] for whole, cut in zip(wholes, cuts, strict=True)],
+                  [[*whole[cut:], tokenizer.eos_token_id] for whole, cut in zip(wholes, cuts, strict=True)])
 
 
 def pretraining_as_texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]]) -> Texts:

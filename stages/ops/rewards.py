@@ -97,10 +97,14 @@ def updated_moments(moments: Moments, values: np.ndarray) -> Moments:
 
 
 def normalized(values: np.ndarray, moments: Moments, how: str) -> np.ndarray:
-    """(B,) float64: as they are (`none`), divided by σ (`scale`), or less μ and divided by σ (`standardize`)."""
+    """(B,) float64: as they are (`none`), divided by σ (`scale`), or less μ and divided by σ (`standardize`).
+
+    Where σ is 0, as in a first batch of equal scores, nothing is divided. `scale` is trlX's `scale_reward: running`.
+    """
+    scores = values.astype(np.float64)
     if how == "none":
-        return values.astype(np.float64)
-    return (values - (moments.mean if how == "standardize" else 0.0)) / max(moments.std, 1e-8)
+        return scores
+    return (scores - (moments.mean if how == "standardize" else 0.0)) / (moments.std or 1.0)
 
 
 def overlong_penalty(lengths: np.ndarray, max_new_tokens: int, buffer: int) -> np.ndarray:
