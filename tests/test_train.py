@@ -131,17 +131,22 @@ def require_equal(folder, store, name, tmp_path):
     assert stored.to_arrow().equals(samples.to_arrow())
 
 
-def test_a_critic_warm_up_of_one_iteration(variants):
-    """The actor of iteration 1 is the starting one to the byte, that of iteration 2 is not; both train the critic, each on
+def test_a_critic_warm_up_of_exactly_two_iterations(copied):
+    """The actor of iterations 1 and 2 is the starting one to the byte, that of 3 is not; each trains the critic, on
     rollouts of its own."""
-    run = open_run(Store(variants[1]), "every_choice")
+    folder, store = copied
+    assert run_command(["train", str(folder), "--run", "warm", "--set", "ppo.critic_warmup=2", "--iterations", "3",
+                        "--store", str(store), "--quiet"]) == 0
+    run = open_run(Store(store), "warm")
     weights = lambda model: (run.store.place(model.artifact, model.folder) / "model.safetensors").read_bytes()  # noqa: E731
-    start, first, second = (run.state(i) for i in range(3))
-    assert weights(start.actor) == weights(first.actor) != weights(second.actor)
-    assert len({weights(state.critic) for state in (start, first, second)}) == 3
-    assert "ppo/policy_loss" not in first.metrics and "ppo/policy_loss" in second.metrics
-    sampled = [run.store.table(state.artifacts["rollout"], Rollouts) for state in (first, second)]
-    assert not np.array_equal(sampled[0].prompt_id, sampled[1].prompt_id)
+    states = [run.state(i) for i in range(4)]
+    actors = [weights(state.actor) for state in states]
+    assert actors[0] == actors[1] == actors[2] != actors[3]
+    assert len({weights(state.critic) for state in states}) == 4
+    assert ["ppo/policy_loss" in state.metrics for state in states[1:]] == [False, False, True]
+    sampled = [run.store.table(state.artifacts["rollout"], Rollouts) for state in states[1:]]
+    assert len({table.response_tokens.values.tobytes() for table in sampled}) == 3
+    assert run.store.manifest(states[3].artifacts["ppo"]).recipe.inputs["rollouts"] == states[3].artifacts["rollout"]
 
 
 def test_what_crosses_iterations_is_in_the_state(variants):
