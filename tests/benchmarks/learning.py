@@ -222,15 +222,16 @@ def plot(curves: dict[str, dict]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(curves), figsize=(9, 3.4), sharex=True, constrained_layout=True)
-    for axes, (name, c) in zip(panels, curves.items(), strict=True):
-        gold, = axes.plot(c["distance"], c["gold"], color="tab:orange", marker="o", markersize=3, label="gold")
-        proxy_axes = axes.twinx()
-        proxy, = proxy_axes.plot(c["distance"], c["proxy"], color="tab:blue", linestyle="--", label="proxy")
-        axes.set(title=f"reward model of {name}", xlabel="√KL to the reference (√nats a response)", ylabel="gold score")
-        proxy_axes.set_ylabel("reward model's score")
-        axes.legend(handles=[gold, proxy], loc="lower right", frameon=False)
-    figure.savefig(PICTURE, dpi=90)
+    figure, rows = plt.subplots(2, len(curves), figsize=(8, 5), sharex=True, sharey="row", constrained_layout=True)
+    for (top, bottom), (name, c) in zip(rows.T, curves.items(), strict=True):
+        top.plot(c["distance"], c["gold"], color="tab:orange", marker="o", markersize=3)
+        top.axvline(c["distance"][c["gold"].argmax()], color="grey", linewidth=0.8, linestyle=":")
+        bottom.plot(c["distance"], c["proxy"], color="tab:blue", marker="o", markersize=3)
+        top.set_title(f"reward model of {name}")
+        bottom.set_xlabel("√KL to the reference (√nats a response)")
+    rows[0, 0].set_ylabel("gold score")
+    rows[1, 0].set_ylabel("reward model's score")
+    figure.savefig(PICTURE, dpi=80)
 
 
 CHECKS = {check.__name__: check for check in (reviews, bandit, walks, adaptive, presets, estimators, overoptimization)}
