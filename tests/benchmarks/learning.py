@@ -1,6 +1,6 @@
 """Does it learn? Each check trains from nothing with the `baton` command and prints a line per run; no run is left out.
 
-    make bench-learning                      all of them, about an hour of two cores
+    make bench-learning                      all of them, an hour or two of two cores
     make bench-learning ONLY="bandit walks"  some
 
 | check | what is run | held to |
@@ -145,8 +145,8 @@ def walks(store: Path, folder: Path) -> Check:
 # --- variants of reviews ---
 
 def adaptive(store: Path, folder: Path) -> Check:
-    target, last = 3.0, 16
-    states = train(store, REVIEWS, "adaptive", "iterations=48", "evaluate.every=0", f"kl.target={target}", "kl.horizon=600")
+    target, last = 3.0, 24
+    states = train(store, REVIEWS, "adaptive", "iterations=80", "evaluate.every=0", f"kl.target={target}", "kl.horizon=300")
     kl = np.array([state["gae/kl"] for state in states[1:]])[-last:]
     yield abs(kl.mean() / target - 1) <= 0.1, (
         f"seed 1: target {target} nats, mean of the last {last} iterations {kl.mean():.2f} (σ {kl.std():.2f}), "
