@@ -62,12 +62,12 @@ def _as_recorded(run: Run, stage: str, iteration: int) -> dict[str, Any]:
 def use_new_functions(run: Run, recorded: Run) -> None:
     """Imports the functions that the settings name and the run did not; files are looked for below this folder.
 
-    Raises `ConfigError`, also where a setting names other data or another base model: those belong to a run.
+    Raises `ConfigError`, also where a setting names another preset, other data or another base model: those belong
+    to a run.
     """
     for section in ("preset", "data", "base_model"):
         if getattr(run.config, section) != getattr(recorded.config, section):
-            raise ConfigError(f"--set {section}…: a stage is run again on what its run was given; make another run for "
-                              "other inputs")
+            raise ConfigError(f"--set {section}…: it belongs to the run as a whole; make another run with it")
     old = functions_of(recorded.config)
     files = {role: [check_function(source, Path.cwd())] for role, source in functions_of(run.config).items()
              if old.get(role) != source}
@@ -79,6 +79,9 @@ def arguments(run: Run, recorded: Run, stage: str, iteration: int) -> dict[str, 
     after = run.state(iteration)
     before = run.state(iteration - 1) if iteration else after
     changed = run.config.kl.coef != recorded.config.kl.coef
+    if stage == "ppo" and run.config.kl.placement != recorded.config.kl.placement:
+        raise ConfigError("kl.placement: the recorded advantages were made with the other: the KL would be charged twice, "
+                          "or not at all; make another run")
     if "reward_moments" in inspect.signature(tasks.STAGES[stage].fn).parameters:
         _require_moments(run.config.reward, recorded.config.reward)
     saved = {
@@ -116,6 +119,11 @@ def _bias(now: RewardConfig, recorded: RewardConfig, state: TrainState) -> float
 
 def _require_moments(now: RewardConfig, recorded: RewardConfig) -> None:
     """Raises `ConfigError` where the settings normalise by running moments that the run did not keep."""
-    if now.normalize != "none" and (recorded.normalize == "none" or now.components != recorded.components):
+    if now.normalize != "none" and (recorded.normalize == "none" or _raw(now) != _raw(recorded)):
         raise ConfigError("reward.normalize: the run kept no running moments of these scores; set it to none, or make "
                           "another run")
+
+
+def _raw(config: RewardConfig) -> tuple:
+    """What decides the raw score."""
+    return config.components, config.center_on_demonstrations

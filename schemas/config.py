@@ -118,10 +118,11 @@ def _meaningless(c: RunConfig):
     """One line for each choice of algorithm that takes the meaning from another."""
     estimator, k = c.gae.estimator, c.rollout.responses_per_prompt
     if c.rollout.batch_size % k:
-        yield f"rollout.batch_size={c.rollout.batch_size} does not divide into responses_per_prompt={k}; make it a multiple"
+        yield (f"rollout.batch_size={c.rollout.batch_size} does not divide into rollout.responses_per_prompt={k}; "
+               "make it a multiple")
     if c.gae.compares_responses and k == 1:
         yield (f"gae.estimator={estimator} compares the responses to one prompt, and rollout.responses_per_prompt is 1: "
-               "every advantage would be 0 or undefined; set it to 2 or more")
+               "every advantage would be 0; set it to 2 or more")
     if c.rollout.batch_size == 1 and (c.gae.whitens or c.gae.whiten_rewards):
         yield ("whitening with one response (rollout.batch_size=1) takes away whether it was good; raise the batch size, or "
                "set gae.whiten: none and gae.whiten_rewards: false")

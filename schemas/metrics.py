@@ -121,7 +121,7 @@ class GAEMetrics(Metrics):
     explained_variance: float | None
     """1 − Var(returns − V)/Var(returns) over tokens; not given without a critic or where returns do not vary."""
     equal_groups: float | None
-    """Part of the prompts whose responses all had one reward, and so advantage 0; given where they are compared."""
+    """Part of the prompts whose responses all have one Σ_t r_t, and so nothing to compare; given where they are compared."""
 
 
 class PPOMetrics(Metrics):

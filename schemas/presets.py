@@ -1,4 +1,4 @@
-"""What a config can start from: `preset: classic` or `preset: reasoning`. Whatever the config says itself goes before.
+"""What a config can start from: `preset: classic` or `preset: reasoning`. What the config says itself takes precedence.
 
 Learning rates are those that the systems train models of billions of parameters with; small models want larger ones.
 """

@@ -187,7 +187,7 @@ class GAEConfig(Settings):
     """From rewards to advantages: generalized advantage estimation (Schulman et al. 2016), or without a critic."""
 
     estimator: Literal["gae", "grpo", "rloo", "reinforce++", "reinforce++-baseline"] = "gae"
-    """`gae` needs a critic. The others have none: `grpo` and `rloo` compare the responses to one prompt."""
+    """`gae` needs a critic. The others have none; all but `reinforce++` compare the responses to one prompt, k ≥ 2."""
     gamma: float = Field(1.0, gt=0, le=1)
     """γ, discount per token."""
     gae_lambda: float = Field(0.95, ge=0, le=1)
@@ -225,6 +225,9 @@ class GAEConfig(Settings):
         for name in ("critic_lambda", "length_adaptive_alpha", "bootstrap_truncated"):
             if getattr(self, name) != type(self).model_fields[name].default and not self.has_critic:
                 raise ValueError(f"{name} is about a critic's values, and estimator={self.estimator} has none; leave it out")
+        if self.compares_responses and self.whiten_rewards:
+            raise ValueError(f"whiten_rewards moves the reward of every token, so that estimator={self.estimator} would "
+                             "compare lengths; set it to false")
         if self.compares_responses and self.gamma != 1:
             raise ValueError(f"gamma={self.gamma:g}: estimator={self.estimator} compares whole responses, whose rewards are "
                              "summed without a discount; leave it 1")
@@ -271,7 +274,7 @@ class PPOConfig(Settings):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients of the actor, and those of the critic, are scaled down to this norm."""
     target_kl: PositiveFloat | None = None
-    """The update ends after the minibatch whose approximate KL (k3, nats a token) to the rollout's policy exceeds it."""
+    """The update ends after the minibatch whose approximate KL from π_old (k3, nats a token) exceeds it."""
     recompute_old_logprobs: bool = False
     """Whether π_old is the actor as the update computes it rather than as the rollout sampled it."""
     importance_cap: PositiveFloat | None = None
@@ -288,6 +291,8 @@ class PPOConfig(Settings):
         if (self.schedule == "constant") != (self.schedule_iterations is None):
             raise ValueError(f"schedule={self.schedule} with schedule_iterations={self.schedule_iterations}: a falling "
                              "schedule needs its length, a constant one has none")
+        if self.target_kl is not None and self.epochs * self.minibatches == 1:
+            raise ValueError("target_kl is looked at after a step, and epochs=1, minibatches=1 take but one; set it to null")
         if self.schedule_iterations is not None and self.warmup_iterations >= self.schedule_iterations:
             raise ValueError(f"warmup_iterations={self.warmup_iterations} leave nothing of "
                              f"schedule_iterations={self.schedule_iterations}; shorten the one or lengthen the other")
@@ -298,7 +303,7 @@ class EvaluateConfig(Settings):
     """Sampling on held-out prompts."""
 
     every: int = Field(1, ge=0)
-    """Evaluate each so many iterations; the start and the last iteration always; 0: only those."""
+    """Evaluate every so many iterations, and always at the start and after the last; 0: only then."""
     judge: str | None = None
     """`file.py:function` or `package.module:function` whose score is reported as gold and never trained on."""
 

@@ -8,8 +8,8 @@ grpo                  A_t = (S − mean)/σ   of S = Σ_t r_t over the responses
 rloo                  A_t = S − mean of the others
 reinforce++-baseline  A_t = S − mean
 
-and A is whitened over the batch, unless for grpo and rloo. A response cut at the length limit ends there, V_R = 0, unless
-`bootstrap_truncated`. All in float64, written as float32.
+and A is whitened over the batch, by default for all but grpo and rloo. A response cut at the length limit ends there,
+V_R = 0, unless `bootstrap_truncated`. All in float64, written as float32.
 """
 
 from __future__ import annotations

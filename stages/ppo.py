@@ -2,7 +2,7 @@
 
 A token's loss is  w·max(−ratio·A, −clip(ratio)·A) + c_V·½·max(…)² − c_H·H + β·kl,   ratio = π(token)/π_old(token)
 (Schulman et al. 2017, https://arxiv.org/abs/1707.06347). By default w = 1, c_V = 1, c_H = 0 and β = 0 (the KL is in the
-reward), and a minibatch's loss is the mean over its tokens. To that comes c_ptx times the language-modelling loss of some
+reward), and a minibatch's loss is the mean over its tokens. Added to it is c_ptx times the language-modelling loss of some
 texts (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, equation 2). Actor and critic are separate networks with an
 optimizer each. Rows are cut into minibatches, and a minibatch into micro-batches whose gradients add up. Dropout is off.
 """

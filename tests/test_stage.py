@@ -55,7 +55,9 @@ def test_advantages_of_saved_rollouts_by_another_estimator(variants, tmp_path, c
     ("tiny", "reward", ["reward.center_on_demonstrations=true"], "the run has no demonstrations scored with"),
     ("every_choice", "evaluate", ["reward.components.reward_model.weight=2"], "the run has no demonstrations scored"),
     ("tiny", "reward", ["reward.normalize=scale"], "reward.normalize: the run kept no running moments"),
-    ("tiny", "gae", ["preset=classic"], "--set preset…: a stage is run again on what its run was given")])
+    ("tiny", "gae", ["preset=classic"], "--set preset…: it belongs to the run as a whole"),
+    ("tiny", "ppo", ["kl.placement=loss", "kl.estimator=k3"], "kl.placement: the recorded advantages were made"),
+    ("every_choice", "reward", ["reward.center_on_demonstrations=false"], "reward.normalize: the run kept")])
 def test_settings_that_a_rerun_cannot_follow(variants, run, stage, settings, message, capsys):
     options = [part for setting in settings for part in ("--set", setting)]
     assert run_command(["stage", stage, run, "--iteration", "2", "--store", str(variants[1]), *options]) == 2

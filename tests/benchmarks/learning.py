@@ -8,7 +8,7 @@
 | reviews | data/reviews, 3 seeds | gold rises by 1 σ of the starting samples, KL < 20 nats, 85% of held-out pairs |
 | bandit | one token out of 10, reward for one of them, β = ½ | its probability within 0.02 of e²/(e² + 9) |
 | walks | data/randomwalks, 3 seeds, 2,560 episodes | mean optimality of 400 sampled walks ≥ 0.95 |
-| adaptive | data/reviews with kl.target | mean KL of the last 16 iterations within 10% of it |
+| adaptive | data/reviews with kl.target | mean KL of the last 24 of 80 iterations within 10% of it |
 | presets | data/reviews with each preset, 2 seeds | gold rises |
 | estimators | data/reviews with each estimator that has no critic | gold rises |
 | overoptimization | data/reviews without KL penalty, reward models of 100 and of 3,000 pairs | see `overoptimization` |
@@ -37,7 +37,7 @@ Check = Iterator[tuple[bool, str]]
 
 
 def train(store: Path, example: Path, name: str, *settings: str) -> list[dict]:
-    """The metrics of every iteration, the preparation first; each with `seconds` of the whole run beside them."""
+    """The metrics of every iteration, the preparation first; each with the `actor`, and the `seconds` of the whole run."""
     started = time.perf_counter()
     options = [option for setting in settings for option in ("--set", setting)]
     _baton("train", str(example), "--run", name, *options, "--store", str(store), "--quiet")
