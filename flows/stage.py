@@ -15,7 +15,7 @@ from flows.produce import Reproduction
 from flows.runs import Run, open_run
 from flows.store import Store
 from flows.train import base_of
-from schemas.artifacts import ArtifactRef, TrainState
+from schemas.artifacts import ArtifactRef, Moments, TrainState
 from schemas.errors import ConfigError
 from schemas.settings import RewardConfig
 
@@ -82,8 +82,6 @@ def arguments(run: Run, recorded: Run, stage: str, iteration: int) -> dict[str, 
     if stage == "ppo" and run.config.kl.placement != recorded.config.kl.placement:
         raise ConfigError("kl.placement: the recorded advantages were made with the other: the KL would be charged twice, "
                           "or not at all; make another run")
-    if "reward_moments" in inspect.signature(tasks.STAGES[stage].fn).parameters:
-        _require_moments(run.config.reward, recorded.config.reward)
     saved = {
         "base": lambda: base_of(run, after.artifacts),
         "start": lambda: after.reference,
@@ -96,7 +94,7 @@ def arguments(run: Run, recorded: Run, stage: str, iteration: int) -> dict[str, 
         "baseline": lambda: after.baseline if iteration else None,
         "kl_coef": lambda: run.config.kl.coef if changed else before.kl_coef,
         "reward_bias": lambda: _bias(run.config.reward, recorded.config.reward, after),
-        "reward_moments": lambda: before.reward_moments,
+        "reward_moments": lambda: _moments(run.config.reward, recorded.config.reward, before),
         "rollouts": lambda: after.artifacts["rollout"],
         "reference": lambda: after.artifacts["reference"],
         "rewards": lambda: after.artifacts["reward"],
@@ -117,11 +115,12 @@ def _bias(now: RewardConfig, recorded: RewardConfig, state: TrainState) -> float
     return state.reward_bias
 
 
-def _require_moments(now: RewardConfig, recorded: RewardConfig) -> None:
-    """Raises `ConfigError` where the settings normalise by running moments that the run did not keep."""
+def _moments(now: RewardConfig, recorded: RewardConfig, state: TrainState) -> Moments:
+    """Those of the scores before. Raises `ConfigError` where the settings normalise by moments that the run did not keep."""
     if now.normalize != "none" and (recorded.normalize == "none" or _raw(now) != _raw(recorded)):
         raise ConfigError("reward.normalize: the run kept no running moments of these scores; set it to none, or make "
                           "another run")
+    return state.reward_moments
 
 
 def _raw(config: RewardConfig) -> tuple:

@@ -228,11 +228,13 @@ def ppo(run: Run, iteration: int, actor: ModelRef, critic: ModelRef | None, opti
     def make(attempt):
         table = run.store.table(rollouts, Rollouts)
         learner = run.models.take_learner(actor, critic, optimizer, temperature)
-        penalty = ppo_stage.KLLoss(run.store.table(reference, ReferenceLogprobs), kl_coef, run.config.kl.estimator)
+        penalty = None
+        if in_loss:
+            penalty = ppo_stage.KLLoss(run.store.table(reference, ReferenceLogprobs), kl_coef, run.config.kl.estimator)
         metrics = ppo_stage.ppo(
             learner, table, run.store.table(values, Values) if values else None, run.store.table(advantages, Advantages),
             config, seed=recipe.seed, learning_rate_factor=factor, train_actor=train_actor,
-            kl_loss=penalty if in_loss else None, texts=_texts(run, learner.actor) if config.ptx_coef else None)
+            kl_loss=penalty, texts=_texts(run, learner.actor) if config.ptx_coef else None)
         save_learner(attempt, learner)
         run.models.put_learner(recipe.ref, learner)
         return Made(metrics, _tokens(table) * metrics.steps // config.minibatches)
