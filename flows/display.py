@@ -12,23 +12,33 @@ from rich.text import Text
 from flows.mirror import how_to_open
 from flows.runs import Run
 from schemas.artifacts import ArtifactRef, TrainState
-from schemas.tables import Samples
+from schemas.control import ControlConfig
+from schemas.tables import EPISODE_FILM, Samples
 
 if TYPE_CHECKING:
     from flows.stage import StageResult
 
 SAMPLES_SHOWN = 5
+LINES = 40  # iterations shown
 SCORES = (("gold", "evaluate/gold"), ("reward", "evaluate/score"), ("KL, nats a response", "evaluate/kl"),
           ("wins against the start", "evaluate/win_rate"), ("response tokens", "evaluate/response_length"),
           ("ended with EOS", "evaluate/eos_fraction"))
+RETURNS = (("mean", "evaluate/episode_return"), ("σ", "evaluate/episode_return_std"),
+           ("least", "evaluate/episode_return_min"), ("greatest", "evaluate/episode_return_max"),
+           ("steps, mean", "evaluate/episode_length"))
 
 
 def summary(console: Console, run: Run) -> None:
     """The end of a run: held-out samples before and after, the scores, where the actor lies, MLflow's page."""
     states = run.states()
     before, after = states[0], next(state for state in reversed(states) if "evaluate" in state.artifacts)
-    console.print(_samples(run, before, after))
-    console.print(_scores(before, after))
+    if isinstance(run.config, ControlConfig):
+        console.print(_returns(before, after))
+    else:
+        console.print(_samples(run, before, after))
+        console.print(_scores(before, after))
+    if (picture := _picture(run, after)) is not None:
+        console.print(Text(f"film    {picture}"), soft_wrap=True)
     console.print(Text(f"actor   {actor_folder(run, states[-1])}"), soft_wrap=True)
     if run.config.tracking.enabled:
         console.print(Text(f"MLflow  {how_to_open(run)}"), soft_wrap=True)
@@ -61,6 +71,23 @@ def _scores(before: TrainState, after: TrainState) -> Grid:
     return grid
 
 
+def _returns(before: TrainState, after: TrainState) -> Grid:
+    grid = Grid(title="returns with the most likely actions", title_justify="left")
+    for name in ("over episodes", "before", f"after {after.iteration} iterations"):
+        grid.add_column(name, justify="left" if name.startswith("over") else "right")
+    for label, key in RETURNS:
+        grid.add_row(label, *(f"{state.metrics[key]:.2f}" for state in (before, after)))
+    return grid
+
+
+def _picture(run: Run, state: TrainState) -> str | None:
+    """Where the animated picture of an evaluated episode lies, if there is one."""
+    ref = state.artifacts["evaluate"]
+    if EPISODE_FILM not in run.store.manifest(ref).digests():
+        return None
+    return str(run.store.place(ref, EPISODE_FILM))
+
+
 def found(run: Run) -> list[str]:
     """A line per stage: the artifacts of a run that are there."""
     where: dict[str, list[tuple[int, ArtifactRef]]] = defaultdict(list)
@@ -89,10 +116,16 @@ def runs(rows: list[dict]) -> Grid:
 
 
 def iterations(states: list[TrainState]) -> Grid:
-    """A run, a line per iteration."""
-    columns = (("reward", "reward/score"), ("KL", "gae/kl"), ("gold", "evaluate/gold"), ("wins", "evaluate/win_rate"),
-               ("entropy", "ppo/entropy"), ("approx KL", "ppo/approx_kl"), ("clipped", "ppo/clip_fraction"),
-               ("expl. var.", "gae/explained_variance"), ("tokens", "rollout/response_length"))
+    """A run, a line per iteration, of a long one every so many; the columns that it has."""
+    columns = (
+        ("return", "rollout/episode_return"), ("evaluated", "evaluate/episode_return"), ("reward", "reward/score"),
+        ("KL", "gae/kl"), ("gold", "evaluate/gold"), ("wins", "evaluate/win_rate"), ("entropy", "ppo/entropy"),
+        ("approx KL", "ppo/approx_kl"), ("clipped", "ppo/clip_fraction"), ("expl. var.", "gae/explained_variance"),
+        ("tokens", "rollout/response_length"))
+    columns = [(label, key) for label, key in columns if any(key in state.metrics for state in states)]
+    stride = -(-len(states) // LINES)
+    states = [state for state in states
+              if state.iteration % stride == 0 or state is states[-1] or "evaluate" in state.artifacts]
     grid = Grid()
     for name in ("iteration", *(label for label, _ in columns), "seconds"):
         grid.add_column(name, justify="right")
@@ -105,7 +138,8 @@ def iterations(states: list[TrainState]) -> Grid:
 def time_of(state: TrainState, rows: list[dict]) -> Grid:
     """Where an iteration's time went."""
     grid = Grid(title=f"iteration {state.iteration}", title_justify="left")
-    for name in ("stage", "seconds", "part", "tokens/s", "bytes", "artifact"):
+    unit = "tokens/s" if state.reference else "steps/s"
+    for name in ("stage", "seconds", "part", unit, "bytes", "artifact"):
         grid.add_column(name, justify="left" if name in ("stage", "artifact") else "right")
     for row in rows:
         rate = f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else ""

@@ -18,8 +18,10 @@ import yaml
 from flows.produce import Made, write
 from flows.store import Attempt, Store, sha256_file
 from schemas.artifacts import ArtifactRef, Recipe
-from schemas.config import RunConfig, parse_config
+from schemas.config import parse_config
+from schemas.control import ControlConfig
 from schemas.errors import ConfigError
+from schemas.settings import RunConfig
 
 if TYPE_CHECKING:
     from flows.runs import Run
@@ -176,22 +178,31 @@ def _module_of(file: Path, source: str):
 
 def functions_of(config: RunConfig) -> dict[str, str]:
     """Role → source of every function that the config names."""
+    if isinstance(config, ControlConfig):
+        source = config.environment.id
+        return {"environment": source} if source.rpartition(":")[0].endswith(".py") else {}
     named = {f"reward.{name}": part.source for name, part in config.reward.components.items()
              if part.source != "reward_model" and not part.source.startswith(("http://", "https://"))}
     return named | ({"judge": config.evaluate.judge} if config.evaluate.judge else {})
+
+
+def stored_function(run: Run, role: str, source: str) -> Callable:
+    """The user's function: of a file, from its copy in the store; of a package, as it is installed."""
+    (entry,) = run.store.manifest(run.inputs[role]).files
+    return load_function(source, run.store.file(run.inputs[role], entry.path))
 
 
 # --- import ---
 
 def check_inputs(config: RunConfig, folder: Path) -> dict[str, list[Path]]:
     """Role → files of everything the config names, all of it read and checked. Raises `ConfigError`."""
-    files: dict[str, list[Path]] = {}
+    files = {role: [check_function(source, folder)] for role, source in functions_of(config).items()}
+    if isinstance(config, ControlConfig):
+        return files
     for role in COLUMNS:
         if (name := getattr(config.data, role)) is not None:
             read_lines(folder / name, role)
             files[role] = [folder / name]
-    for role, source in functions_of(config).items():
-        files[role] = [check_function(source, folder)]
     if config.base_model.source is not None:
         files["base_model"] = model_files(config.base_model.source, folder)
     return files
@@ -228,7 +239,7 @@ def recipes_of(files: dict[str, list[Path]]) -> dict[str, Recipe]:
 
 def _recipe(role: str, paths: list[Path]) -> Recipe:
     """The recipe of an input: its identity is that of its content, and of its file name where that matters."""
-    kind = "function" if role == "judge" or role.startswith("reward.") else role
+    kind = "function" if role in ("judge", "environment") or role.startswith("reward.") else role
     content = {_inner(role, path): sha256_file(path) for path in paths}
     return Recipe(stage=f"input.{kind}", version=1, config={"sha256": content}, inputs={})
 

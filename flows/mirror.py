@@ -1,17 +1,24 @@
-"""The mirror of a run in MLflow: a thread that is told of every committed state. Training never waits for it."""
+"""The mirror of a run in MLflow: a process that is told of every committed state. Training never waits for it.
+
+A process, not a thread: MLflow takes seconds to import and milliseconds for every metric, all of it Python, and a thread
+would take them from the training.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
-import queue
+import subprocess
+import sys
 import threading
 
 from flows.runs import Run
 from schemas.artifacts import TrainState
 
 log = logging.getLogger("baton")
-PATIENCE = 20.0  # seconds that the end of a run waits for the mirror
+PATIENCE = 30.0  # seconds that the end of a run waits for the mirror
 
 
 def tracking_uri(run: Run) -> str:
@@ -27,45 +34,55 @@ def how_to_open(run: Run) -> str:
 
 
 class Mirror:
-    """Takes states as they are committed and brings MLflow to them, in a thread of its own, best effort."""
+    """Tells `flows.tracking`, in a process of its own, which states are committed; it does the rest, best effort."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._states: queue.Queue[TrainState | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._process: subprocess.Popen | None = None
+        self._warned = False
 
     def __enter__(self) -> Mirror:
         if self.run.config.tracking.enabled:
-            self._thread.start()
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "flows.tracking", str(self.run.store.root), self.run.name], text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                start_new_session=True)  # Ctrl-C is not for it
+            self._ears = threading.Thread(target=self._listen, name="mlflow", daemon=True)
+            self._ears.start()
+            told = {"uri": tracking_uri(self.run), "config": self.run.config.model_dump(mode="json")}
+            self._tell(json.dumps(told))  # not as an argument: an address may hold a password
         return self
 
     def push(self, state: TrainState) -> None:
         """Has the state mirrored, and whatever of the run MLflow does not have yet."""
-        self._states.put(state)
+        self._tell(str(state.iteration))
 
     def __exit__(self, *_: object) -> None:
-        if not self._thread.is_alive():
+        if self._process is None:
             return
-        self._states.put(None)
-        self._thread.join(PATIENCE)
-        if self._thread.is_alive():
-            log.warning("MLflow at %s did not answer in time; the next start of the run completes it",
-                        tracking_uri(self.run))
-
-    def _work(self) -> None:
-        """Passes states on until the last; after a failure the rest is left to the next start."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # without these a call waits four minutes
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-            from flows.tracking import Client  # MLflow takes seconds to import; the training does not wait for that
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._warn("it did not answer in time")
+        self._ears.join()
+        if self._process.wait() and not self._warned:
+            self._warn(f"the process that tells it ended with code {self._process.returncode}; "
+                       "python -m flows.tracking says more")
 
-            client = Client(self.run, tracking_uri(self.run))
-            while (state := self._states.get()) is not None:
-                client.bring_to(state)
-        except Exception as error:  # whatever a tracking server does, the training goes on
-            log.warning("MLflow at %s: %s; training goes on without it, the next start of the run completes it",
-                        tracking_uri(self.run), _first_line(error))
+    def _tell(self, line: str) -> None:
+        if self._process is not None:
+            with contextlib.suppress(BrokenPipeError):  # it has said why, and is gone
+                print(line, file=self._process.stdin, flush=True)
 
+    def _listen(self) -> None:
+        """What it says is what went wrong."""
+        for line in self._process.stdout:
+            self._warn(line.strip())
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    def _warn(self, what: str) -> None:
+        self._warned = True
+        log.warning("MLflow at %s: %s; training goes on without it, the next start of the run completes it",
+                    tracking_uri(self.run), what)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,11 +19,12 @@ from transformers import (
 
 from flows.store import Attempt, Store
 from schemas.artifacts import ArtifactRef, ModelRef
-from schemas.config import RunConfig
 from schemas.errors import StoreError
-from stages.ops.learner import LanguageModelLearner
+from schemas.language import LanguageConfig
+from stages.ops.language_learner import LanguageModelLearner
 from stages.ops.models import LanguageModel
 from stages.ops.optim import load_state_tensors, state_tensors
+from stages.ops.progress import progress_bar
 
 
 class WarmModels:
@@ -33,9 +33,8 @@ class WarmModels:
     Roles do not share: training changes the actor in place, and the reference may be the same artifact.
     """
 
-    def __init__(self, store: Store, config: RunConfig) -> None:
+    def __init__(self, store: Store, config: LanguageConfig) -> None:
         self.store, self.config, self.loaded = store, config, 0
-        torch.set_num_threads(config.execution.threads)
         self._warm: OrderedDict[tuple[str, ModelRef], LanguageModel] = OrderedDict()
         self._learners: dict[ArtifactRef, LanguageModelLearner] = {}
 
@@ -153,7 +152,7 @@ def save_model(attempt: Attempt, inner: str, model: LanguageModel) -> None:
 
 def save_learner(attempt: Attempt, learner: LanguageModelLearner) -> None:
     """`actor/`, `critic/` if there is one, and `optimizer/actor.safetensors`, `optimizer/critic.safetensors`."""
-    parts = tqdm(learner.networks.items(), "ppo: save", leave=False, disable=None)
+    parts = progress_bar(learner.networks.items(), "ppo: save")
     for name, model in parts:
         save_model(attempt, name, model)
         save_file(state_tensors(learner.optimizers[name], model.module), attempt.path(f"optimizer/{name}.safetensors"))

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING
 
 from flows.store import Attempt, Store
 from schemas.artifacts import ArtifactRef, Environment, Manifest, Recipe
-from schemas.config import RunConfig
 from schemas.errors import NonFiniteError
 from schemas.metrics import Metrics
+from schemas.settings import RunConfig
 
 if TYPE_CHECKING:
     from flows.runs import Run
 
 log = logging.getLogger("baton")
-PACKAGES = ("baton", "torch", "transformers", "trl", "numpy", "pyarrow", "tokenizers", "safetensors", "prefect", "mlflow")
+PACKAGES = ("baton", "torch", "transformers", "trl", "numpy", "pyarrow", "tokenizers", "safetensors", "prefect", "mlflow",
+            "gymnasium")
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,20 @@ def produce(run: Run, recipe: Recipe, make: Callable[[Attempt], Made]) -> Artifa
         log.debug("found %s", recipe.ref.short)
         run.found.append(recipe.ref)
         return recipe.ref
+    _use_threads(run.config)
     attempt, manifest = write(run.store, run.config, recipe, make)
     if found:
         run.reproduction = _compare(run.store, found, manifest, attempt)
     else:
-        _commit(run, manifest)
+        _commit(run, manifest, attempt)
     return recipe.ref
+
+
+def _use_threads(config: RunConfig) -> None:
+    """Before anything is computed, new weights included: the last bits of a matrix product or a QR depend on it."""
+    import torch
+
+    torch.set_num_threads(config.execution.threads)
 
 
 def write(store: Store, config: RunConfig, recipe: Recipe, make: Callable[[Attempt], Made]) -> tuple[Attempt, Manifest]:
@@ -85,8 +94,8 @@ def _finite(recipe: Recipe, metrics: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
-def _commit(run: Run, ours: Manifest) -> None:
-    theirs = run.store.commit(ours)
+def _commit(run: Run, ours: Manifest, attempt: Attempt) -> None:
+    theirs = run.store.commit(ours, attempt.tables)
     if theirs.attempt == ours.attempt:
         return
     same = theirs.digests() == ours.digests()

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 from flows.inputs import apply_settings
 from flows.produce import Reproduction, now
 from flows.store import Store, put_once, read_record
-from schemas.artifacts import ArtifactRef, RunRecord, TrainState, check_name, derive_seed
-from schemas.config import RunConfig, differences, merged, parse_config
+from schemas.artifacts import ArtifactRef, RunRecord, TrainState, check_name, derive_seed, prefixed
+from schemas.config import differences, parse_config
 from schemas.errors import ConfigError
-from schemas.settings import NAME_PATTERN
+from schemas.presets import merged
+from schemas.settings import NAME_PATTERN, RunConfig
 
 if TYPE_CHECKING:
     from flows.models import WarmModels
+    from flows.policies import WarmPolicies
 
 
 class Run:
@@ -29,18 +31,19 @@ class Run:
         self.rerun: str | None = None  # the stage that is to be computed although its artifact is there
         self.reproduction: Reproduction | None = None  # what came of that
         self.found: list[ArtifactRef] = []  # artifacts that were there already, in the order they were asked for
-        self._models: WarmModels | None = None
+        self.said = float("-inf")  # when an iteration was last spoken of
+        self._models: WarmModels | WarmPolicies | None = None
 
     @property
     def name(self) -> str:
         return self.record.name
 
     @property
-    def models(self) -> WarmModels:
-        """Models of this process."""
+    def models(self) -> WarmModels | WarmPolicies:
+        """Models of this process; for a control task its policies and environments."""
         if self._models is None:
-            from flows.models import WarmModels
-            self._models = WarmModels(self.store, self.config)
+            from flows.chains import chain
+            self._models = chain(self).Warm(self.store, self.config)
         return self._models
 
     @property
@@ -99,6 +102,16 @@ class Run:
     def save(self, state: TrainState) -> None:
         """Commits the state of an iteration; one that is there already stays."""
         put_once(self._state_path(state.iteration), state)
+
+    def metrics_of(self, artifacts: Mapping[str, ArtifactRef]) -> dict[str, float]:
+        """`stage/metric` of the artifacts."""
+        return {key: value for stage, ref in artifacts.items()
+                for key, value in prefixed(stage, self.store.manifest(ref).metrics).items()}
+
+    def evaluation_due(self, iteration: int, last: int) -> bool:
+        """Whether that iteration is evaluated; the `last` one always is."""
+        every = self.config.evaluate.every
+        return iteration == last or (every > 0 and iteration % every == 0)
 
     def reached(self) -> str:
         """For people: which iterations there are."""
@@ -178,7 +191,8 @@ def overview(run: Run) -> dict[str, Any]:
     metrics = last.metrics if last else {}
     done = last.iteration if last else 0
     return {"run": run.name, "iteration": done, "iterations": max(done, run.config.iterations),
-            "reward": metrics.get("reward/score"), "kl": metrics.get("gae/kl"), "gold": metrics.get("evaluate/gold"),
+            "reward": metrics.get("reward/score", metrics.get("rollout/episode_return")),
+            "kl": metrics.get("gae/kl"), "gold": metrics.get("evaluate/gold"),
             "created": run.record.created, "parent": run.record.parent}
 
 

@@ -6,12 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flows.inputs import check_inputs, import_files, read_config, read_lines, recipes_of
+from flows.inputs import check_inputs, import_files, load_function, read_config, read_lines, recipes_of
 from flows.runs import Run, create_or_open, open_run, require_same, run_names
 from flows.store import Store
 from schemas.artifacts import check_name
-from schemas.config import RunConfig, merged, parse_config
+from schemas.config import parse_config
+from schemas.control import ControlConfig
 from schemas.errors import ConfigError
+from schemas.language import LanguageConfig
+from schemas.presets import merged
+from schemas.settings import RunConfig
 
 
 def start(
@@ -30,6 +34,8 @@ def start(
     check_device(config.execution.device)
     if name in run_names(store):
         require_same(open_run(store, name), config, inputs)
+    elif isinstance(config, ControlConfig):
+        check_environment(config, files)
     else:
         check_lengths(config, files)
     overrides = _of_this_call(config, iterations)
@@ -68,7 +74,17 @@ def check_device(device: str) -> None:
         raise ConfigError(f"execution.device: torch finds no {device} here; set execution.device=cpu")
 
 
-def check_lengths(config: RunConfig, files: dict[str, list[Path]]) -> None:
+def check_environment(config: ControlConfig, files: dict[str, list[Path]]) -> None:
+    """Raises `ConfigError` if the environment cannot be made, or is not one that a policy here can act in."""
+    from flows.environments import make_environment, spaces_of
+
+    function = load_function(config.environment.id, files["environment"][0]) if "environment" in files else None
+    environment = make_environment(config.environment, function)
+    spaces_of(environment, config.environment.id)
+    environment.close()
+
+
+def check_lengths(config: LanguageConfig, files: dict[str, list[Path]]) -> None:
     """Raises `ConfigError` naming file and lines that do not fit into the model's context."""
     from flows.models import context_length, load_tokenizer
     from stages.base_model import train_tokenizer

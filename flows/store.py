@@ -16,7 +16,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -24,22 +26,27 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
-from tqdm import tqdm
 
 from schemas.artifacts import FORMAT_VERSION, ArtifactRef, FileEntry, Manifest, Recipe
 from schemas.errors import StoreError, TableError
-from schemas.tables import TABLES, Rollouts, Table, require_aligned
+from schemas.tables import TABLES, Rollouts, Table, Trajectories, require_aligned
+from stages.ops.progress import progress_bar
 
+KEPT = 8  # artifacts: more than an iteration makes
+SYNCED_AT_ONCE = 4  # files and folders: both waiting for the disk and hashing leave the interpreter to others
 T = TypeVar("T", bound=Table)
 M = TypeVar("M", bound=BaseModel)
 
 
-@dataclass(frozen=True)
 class Attempt:
     """A folder in which one attempt at an artifact is written."""
 
-    ref: ArtifactRef
-    folder: Path
+    def __init__(self, ref: ArtifactRef, folder: Path) -> None:
+        self.ref, self.folder = ref, folder
+        self.tables: dict[type[Table], Table] = {}  # those written, as they were given
+        self._entries: dict[str, FileEntry] = {}  # files that are synced and hashed already
+        self._folders: set[Path] = {folder, folder.parent}  # to be synced; above `attempts` that is done with the manifest
+        self._others = False  # whether somebody writes files of their own below the folder
 
     @property
     def name(self) -> str:
@@ -47,25 +54,62 @@ class Attempt:
 
     def table(self, table: Table) -> None:
         """Writes `table` as Parquet under its file name."""
-        pq.write_table(table.to_arrow(), self.folder / table.file, compression="zstd")
+        sink, arrow = pa.BufferOutputStream(), table.to_arrow()
+        texts = [f.name for f in arrow.schema if pa.types.is_string(f.type)]
+        pq.write_table(arrow, sink, compression="zstd", use_dictionary=texts, write_statistics=False)  # one row group
+        self.write(table.file, sink.getvalue(), arrow)
+        self.tables[type(table)] = table
+
+    def write(self, inner: str, data: bytes | pa.Buffer, table: pa.Table | None = None) -> None:
+        """A file that fits into memory: written, synced and hashed in one go. `table`: what it holds, if it is one."""
+        path = self.folder / inner
+        if path.parent not in self._folders:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._folders |= {folder for folder in path.parents if folder.is_relative_to(self.folder)}
+        with path.open("wb") as file:  # buffered: a raw write may be a part of it and say nothing
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self._entries[inner] = FileEntry(
+            path=inner, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=None if table is None else len(table),
+            columns=None if table is None else {f.name: str(f.type) for f in table.schema})
 
     def path(self, inner: str) -> Path:
-        """Where a file or folder of the artifact goes; its parent exists."""
+        """Where somebody else writes a file or folder of the artifact; its parent exists."""
+        self._others = True
         path = self.folder / inner
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def seal(self) -> tuple[FileEntry, ...]:
-        """Hashes and syncs every file and folder; sorted by path."""
-        entries, paths = [], sorted(self.folder.rglob("*"))
-        for path in tqdm(paths, f"{self.ref.stage}: commit", leave=False, disable=None):
-            if path.is_file():
-                path.chmod(0o644)  # safetensors files are made for their owner alone; stores are shared
-                entries.append(_describe(path, path.relative_to(self.folder).as_posix()))
-            _fsync(path)
-        for folder in (self.folder, *self.folder.parents[:5]):  # attempts, identity, stage, artifacts, root
+        """Hashes and syncs what is not yet, several files at once; all entries, sorted by path."""
+        others = [path for path in self.folder.rglob("*") if self._inner(path) not in self._entries] if self._others else []
+        with ThreadPoolExecutor(SYNCED_AT_ONCE) as pool:
+            found = progress_bar(pool.map(self._seal, others), f"{self.ref.stage}: commit", total=len(others))
+            entries = [entry for entry in found if entry is not None]
+        for folder in self._folders:
             _fsync(folder)
-        return tuple(entries)
+        return tuple(sorted([*self._entries.values(), *entries], key=lambda entry: entry.path))
+
+    def _seal(self, path: Path) -> FileEntry | None:
+        entry = None
+        if path.is_file():
+            path.chmod(0o644)  # safetensors files are made for their owner alone; stores are shared
+            entry = FileEntry(path=self._inner(path), bytes=path.stat().st_size, sha256=sha256_file(path))
+        _fsync(path)
+        return entry
+
+    def _inner(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+
+@dataclass(frozen=True)
+class _Own:
+    """An artifact that this process has committed."""
+
+    manifest: Manifest
+    digest: str  # of the manifest's bytes
+    tables: dict[type[Table], Table]
 
 
 class Store:
@@ -73,19 +117,34 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
+        self._own: OrderedDict[ArtifactRef, _Own] = OrderedDict()  # the last committed here
+        self._synced: set[Path] = set()  # folders of stages that are known to be on disk
 
     # --- writing ---
 
     def attempt(self, recipe: Recipe) -> Attempt:
         """A fresh folder for one attempt at the recipe's artifact."""
-        folder = self._folder(recipe.ref) / "attempts" / uuid.uuid4().hex
-        folder.mkdir(parents=True)
+        attempts = self._folder(recipe.ref) / "attempts"
+        attempts.mkdir(parents=True, exist_ok=True)
+        folder = attempts / uuid.uuid4().hex
+        folder.mkdir()
         return Attempt(recipe.ref, folder)
 
-    def commit(self, manifest: Manifest) -> Manifest:
-        """Publishes a sealed attempt; the manifest that is now the artifact's, another writer's if that came first."""
+    def commit(self, manifest: Manifest, tables: Mapping[type[Table], Table] | None = None) -> Manifest:
+        """Publishes a sealed attempt; the manifest that is now the artifact's, another writer's if that came first.
+
+        The last manifests and `tables` that were published here are kept in memory: the next stage need not read them.
+        """
         folder = self._folder(manifest.ref)
         if put_once(folder / "manifest.json", manifest):
+            _fsync(folder.parent)
+            if folder.parent not in self._synced:  # the stage's own folder may be new
+                for above in (folder.parents[1], self.root):
+                    _fsync(above)
+                self._synced.add(folder.parent)
+            self._own[manifest.ref] = _Own(manifest, hashlib.sha256(_text(manifest)).hexdigest(), dict(tables or {}))
+            if len(self._own) > KEPT:
+                self._own.popitem(last=False)
             return manifest
         shutil.rmtree(folder / "attempts" / manifest.attempt)
         return self.manifest(manifest.ref)
@@ -101,11 +160,13 @@ class Store:
         path = self._folder(ref) / "manifest.json"
         if not path.exists():
             return None
+        if ref in self._own:
+            return self._own[ref].manifest
         manifest = read_record(path, Manifest)
-        for field, found, expected in (("recipe", manifest.recipe.ref.identity, ref.identity),
+        for name, found, expected in (("recipe", manifest.recipe.ref.identity, ref.identity),
                                        ("identity", manifest.identity, ref.identity)):
             if found != expected:
-                raise StoreError(f"{path}: {field} gives identity {found[:12]}…, expected {expected[:12]}…")
+                raise StoreError(f"{path}: {name} gives identity {found[:12]}…, expected {expected[:12]}…")
         return manifest
 
     def manifest(self, ref: ArtifactRef) -> Manifest:
@@ -117,11 +178,15 @@ class Store:
 
     def manifest_digest(self, ref: ArtifactRef) -> str:
         """sha256 of the manifest's bytes."""
+        if ref in self._own:
+            return self._own[ref].digest
         return sha256_file(self._folder(ref) / "manifest.json")
 
     def table(self, ref: ArtifactRef, kind: type[T]) -> T:
         """A table of the artifact, its size, digest, schema and row count checked."""
         manifest = self.manifest(ref)
+        if ref in self._own and kind in self._own[ref].tables:
+            return self._own[ref].tables[kind]
         entry = _entry(manifest, kind.file)
         path = self._path(manifest, entry.path)
         data = path.read_bytes() if path.is_file() else None
@@ -140,7 +205,7 @@ class Store:
         entries = [entry for entry in manifest.files if entry.path.startswith(f"{inner}/")]
         if not entries:
             raise StoreError(f"{ref.short}: the manifest lists nothing below {inner}/")
-        for entry in tqdm(entries, f"{ref.stage}: read", leave=False, disable=None):
+        for entry in progress_bar(entries, f"{ref.stage}: read"):
             self._checked(manifest, entry)
         return self._path(manifest, inner)
 
@@ -177,7 +242,9 @@ class Store:
             if entry.path in TABLES:
                 with contextlib.suppress(StoreError):  # a file that cannot be read is a finding of its own
                     try:
-                        require_aligned(self.table(rollouts, Rollouts), self.table(manifest.ref, TABLES[entry.path]))
+                        there = self.manifest(rollouts).digests()
+                        kind = Trajectories if Trajectories.file in there else Rollouts
+                        require_aligned(self.table(rollouts, kind), self.table(manifest.ref, TABLES[entry.path]))
                     except TableError as error:
                         yield f"{self._path(manifest, entry.path)}: {error}"
 
@@ -221,12 +288,13 @@ class Store:
 
 def put_once(path: Path, record: BaseModel) -> bool:
     """Writes `record` to `path` unless it exists: whole, synced, or not at all. Whether this call wrote it."""
-    missing = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    missing = [] if path.parent.exists() else [folder for folder in path.parents if not folder.exists()]
+    if missing:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(record.model_dump_json(indent=1) + "\n")
+        with temporary.open("wb") as file:
+            file.write(_text(record))
             file.flush()
             os.fsync(file.fileno())
         os.link(temporary, path)
@@ -238,6 +306,11 @@ def put_once(path: Path, record: BaseModel) -> bool:
             temporary.unlink()
         for folder in (path.parent, *(new.parent for new in missing)):
             _fsync(folder)
+
+
+def _text(record: BaseModel) -> bytes:
+    """A record as it is written."""
+    return (record.model_dump_json(indent=1) + "\n").encode()
 
 
 def read_record(path: Path, kind: type[M]) -> M:
@@ -259,14 +332,6 @@ def read_record(path: Path, kind: type[M]) -> M:
 
 # --- files ---
 
-def _describe(path: Path, inner: str) -> FileEntry:
-    rows = columns = None
-    if path.suffix == ".parquet":
-        metadata = pq.read_metadata(path)
-        rows, columns = metadata.num_rows, {f.name: str(f.type) for f in metadata.schema.to_arrow_schema()}
-    return FileEntry(path=inner, bytes=path.stat().st_size, sha256=sha256_file(path), rows=rows, columns=columns)
-
-
 def _entry(manifest: Manifest, inner: str) -> FileEntry:
     for entry in manifest.files:
         if entry.path == inner:
@@ -276,7 +341,7 @@ def _entry(manifest: Manifest, inner: str) -> FileEntry:
 
 def _parse(path: Path, entry: FileEntry, source: pa.BufferReader | str, kind: type[T]) -> T:
     try:
-        table = pq.read_table(source)
+        table = pq.ParquetFile(source).read()
         if table.num_rows != entry.rows:
             raise TableError(f"rows: expected {entry.rows}, found {table.num_rows}")
         return kind.from_arrow(table)

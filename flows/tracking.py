@@ -1,5 +1,8 @@
 """MLflow, the only file that knows it: one MLflow run for each training run, brought to what the store says.
 
+Run as `python -m flows.tracking STORE RUN` by `flows/mirror.py`, which writes the address and the run's config, and then the
+number of each committed state, to its standard input, a line each. What it prints is why it could not go on.
+
 A point is logged only where MLflow does not have it yet, so that a mirror that was away or broke off is completed by
 the next start of the run, without double points.
 """
@@ -7,22 +10,34 @@ the next start of the run, without double points.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
-from collections.abc import Iterator
+import select
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # without these a call waits four minutes
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 import mlflow
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from flows.runs import Run
-from schemas.artifacts import TrainState
-from schemas.tables import Samples
+from flows.store import Store, read_record
+from schemas.artifacts import Manifest, RunRecord, TrainState
+from schemas.config import parse_config
+from schemas.tables import EPISODE_FILM, Returns, Samples
 
 SAMPLES_SHOWN = 32  # rows of the table of samples
+BATCH = 1000  # the most metrics that MLflow takes in one call
+INTERVAL = 2.0  # seconds: states that come faster are logged together
 for _noisy in ("mlflow", "alembic"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
 
@@ -38,8 +53,12 @@ class Client:
 
     def bring_to(self, state: TrainState) -> None:
         """Every point up to `state` that is not there yet, its samples, and the model once the run is finished."""
+        points = []
         for iteration in range(self.next, state.iteration + 1):
-            self._log(self.run.state(iteration))
+            points += self._points(self.run.state(iteration))
+            if len(points) >= BATCH or iteration == state.iteration:
+                self._log(points)
+                points = []
         self.next = state.iteration + 1
         if state.iteration >= self.run.config.iterations:
             self._register(state)
@@ -80,25 +99,35 @@ class Client:
         keys = self.client.get_run(self.run_id).data.metrics
         return {(key, point.step) for key in keys for point in self.client.get_metric_history(self.run_id, key)}
 
-    def _log(self, state: TrainState) -> None:
-        at = _milliseconds(self.run, state)
-        numbers = state.metrics | timings(self.run, state)
-        points = [Metric(key, value, at, state.iteration) for key, value in numbers.items()
+    def _points(self, state: TrainState) -> list[Metric]:
+        """Those of an iteration that are not there yet; its samples are logged before them."""
+        manifests = {stage: self.run.store.manifest(ref) for stage, ref in state.artifacts.items()}
+        at = max(datetime.fromisoformat(manifest.created).timestamp() for manifest in manifests.values())
+        points = [Metric(key, value, int(at * 1000), state.iteration)
+                  for key, value in (state.metrics | timings(state, manifests)).items()
                   if (key, state.iteration) not in self.logged]
-        if points:
-            if "evaluate" in state.artifacts:
-                self._log_samples(state)
-            for start in range(0, len(points), 1000):
-                self.client.log_batch(self.run_id, metrics=points[start : start + 1000])
-            self.logged |= {(point.key, point.step) for point in points}
+        if points and "evaluate" in manifests:
+            self._log_samples(state, manifests["evaluate"])
+        return points
 
-    def _log_samples(self, state: TrainState) -> None:
-        """The table of samples of an evaluation, as an artifact that MLflow's page shows; once, since it would append."""
-        path = f"samples/iteration-{state.iteration:06d}.json"
-        if path in {item.path for item in self.client.list_artifacts(self.run_id, "samples")}:
+    def _log(self, points: list[Metric]) -> None:
+        for start in range(0, len(points), BATCH):
+            self.client.log_batch(self.run_id, metrics=points[start : start + BATCH])
+        self.logged |= {(point.key, point.step) for point in points}
+
+    def _log_samples(self, state: TrainState, evaluation: Manifest) -> None:
+        """Samples or returns of an evaluation, and its film, as artifacts on MLflow's page; once, since a table appends."""
+        name = f"iteration-{state.iteration:06d}"
+        if f"samples/{name}.json" in {item.path for item in self.client.list_artifacts(self.run_id, "samples")}:
             return
-        samples = self.run.store.table(state.artifacts["evaluate"], Samples).to_arrow().slice(0, SAMPLES_SHOWN)
-        self.client.log_table(self.run_id, samples.to_pydict(), path)
+        for kind in (Samples, Returns):
+            if kind.file in evaluation.digests():
+                rows = self.run.store.table(evaluation.ref, kind).to_arrow().slice(0, SAMPLES_SHOWN)
+                self.client.log_table(self.run_id, rows.to_pydict(), f"samples/{name}.json")
+        if EPISODE_FILM in evaluation.digests():
+            with tempfile.TemporaryDirectory() as folder:
+                film = shutil.copy(self.run.store.file(evaluation.ref, EPISODE_FILM), Path(folder) / f"{name}.gif")
+                self.client.log_artifact(self.run_id, film, "films")
 
     def _register(self, state: TrainState) -> None:
         """The actor as a version of the run's registered model, alias `best`; the weights stay in the store."""
@@ -123,21 +152,14 @@ class Client:
             mlflow.set_tracking_uri(before)
 
 
-def timings(run: Run, state: TrainState) -> dict[str, float]:
+def timings(state: TrainState, manifests: Mapping[str, Manifest]) -> dict[str, float]:
     """Seconds, tokens per second and bytes written of each stage, and the seconds of the iteration."""
     out = {"iteration/seconds": state.seconds}
-    for stage, ref in state.artifacts.items():
-        manifest = run.store.manifest(ref)
+    for stage, manifest in manifests.items():
         out |= {f"{stage}/seconds": manifest.seconds, f"{stage}/bytes": float(manifest.bytes)}
         if manifest.tokens_per_second:
             out[f"{stage}/tokens_per_second"] = manifest.tokens_per_second
     return out
-
-
-def _milliseconds(run: Run, state: TrainState) -> int:
-    """When the iteration was finished, from its last manifest."""
-    created = max(run.store.manifest(ref).created for ref in state.artifacts.values())
-    return int(datetime.fromisoformat(created).timestamp() * 1000)
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -147,3 +169,55 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+# --- the process ---
+
+def main(root: str, name: str) -> int:
+    """Brings MLflow to each state it is told of, several at once where they come fast, until its input ends."""
+    try:
+        lines = Lines(sys.stdin.fileno())
+        told = json.loads(lines.first())
+        config = parse_config(told["config"], f"run {name!r}")
+        store = Store(Path(root))
+        run = Run(store, read_record(store.root / "runs" / name / "run.json", RunRecord), config)
+        client = Client(run, told["uri"])
+        while (iteration := lines.last()) is not None:
+            client.bring_to(run.state(int(iteration)))
+    except Exception as error:  # whatever a tracking server does, the training goes on
+        print((str(error).strip().splitlines() or [type(error).__name__])[0][:200], flush=True)
+        return 1
+    return 0
+
+
+class Lines:
+    """Lines of a pipe, read as they come."""
+
+    def __init__(self, file: int) -> None:
+        self.file, self.rest, self.ended = file, b"", False
+
+    def first(self) -> bytes:
+        """The next line."""
+        while b"\n" not in self.rest and not self.ended:
+            self._read()
+        line, _, self.rest = self.rest.partition(b"\n")
+        return line
+
+    def last(self) -> bytes | None:
+        """The newest line after at most INTERVAL of waiting for newer ones; None at the end."""
+        line = self.first()
+        deadline = time.monotonic() + INTERVAL
+        while not self.ended and (left := deadline - time.monotonic()) > 0:
+            if select.select([self.file], [], [], left)[0]:
+                self._read()
+        *_, newest = [line, *self.rest.split(b"\n")[:-1]]
+        self.rest = self.rest[self.rest.rfind(b"\n") + 1 :]
+        return newest or None
+
+    def _read(self) -> None:
+        data = os.read(self.file, 65536)
+        self.rest, self.ended = self.rest + data, not data
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
@@ -69,7 +70,7 @@ class Recipe(Record):
     """Artifacts read, by role."""
     seed: int | None = None
 
-    @property
+    @cached_property
     def ref(self) -> ArtifactRef:
         """sha256 of the recipe as canonical JSON: sorted keys, no spaces, ASCII."""
         return ArtifactRef(stage=self.stage, identity=sha256_json(self.model_dump(mode="json")))
@@ -116,7 +117,7 @@ class Manifest(Record):
     seconds: float
     """Wall time of the stage, loading and saving included."""
     tokens: int | None = None
-    """Tokens the stage's models processed; response tokens for `rollout`."""
+    """Tokens the stage's models processed, response tokens for `rollout`; in a control task, steps."""
     environment: Environment
     created: str
     """UTC, ISO 8601."""
@@ -147,13 +148,19 @@ class ModelRef(Record):
 
 
 class Moments(Record):
-    """Running moments of scores."""
+    """Running moments of scores, or of discounted returns."""
 
     count: float = 0
-    """Scores seen."""
+    """How many were seen."""
     mean: float = 0
     std: float = 0
     """Standard deviation (÷ count)."""
+
+    @classmethod
+    def measured(cls, stage: str, metrics: Mapping[str, float]) -> Moments:
+        """As the stage's metrics `running_…` have them, this iteration's numbers included; none seen where it keeps none."""
+        there = {name: metrics.get(f"{stage}/running_{name}") for name in cls.model_fields}
+        return cls(**{name: value for name, value in there.items() if value is not None})
 
 
 class TrainState(Record):
@@ -165,19 +172,20 @@ class TrainState(Record):
     critic: ModelRef | None
     """None where the advantages are estimated without one."""
     optimizer: ModelRef | None
-    """Both optimizers' state; none before the first update."""
-    reference: ModelRef
+    """The optimizers' state; none before the first update."""
+    reference: ModelRef | None
+    """None in a control task."""
     reward_model: ModelRef | None
     baseline: ArtifactRef
     """The evaluation of the starting actor."""
     artifacts: dict[str, ArtifactRef]
     """What the stages of this iteration wrote, by stage."""
-    kl_coef: float
+    kl_coef: float = 0.0
     """β of the next iteration."""
     reward_bias: float = 0.0
     """What is taken off every weighted sum: the demonstrations' mean, or 0."""
     reward_moments: Moments = Moments()
-    """Of all scores so far, for the next iteration's `reward`; kept where it normalises."""
+    """Of all scores, or discounted returns, so far, for the next iteration's rewards; kept where they are normalised."""
     metrics: dict[str, float]
     """`stage/metric` of this iteration."""
     seconds: float

@@ -23,3 +23,7 @@ class NonFiniteError(BatonError):
 
 class RewardError(BatonError):
     """A reward source failed, or did not give one number per response."""
+
+
+class EnvironmentFailure(BatonError):  # noqa: N818 - an EnvironmentError is Python's OSError
+    """An environment raised, hung, or gave what is not a finite number."""

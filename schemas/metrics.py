@@ -1,6 +1,7 @@
 """One record per stage; every metric is defined where it is declared.
 
-A metric is logged as `stage/name`. Means over tokens are over response tokens, EOS included where it was sampled.
+A metric is logged as `stage/name`. Means over tokens are over response tokens, EOS included where it was sampled; in a
+control task a step takes the place of a token.
 Beside these every stage has `seconds`, `bytes` and, where a model ran, `tokens_per_second`, from its manifest.
 """
 
@@ -101,15 +102,63 @@ class ValueMetrics(Metrics):
     """Standard deviation of V(s_t) over tokens."""
 
 
+class PolicyMetrics(Metrics):
+    actor_parameters: int
+    """Trainable numbers of the actor."""
+    critic_parameters: int
+    """Trainable numbers of the critic."""
+
+
+class ControlRolloutMetrics(Metrics):
+    episode_return: float | None = None
+    """Σ of raw rewards of an episode, mean over those that ended in this batch; not given if none did."""
+    episode_length: float | None = None
+    """Steps of an episode, mean over those that ended in this batch."""
+    episodes: int
+    """Episodes that ended in this batch."""
+    steps: int
+    """Steps of all environments."""
+    raw_reward: float
+    """The environment's reward of a step, mean."""
+    logprob: float
+    """log π_old(a_t | o_t), nats, mean."""
+    value: float
+    """V(o_t), mean over steps."""
+    value_std: float
+    """Standard deviation of V(o_t) over steps."""
+    action_clip_fraction: float | None = None
+    """Part of the sampled numbers that lay outside the bounds of a Box."""
+    running_count: float | None = None
+    """Steps in the running moments, this batch's included; given where rewards are scaled, as the next two."""
+    running_mean: float | None = None
+    """Mean of all discounted returns so far."""
+    running_std: float | None = None
+    """Standard deviation of all discounted returns so far (÷ count)."""
+
+
+class ControlEvaluateMetrics(Metrics):
+    episode_return: float
+    """Σ of raw rewards of an episode with the most likely actions, mean."""
+    episode_return_std: float
+    """Standard deviation over episodes (n − 1)."""
+    episode_return_min: float
+    """The worst episode."""
+    episode_return_max: float
+    """The best episode."""
+    episode_length: float
+    """Steps of an episode, mean."""
+
+
 class GAEMetrics(Metrics):
-    kl: float
-    """KL estimate to the reference, nats a response, mean."""
-    kl_per_token: float
+    kl: float | None
+    """KL estimate to the reference, nats a response, mean; given where there is a reference, as the next two."""
+    kl_per_token: float | None
     """KL estimate to the reference, nats a token, mean."""
-    kl_coef: float
+    kl_coef: float | None
     """β that was applied."""
     reward: float
-    """Σ_t r_t of a response, mean: score minus β times KL where the KL is in the reward; of whitened r_t if they are."""
+    """Σ_t r_t of a row, a response or a piece of an episode, mean: of a response its score minus β times KL where the KL
+    is in the reward; of whitened r_t if they are."""
     advantage_mean: float
     """A_t before whitening, mean over tokens."""
     advantage_std: float
@@ -197,4 +246,5 @@ METRICS: dict[str, type[Metrics]] = {
     "base_model": BaseModelMetrics, "sft": SFTMetrics, "reward_model": RewardModelMetrics,
     "reward_bias": RewardBiasMetrics, "rollout": RolloutMetrics, "reference": ReferenceMetrics, "reward": RewardMetrics,
     "value": ValueMetrics, "gae": GAEMetrics, "ppo": PPOMetrics, "evaluate": EvaluateMetrics,
+    "policy": PolicyMetrics, "control_rollout": ControlRolloutMetrics, "control_evaluate": ControlEvaluateMetrics,
 }

@@ -1,10 +1,13 @@
-"""What a config can start from: `preset: classic` or `preset: reasoning`. What the config says itself takes precedence.
+"""What a config can start from: `preset: classic` or `preset: reasoning`; a control task starts from `CONTROL`.
 
-Learning rates are those that the systems train models of billions of parameters with; small models want larger ones.
+What the config says itself takes precedence. Learning rates of the presets are those that the systems train models of
+billions of parameters with; small models want larger ones.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 CLASSIC: dict[str, Any] = {
@@ -27,3 +30,20 @@ REASONING: dict[str, Any] = {
 """The main settings of OpenRLHF and verl: one pass, λ 1, a critic that learns faster than the actor."""
 
 PRESETS = {"classic": CLASSIC, "reasoning": REASONING}
+
+CONTROL: dict[str, Any] = {
+    "gae": {"gamma": 0.99, "gae_lambda": 0.95, "truncation": "bootstrap", "whiten": "none"},
+    "ppo": {"epochs": 10, "minibatches": 32, "whiten_minibatches": True, "value_coef": 0.5, "learning_rate": 3e-4,
+            "critic_learning_rate": None, "max_grad_norm": 0.5},
+}
+"""Continuous control in Baselines' PPO2 and CleanRL (Huang et al. 2022,
+https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/), but for truncation."""
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `below` with the values of `above` put over it, section by section."""
+    out = copy.deepcopy(dict(below))
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merged(out[key], value) if both else value
+    return out

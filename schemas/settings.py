@@ -196,8 +196,8 @@ class GAEConfig(Settings):
     """λ of the critic's returns (Yuan et al. 2025, VC-PPO); null is that of the advantages."""
     length_adaptive_alpha: PositiveFloat | None = None
     """α: a response of R tokens has λ = 1 − 1/(αR) in the place of `gae_lambda` (Yue et al. 2025, VAPO: 0.05)."""
-    bootstrap_truncated: bool = False
-    """Whether a response cut at the length limit is continued by the critic's value rather than ended."""
+    truncation: Literal["terminal", "bootstrap"] = "terminal"
+    """What comes after a response cut at the length limit, or an episode at its time limit: nothing, or V there."""
     whiten_rewards: bool = False
     """Whether r_t are divided by their σ over the batch, their mean kept."""
     whiten: Literal["batch", "none"] | None = None
@@ -222,7 +222,7 @@ class GAEConfig(Settings):
 
     @model_validator(mode="after")
     def _meaningful(self) -> Self:
-        for name in ("critic_lambda", "length_adaptive_alpha", "bootstrap_truncated"):
+        for name in ("critic_lambda", "length_adaptive_alpha", "truncation"):
             if getattr(self, name) != type(self).model_fields[name].default and not self.has_critic:
                 raise ValueError(f"{name} is about a critic's values, and estimator={self.estimator} has none; leave it out")
         if self.compares_responses and self.whiten_rewards:
@@ -237,10 +237,14 @@ class GAEConfig(Settings):
 class PPOConfig(Settings):
     """The clipped policy update and the value regression (Schulman et al. 2017)."""
 
+    objective: Literal["ppo", "a2c"] = "ppo"
+    """The policy's loss: PPO's clipped −ratio·A, or its predecessor's −log π·A (Mnih et al. 2016), for one epoch."""
     epochs: PositiveInt = 4
     """Passes over the batch."""
     minibatches: PositiveInt = 4
-    """Optimizer steps per pass; must divide rollout.batch_size."""
+    """Optimizer steps per pass; must divide the responses, or the steps, of a batch."""
+    whiten_minibatches: bool = False
+    """Whether advantages get mean 0 and variance 1 over each minibatch, in the place of `gae.whiten`."""
     clip_range_low: float = Field(0.2, gt=0, lt=1)
     """ε_low: the ratio is clipped below at 1 − ε_low."""
     clip_range_high: PositiveFloat = 0.2
@@ -250,15 +254,15 @@ class PPOConfig(Settings):
     value_clip_range: PositiveFloat | None = 0.2
     """Values are clipped to ± this around those of the rollout; null for no clipping."""
     value_coef: PositiveFloat = 1.0
-    """Weight of the value loss; with an optimizer of its own it only matters to clipping and to AdamW's ε."""
+    """Weight of the value loss; AdamW being indifferent to it, it matters only to clipping and to AdamW's ε."""
     entropy_coef: float = Field(0.0, ge=0)
     """Weight of the entropy bonus."""
     loss_aggregation: Literal["token", "sequence"] = "token"
-    """The loss of a minibatch: the mean over its tokens, or the mean over its responses of each one's mean."""
+    """The loss of a minibatch: the mean over its tokens or steps, or the mean over its responses of each one's mean."""
     learning_rate: PositiveFloat = 1e-5
     """The actor's AdamW learning rate, before `schedule`."""
-    critic_learning_rate: PositiveFloat = 1e-5
-    """The critic's AdamW learning rate, before `schedule`."""
+    critic_learning_rate: PositiveFloat | None = 1e-5
+    """The critic's AdamW learning rate, before `schedule`; null: the actor's."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How both learning rates fall, an iteration at a time, to 0 after `schedule_iterations`."""
     schedule_iterations: PositiveInt | None = None
@@ -272,7 +276,7 @@ class PPOConfig(Settings):
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients of the actor, and those of the critic, are scaled down to this norm."""
+    """Gradients of the actor, and those of the critic, are scaled down to this norm; in control tasks both together."""
     target_kl: PositiveFloat | None = None
     """The update ends after the minibatch whose approximate KL from π_old (k3, nats a token) exceeds it."""
     recompute_old_logprobs: bool = False
@@ -286,6 +290,9 @@ class PPOConfig(Settings):
 
     @model_validator(mode="after")
     def _meaningful(self) -> Self:
+        if self.objective == "a2c" and self.epochs > 1:
+            raise ValueError(f"objective=a2c has no ratio that says how far the policy is from the one that sampled; "
+                             f"epochs={self.epochs} would go on without one; set it to 1")
         if self.importance_cap is not None and not self.recompute_old_logprobs:
             raise ValueError("importance_cap weighs recomputed against sampled logprobs; set recompute_old_logprobs: true")
         if (self.schedule == "constant") != (self.schedule_iterations is None):
@@ -321,6 +328,10 @@ class ExecutionConfig(Settings):
     """The most responses generated side by side."""
     warm_models: PositiveInt = 5
     """Models kept in memory between stages; 1 on a machine that holds only one (the update itself needs two)."""
+    environments: Literal["sync", "async"] = "sync"
+    """Control tasks: environments are stepped one after another in this process, or each in a process of its own."""
+    environment_timeout: PositiveFloat = 60.0
+    """Control tasks: seconds after which a step or reset that does not come back is taken for hung."""
 
 
 class TrackingConfig(Settings):
@@ -332,3 +343,29 @@ class TrackingConfig(Settings):
     """MLflow's tracking URI; null is MLFLOW_TRACKING_URI if set, else sqlite beside the store."""
     experiment: str = "baton"
     """MLflow experiment."""
+
+
+class RunConfig(Settings):
+    """What every run has, of a language model or of a control task."""
+
+    seed: int = Field(0, ge=0)
+    """Every stage's seed derives from (this, iteration, stage)."""
+    iterations: PositiveInt = 10
+    """PPO iterations; may be raised later to train on."""
+    gae: GAEConfig = GAEConfig()
+    ppo: PPOConfig = PPOConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def decides(self) -> dict[str, Any]:
+        """The settings that decide what a run's artifacts are: all but its length, speed and tracking."""
+        return self.model_dump(mode="json", exclude={"iterations", "execution", "tracking"})
+
+    @model_validator(mode="after")
+    def _agreeing(self) -> Self:
+        if self.ppo.schedule_iterations and self.iterations > self.ppo.schedule_iterations:
+            raise ValueError(f"iterations={self.iterations} go on after ppo.schedule_iterations="
+                             f"{self.ppo.schedule_iterations}, where the learning rate is 0; raise it, or train less")
+        if self.ppo.whiten_minibatches and self.gae.whitens:
+            raise ValueError("ppo.whiten_minibatches would whiten what gae.whiten has whitened; set gae.whiten: none")
+        return self

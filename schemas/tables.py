@@ -1,7 +1,7 @@
 """Every Parquet table, once: columns, types, units and the rules their lengths obey.
 
-Letters: B rows, P prompt tokens of a row, R response tokens of a row (EOS counted where it was sampled).
-Rows are ragged: no padding, no masks. Tables of one iteration are narrow and join on `row_id`.
+Letters: B rows, P prompt tokens of a row, R response tokens of a row (EOS counted where it was sampled), or in control
+tasks the R steps of a row. Rows are ragged: no padding, no masks. Tables of one iteration are narrow and join on `row_id`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from schemas.errors import TableError
 
 @dataclass(frozen=True, eq=False)
 class Ragged:
-    """B rows of unequal length, flat: row i is `values[offsets[i]:offsets[i + 1]]`."""
+    """B rows of unequal length, flat: row i is `values[offsets[i]:offsets[i + 1]]`, of numbers or of vectors."""
 
-    values: np.ndarray  # (sum of lengths,)
+    values: np.ndarray  # (sum of lengths,) or (sum of lengths, D)
     offsets: np.ndarray  # (B + 1,) int64
 
     @classmethod
@@ -62,6 +62,8 @@ class Ragged:
 
 TOKENS = pa.list_(pa.field("item", pa.int32(), nullable=False))
 FLOATS = pa.list_(pa.field("item", pa.float32(), nullable=False))
+VECTOR = FLOATS  # a row's one vector: (B, D) in memory
+VECTORS = pa.list_(pa.field("item", VECTOR, nullable=False))
 NAMED = pa.map_(pa.string(), pa.float32())
 
 
@@ -72,7 +74,7 @@ def column(type_: pa.DataType, doc: str, length: str = "") -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Base of all tables. In memory: (B,) arrays, `Ragged`, tuples of str, or one (B,) array per name."""
+    """Base of all tables. In memory: (B,) or (B, D) arrays, `Ragged`, tuples of str, or one (B,) array per name."""
 
     file: ClassVar[str]
 
@@ -104,7 +106,7 @@ class Table:
         for name in table.column_names:
             if table[name].null_count:
                 raise TableError(f"column {name!r}: {table[name].null_count} nulls, expected none")
-        return cls(**{f.name: _from_arrow(table[f.name].combine_chunks()) for f in cls.schema()})
+        return cls(**{f.name: _from_arrow(f, table[f.name].combine_chunks()) for f in cls.schema()})
 
     @classmethod
     def check_schema(cls, found: pa.Schema) -> None:
@@ -131,30 +133,47 @@ class Table:
 
 def _to_arrow(value, type_: pa.DataType) -> pa.Array:
     if isinstance(value, Ragged):
-        return pa.ListArray.from_arrays(pa.array(value.offsets, pa.int32()),
-                                        pa.array(value.values, type_.value_type), type=type_)
+        return _list(value.offsets, _to_arrow(value.values, type_.value_type), type_)
     if isinstance(value, dict):
         names, size = sorted(value), len(value)
         rows = len(next(iter(value.values()))) if value else 0
         items = np.stack([value[name] for name in names], 1).reshape(-1) if value else np.empty(0)
         return pa.MapArray.from_arrays(pa.array(np.arange(rows + 1) * size, pa.int32()),
                                        pa.array(names * rows, pa.string()), pa.array(items, pa.float32()))
+    if getattr(value, "ndim", 1) == 2:
+        rows, size = value.shape
+        return _list(np.arange(rows + 1) * size, pa.array(value.reshape(-1), type_.value_type), type_)
     return pa.array(value, type_)
 
 
-def _from_arrow(array: pa.Array):
+def _list(offsets: np.ndarray, items: pa.Array, type_: pa.DataType) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items, type=type_)
+
+
+def _from_arrow(field_: pa.Field, array: pa.Array):
     if pa.types.is_map(array.type):
         names = sorted(set(array.keys.to_pylist()))
         rows = [dict(row) for row in array.to_pylist()]
         if any(len(row) != len(names) for row in rows):
-            raise TableError(f"a map column: expected {names} in every row")
+            raise TableError(f"column {field_.name!r}: expected {names} in every row")
         return {name: np.array([row[name] for row in rows], np.float32) for name in names}
     if pa.types.is_list(array.type):
-        offsets = array.offsets.to_numpy().astype(np.int64)
-        return Ragged(array.flatten().to_numpy(zero_copy_only=False), offsets - offsets[0])
+        if not field_.metadata[b"length"]:
+            return _vectors(field_.name, array)
+        offsets, items = array.offsets.to_numpy().astype(np.int64), array.flatten()
+        nested = pa.types.is_list(items.type)
+        return Ragged(_vectors(field_.name, items) if nested else items.to_numpy(zero_copy_only=False), offsets - offsets[0])
     if pa.types.is_string(array.type):
         return tuple(array.to_pylist())
     return array.to_numpy(zero_copy_only=False)
+
+
+def _vectors(name: str, array: pa.Array) -> np.ndarray:
+    """(n, D) of n lists. Raises `TableError` unless all have one length D."""
+    sizes = np.diff(array.offsets.to_numpy())
+    if len(sizes) and (sizes != sizes[0]).any():
+        raise TableError(f"column {name!r}: vectors of {sizes.min()} to {sizes.max()} numbers, expected one length")
+    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(sizes), sizes[0] if len(sizes) else 0)
 
 
 def _require_same_lengths(row_id: np.ndarray, first: str, a: Ragged, second: str, b: Ragged) -> None:
@@ -165,7 +184,7 @@ def _require_same_lengths(row_id: np.ndarray, first: str, a: Ragged, second: str
                          f"but {first!r} has {a.lengths[row]}")
 
 
-def require_aligned(rollouts: Rollouts, other: Table) -> None:
+def require_aligned(rollouts: Rollouts | Trajectories, other: Table) -> None:
     """Raises `TableError` unless `other` has the rows of `rollouts`, in order, and R values in each ragged row."""
     name = type(other).__name__
     if not np.array_equal(rollouts.row_id, other.row_id):
@@ -173,7 +192,7 @@ def require_aligned(rollouts: Rollouts, other: Table) -> None:
                          f"{_ends(rollouts.row_id)}, found {len(other)} {_ends(other.row_id)}")
     for f in fields(other):
         if f.metadata["length"] == "R":
-            _require_same_lengths(rollouts.row_id, "Rollouts.response_tokens", rollouts.response_tokens,
+            _require_same_lengths(rollouts.row_id, f"{type(rollouts).__name__}.logprobs", rollouts.logprobs,
                                   f"{name}.{f.name}", getattr(other, f.name))
 
 
@@ -205,6 +224,54 @@ class Rollouts(Table):
         if unknown := set(self.finish_reason) - {"eos", "length"}:
             raise TableError(f"column 'finish_reason': expected 'eos' or 'length', found {sorted(unknown)[0]!r}")
 
+    @property
+    def terminated(self) -> np.ndarray:
+        """(B,) bool: the response ended by itself."""
+        return np.array(self.finish_reason) == "eos"
+
+    @property
+    def truncated(self) -> np.ndarray:
+        """(B,) bool: the limit cut it."""
+        return np.array(self.finish_reason) == "length"
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectories(Table):
+    """Written by `rollout` of a control task: one row for each piece of an episode that the batch holds.
+
+    It is rewards and values in one: what `gae` is given as rollouts, rewards and values alike. A row that is neither
+    terminated nor truncated goes on in the next iteration's batch. All that N environments did is in the order of
+    environments, then of time.
+    """
+
+    file: ClassVar[str] = "trajectories.parquet"
+    row_id: np.ndarray = column(pa.int64(), ROW_ID_DOC)
+    environment: np.ndarray = column(pa.int64(), "0…N−1: which of the environments that are stepped side by side")
+    episode: np.ndarray = column(pa.int64(), "0, 1, …: which episode of that environment")
+    seed: np.ndarray = column(pa.int64(), "that the environment was reset with at the episode's start")
+    start: np.ndarray = column(pa.int64(), "steps of the episode that earlier batches hold")
+    observations: Ragged = column(VECTORS, "o_t: D numbers, as the environment gave them", "R")
+    actions: Ragged = column(VECTORS, "a_t as sampled: A numbers, not clipped to a Box's bounds, or A choices from 0", "R")
+    logprobs: Ragged = column(FLOATS, "nats: log π_old(a_t | o_t), a density for a Box", "R")
+    values: Ragged = column(FLOATS, "V(o_t), the critic's", "R")
+    raw_rewards: Ragged = column(FLOATS, "as the environment gave them", "R")
+    discounted_returns: Ragged = column(FLOATS, "Σ_{s≤t} γ^(t−s)·raw_reward_s since the reset; its σ may scale rewards", "R")
+    rewards: Ragged = column(FLOATS, "what PPO is rewarded with: raw_rewards scaled and clipped, if set", "R")
+    terminated: np.ndarray = column(pa.bool_(), "whether the episode ended with this row, so that nothing follows")
+    truncated: np.ndarray = column(pa.bool_(), "whether a time limit cut the episode after this row")
+    final_observation: np.ndarray = column(VECTOR, "o_R, after the row's last action and before any reset")
+    bootstrap: np.ndarray = column(pa.float32(), "V(o_R), the critic's; used where the row is not over")
+    episode_return: np.ndarray = column(pa.float64(), "Σ of raw rewards from the episode's reset to the row's end")
+
+    def of_steps(self, rows: Ragged) -> np.ndarray:
+        """(n,) float64: the reward of each step."""
+        return self.rewards.values.astype(np.float64)
+
+    @property
+    def ended(self) -> np.ndarray:
+        """(B,) bool: the episode is over."""
+        return self.terminated | self.truncated
+
 
 @dataclass(frozen=True, eq=False)
 class ReferenceLogprobs(Table):
@@ -225,6 +292,12 @@ class Rewards(Table):
     score: np.ndarray = column(pa.float32(), "what PPO is rewarded with: raw_score normalised, clipped, penalised")
     components: dict[str, np.ndarray] = column(NAMED, "each component as its source gave it, before its weight")
 
+    def of_steps(self, rows: Ragged) -> np.ndarray:
+        """(n,) float64: the score at the last token of each of B `rows`, 0 before."""
+        rewards = np.zeros(len(rows.values))
+        rewards[rows.offsets[1:] - 1] = self.score
+        return rewards
+
 
 @dataclass(frozen=True, eq=False)
 class Values(Table):
@@ -243,7 +316,7 @@ class Advantages(Table):
     file: ClassVar[str] = "advantages.parquet"
     row_id: np.ndarray = column(pa.int64(), ROW_ID_DOC)
     kl: Ragged = column(FLOATS, "nats: the KL estimate of the token, against the reference", "R")
-    rewards: Ragged = column(FLOATS, "r_t = −β·kl_t (0 if KL is in the loss) + score at the last; whitened if set", "R")
+    rewards: Ragged = column(FLOATS, "r_t = −β·kl_t (0 if KL is in the loss) + the reward of the step; whitened if set", "R")
     raw_advantages: Ragged = column(FLOATS, "A_t before whitening", "R")
     advantages: Ragged = column(FLOATS, "A_t, whitened if the config says so: what the policy is updated with", "R")
     returns: Ragged = column(FLOATS, "what the critic is fitted to, A_t + V_t; without a critic the reward to go", "R")
@@ -265,4 +338,19 @@ class Samples(Table):
     win: np.ndarray = column(pa.float32(), "1, ½ or 0: gold above, equal to or below the starting actor's sample")
 
 
-TABLES = {table.file: table for table in (Rollouts, ReferenceLogprobs, Rewards, Values, Advantages, Samples)}
+@dataclass(frozen=True, eq=False)
+class Returns(Table):
+    """Written by `evaluate` of a control task: one row an episode, played with the policy's most likely actions."""
+
+    file: ClassVar[str] = "returns.parquet"
+    row_id: np.ndarray = column(pa.int64(), "0…N−1: the episode")
+    seed: np.ndarray = column(pa.int64(), "that the environment was reset with")
+    episode_return: np.ndarray = column(pa.float64(), "Σ of raw rewards, undiscounted")
+    length: np.ndarray = column(pa.int64(), "steps of the episode")
+    terminated: np.ndarray = column(pa.bool_(), "whether it ended by itself, rather than at a time limit")
+
+
+EPISODE_FILM = "episode.gif"  # beside the returns, where the environment renders
+
+TABLES = {table.file: table for table in (
+    Rollouts, Trajectories, ReferenceLogprobs, Rewards, Values, Advantages, Samples, Returns)}

@@ -1,6 +1,7 @@
-"""GAE: KL, shaped rewards, advantages and returns per response token. No model, milliseconds.
+"""GAE: KL, shaped rewards, advantages and returns per response token or step. No model, milliseconds.
 
-r_t = −β·kl_t + [t = R−1]·score (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, equation 2), then by `estimator`:
+r_t = −β·kl_t + reward_t, where a response has its score at its last token (Ziegler et al. 2019,
+https://arxiv.org/abs/1909.08593, equation 2) and an episode its own rewards; then by `estimator`:
 
 gae                   A_t = Σ_l (γλ)^l·δ_{t+l},  δ_t = r_t + γ·V_{t+1} − V_t,  returns = A + V
 reinforce++           A_t = G_t, the reward to go
@@ -8,8 +9,8 @@ grpo                  A_t = (S − mean)/σ   of S = Σ_t r_t over the responses
 rloo                  A_t = S − mean of the others
 reinforce++-baseline  A_t = S − mean
 
-and A is whitened over the batch, by default for all but grpo and rloo. A response cut at the length limit ends there,
-V_R = 0, unless `bootstrap_truncated`. All in float64, written as float32.
+and A is whitened over the batch, by default for all but grpo and rloo. V_R is 0 where a row terminated, and by `truncation`
+where a limit cut it; where only the batch cut it, V_R is the critic's. All in float64, written as float32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ import torch
 
 from schemas.metrics import GAEMetrics
 from schemas.settings import GAEConfig, KLConfig
-from schemas.tables import Advantages, Ragged, ReferenceLogprobs, Rewards, Rollouts, Values, require_aligned
+from schemas.tables import (
+    Advantages,
+    Ragged,
+    ReferenceLogprobs,
+    Rewards,
+    Rollouts,
+    Trajectories,
+    Values,
+    require_aligned,
+)
 from stages.ops.advantages import (
     centred,
     equal_groups,
@@ -33,22 +43,24 @@ from stages.ops.advantages import (
 from stages.ops.finite import require_finite
 from stages.ops.kl import kl_estimate
 
-VERSION = 2
+VERSION = 3
 
 
 def gae(
-    rollouts: Rollouts, reference: ReferenceLogprobs, rewards: Rewards, values: Values | None, config: GAEConfig,
-    kl: KLConfig, *, kl_coef: float,
+    rollouts: Rollouts | Trajectories, reference: ReferenceLogprobs | None, rewards: Rewards | Trajectories,
+    values: Values | Trajectories | None, config: GAEConfig, kl: KLConfig, *, kl_coef: float,
 ) -> Advantages:
-    """`values`: only for the estimator `gae`; `kl_coef`: β, which is in r_t if `kl.placement` is `reward`.
+    """`reference`: none for a KL of 0; `values`: only for the estimator `gae`; `kl_coef`: β, which is in r_t if
+    `kl.placement` is `reward`.
 
     Raises `TableError` if the tables' rows do not line up, `NonFiniteError` with the rows.
     """
-    for table in (reference, rewards, *([values] if config.has_critic else [])):
-        require_aligned(rollouts, table)
+    for table in (reference, rewards, values if config.has_critic else None):
+        if table is not None:
+            require_aligned(rollouts, table)
     divergence = _kl(rollouts, reference, kl.estimator)
     charged = kl_coef if kl.placement == "reward" else 0.0
-    shaped = rollouts.logprobs.with_values(shape_rewards(divergence, rewards.score, rollouts.logprobs, charged))
+    shaped = rollouts.logprobs.with_values(rewards.of_steps(rollouts.logprobs) - charged * divergence)
     if config.whiten_rewards:
         shaped = shaped.with_values(whiten(shaped.values, shift=False, unbiased=config.whiten_unbiased))
     with np.errstate(invalid="ignore"):  # infinite values are refused below
@@ -61,20 +73,17 @@ def gae(
         returns=_float32(shaped, returns.values))
 
 
-def _kl(rollouts: Rollouts, reference: ReferenceLogprobs, estimator: str) -> np.ndarray:
+def _kl(rollouts: Rollouts | Trajectories, reference: ReferenceLogprobs | None, estimator: str) -> np.ndarray:
     """(n,) float64, nats a token."""
+    if reference is None:
+        return np.zeros(len(rollouts.logprobs.values))
     log_ratio = reference.logprobs.values.astype(np.float64) - rollouts.logprobs.values
     return kl_estimate(torch.from_numpy(log_ratio), estimator).numpy()
 
 
-def shape_rewards(kl: np.ndarray, score: np.ndarray, rows: Ragged, kl_coef: float) -> np.ndarray:
-    """r_t = −β·kl_t, plus the score at each row's last token. `kl`: (n,); `score`: (B,); (n,) float64."""
-    rewards = -kl_coef * kl
-    rewards[rows.offsets[1:] - 1] += score
-    return rewards
-
-
-def _estimate(rollouts: Rollouts, rewards: Ragged, values: Values | None, config: GAEConfig) -> tuple[Ragged, Ragged]:
+def _estimate(
+    rollouts: Rollouts | Trajectories, rewards: Ragged, values: Values | Trajectories | None, config: GAEConfig
+) -> tuple[Ragged, Ragged]:
     """Advantages before whitening, and returns."""
     if config.has_critic:
         return _with_critic(rollouts, rewards, values, config)
@@ -86,10 +95,12 @@ def _estimate(rollouts: Rollouts, rewards: Ragged, values: Values | None, config
     return rewards.with_values(of_response[rewards.row_of_value]), to_go
 
 
-def _with_critic(rollouts: Rollouts, rewards: Ragged, values: Values, config: GAEConfig) -> tuple[Ragged, Ragged]:
+def _with_critic(
+    rollouts: Rollouts | Trajectories, rewards: Ragged, values: Values | Trajectories, config: GAEConfig
+) -> tuple[Ragged, Ragged]:
     """The actor's advantages by its λ, the critic's returns by its own."""
-    cut = (np.array(rollouts.finish_reason) == "length") & config.bootstrap_truncated
-    bootstrap, gae_lambda = np.where(cut, values.bootstrap, 0.0), config.gae_lambda
+    over = rollouts.terminated | (rollouts.truncated & (config.truncation == "terminal"))
+    bootstrap, gae_lambda = np.where(over, 0.0, values.bootstrap), config.gae_lambda
     if config.length_adaptive_alpha is not None:
         gae_lambda = length_adaptive_lambda(rewards.lengths, config.length_adaptive_alpha)
     advantages = critics = gae_advantages(rewards, values.values, bootstrap, config.gamma, gae_lambda)
@@ -103,13 +114,16 @@ def _float32(rows: Ragged, values: np.ndarray) -> Ragged:
 
 
 def metrics(
-    advantages: Advantages, rollouts: Rollouts, values: Values | None, config: GAEConfig, *, kl_coef: float
+    advantages: Advantages, rollouts: Rollouts | Trajectories, values: Values | Trajectories | None, config: GAEConfig, *,
+    kl_coef: float | None,
 ) -> GAEMetrics:
-    """KL, reward, and moments of what the update is given."""
+    """KL, reward, and moments of what the update is given. `kl_coef`: none where there is no reference."""
     raw, returns = (x.values.astype(np.float64) for x in (advantages.raw_advantages, advantages.returns))
     errors, variance = returns - values.values.values if values else None, returns.var()
+    measured = kl_coef is not None
     return GAEMetrics(
-        kl=advantages.kl.sums().mean(), kl_per_token=advantages.kl.values.mean(dtype=np.float64), kl_coef=kl_coef,
+        kl=advantages.kl.sums().mean() if measured else None,
+        kl_per_token=advantages.kl.values.mean(dtype=np.float64) if measured else None, kl_coef=kl_coef,
         reward=advantages.rewards.sums().mean(), advantage_mean=raw.mean(), advantage_std=raw.std(),
         return_mean=returns.mean(), return_std=returns.std(),
         explained_variance=1 - errors.var() / variance if values and variance > 0 else None,

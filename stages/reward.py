@@ -19,7 +19,8 @@ from schemas.metrics import RewardMetrics
 from schemas.settings import RewardConfig
 from schemas.tables import Rewards, Rollouts
 from stages.ops.finite import require_finite
-from stages.ops.rewards import Scorer, normalized, overlong_penalty, score_components, updated_moments, weighted_sum
+from stages.ops.moments import normalized, updated_moments
+from stages.ops.rewards import Scorer, overlong_penalty, score_components, weighted_sum
 
 VERSION = 2
 

@@ -47,7 +47,11 @@ TINY = {
     "ppo": {"epochs": 2, "minibatches": 2, "learning_rate": 1e-3, "critic_learning_rate": 1e-3},
     "evaluate": {"every": 2, "judge": "grammar.py:gold"},
     "execution": {"threads": 1, "micro_batch_tokens": 256},
+    "tracking": {"enabled": False},  # but where MLflow is what is tested
 }
+
+
+TRACKED = ("--set", "tracking.enabled=true")
 
 
 def pytest_sessionfinish() -> None:
@@ -112,14 +116,14 @@ def trained(tmp_path_factory, prefect_server):
 
     folder = write_example(tmp_path_factory.mktemp("trained") / "tiny")
     store = folder.parent / "store"
-    assert run_command(["train", str(folder), "--store", str(store), "--quiet"]) == 0
+    assert run_command(["train", str(folder), "--store", str(store), "--quiet", *TRACKED]) == 0
     return folder, store
 
 
 EVERY_CHOICE = (
     "kl.target=0.01", "kl.horizon=100", "reward.normalize=standardize", "reward.center_on_demonstrations=true",
     "reward.clip=2", "reward.missing_eos=subtract", "reward.overlong_buffer=4", "gae.critic_lambda=1",
-    "gae.length_adaptive_alpha=0.5", "gae.bootstrap_truncated=true", "gae.whiten_rewards=true",
+    "gae.length_adaptive_alpha=0.5", "gae.truncation=bootstrap", "gae.whiten_rewards=true",
     "gae.whiten_unbiased=false", "ppo.dual_clip=3", "ppo.value_coef=0.1", "ppo.entropy_coef=0.01",
     "ppo.loss_aggregation=sequence", "ppo.schedule=cosine", "ppo.schedule_iterations=8", "ppo.warmup_iterations=1",
     "ppo.critic_warmup=1", "ppo.recompute_old_logprobs=true", "ppo.importance_cap=1.0001", "ppo.ptx_coef=0.5",

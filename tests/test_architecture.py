@@ -4,7 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from schemas.config import RunConfig
+from schemas.control import ControlConfig
+from schemas.language import LanguageConfig
 from schemas.metrics import METRICS
 from schemas.settings import Settings
 
@@ -40,4 +41,5 @@ def test_every_setting_is_explained():
             else:
                 assert field.description and len(field.description) > 5, f"{section.__name__}.{name}"
 
-    walk(RunConfig)
+    walk(LanguageConfig)
+    walk(ControlConfig)

@@ -70,7 +70,7 @@ def test_a_wrong_setting(refused, setting, message):
     (["value=null"], "gae.estimator=gae needs values"),
     (["gae.estimator=reinforce++", "ppo.critic_warmup=2"], "has no critic; set it to 0"),
     (["gae.estimator=reinforce++", "gae.critic_lambda=0"], "gae: critic_lambda is about a critic's values"),
-    (["gae.estimator=reinforce++", "gae.bootstrap_truncated=true"], "gae: bootstrap_truncated is about a critic's values"),
+    (["gae.estimator=reinforce++", "gae.truncation=bootstrap"], "gae: truncation is about a critic's values"),
     (["kl.placement=[reward, loss]", "kl.target=6"], "kl: placement: in the reward and in the loss, one divergence"),
     (["kl.placement=both"], "charged twice and `target` could steer neither; choose reward or loss"),
     (["kl.placement=loss"], "kl: estimator=k1 in the loss has a gradient that is 0 on average"),

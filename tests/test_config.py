@@ -4,7 +4,8 @@ import pytest
 import yaml
 from conftest import TINY
 
-from schemas.config import RunConfig, parse_config
+from schemas.config import parse_config
+from schemas.language import LanguageConfig
 from schemas.presets import PRESETS
 from schemas.settings import ComponentConfig, Settings
 
@@ -36,7 +37,7 @@ def test_what_is_written_goes_before_the_preset():
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_made_of_settings_that_exist(name):
     for section, values in PRESETS[name].items():
-        assert set(values) <= set(RunConfig.model_fields[section].annotation.model_fields)
+        assert set(values) <= set(LanguageConfig.model_fields[section].annotation.model_fields)
 
 
 @pytest.mark.parametrize("sections", [
@@ -70,7 +71,7 @@ def test_every_setting_says_what_it_is():
             if not inner and not field.description:
                 yield f"{path}{name}"
 
-    assert list(undocumented(RunConfig, "")) == [] == list(undocumented(ComponentConfig, ""))
+    assert list(undocumented(LanguageConfig, "")) == [] == list(undocumented(ComponentConfig, ""))
 
 
 def test_the_tiny_example_is_a_config():

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from schemas.config import RunConfig
+from schemas.control import ControlConfig
+from schemas.language import LanguageConfig
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "numerics.md").read_text(encoding="utf-8")
 LINKS = re.findall(r"\[`([^`]+)`\]\(\.\./([\w/]+\.py)#L(\d+)\)", TEXT)
-DEFAULTS = re.findall(r"`(\w+)\.(\w+)` = ([\w.+-]+)", TEXT)
+LANGUAGE, CONTROL = TEXT.split("## Control tasks")
+PARTS = {LanguageConfig: LANGUAGE, ControlConfig: CONTROL}
+DEFAULTS = [(kind, *found) for kind, part in PARTS.items() for found in re.findall(r"`(\w+)\.(\w+)` = ([\w.+-]+)", part)]
 
 
 @pytest.mark.parametrize("code, file, line", LINKS)
@@ -21,16 +24,18 @@ def test_the_line_holds_what_the_table_quotes(code, file, line):
     assert int(line) in places, f"{file}: {code!r} is in lines {places}"
 
 
-@pytest.mark.parametrize("section, key, value", DEFAULTS)
-def test_the_default_is_the_default(section, key, value):
-    kind = RunConfig.model_fields[section].annotation
+@pytest.mark.parametrize("config, section, key, value", DEFAULTS)
+def test_the_default_is_the_default(config, section, key, value):
+    kind = config.model_fields[section].annotation
     kinds = [kind, *getattr(kind, "__args__", ())]
     settings = next(k for k in kinds if hasattr(k, "model_fields"))
     assert settings.model_fields[key].default == (float(value) if "e-" in value else yaml.safe_load(value))
 
 
-def test_every_choice_is_in_the_table():
-    named = {(section, key) for section, key in re.findall(r"`(\w+)\.(\w+)[`: ]", TEXT)}
-    for section in ("rollout", "reward", "kl", "gae", "ppo"):
-        settings = RunConfig.model_fields[section].annotation.model_fields
+@pytest.mark.parametrize("config, sections", [
+    (LanguageConfig, ("rollout", "reward", "kl", "gae", "ppo")), (ControlConfig, ("policy", "rollout", "reward"))])
+def test_every_choice_is_in_the_table(config, sections):
+    named = {(section, key) for section, key in re.findall(r"`(\w+)\.(\w+)[`: ]", PARTS[config])}
+    for section in sections:
+        settings = config.model_fields[section].annotation.model_fields
         assert {key for s, key in named if s == section} >= set(settings), section

@@ -224,7 +224,7 @@ def test_kl_to_itself_is_0_and_whitening_covers_the_batch():
 def test_a_cut_response_ends_unless_it_is_bootstrapped():
     tables = make([[-1], [-1]], [[-1], [-1]], [1, 1], [[0], [0]], finish=("length", "eos"), bootstrap=[10, 10])
     plain = gae(*tables, GAEConfig(whiten="none"), KLConfig(), kl_coef=0)
-    carried = gae(*tables, GAEConfig(whiten="none", bootstrap_truncated=True), KLConfig(), kl_coef=0)
+    carried = gae(*tables, GAEConfig(whiten="none", truncation="bootstrap"), KLConfig(), kl_coef=0)
     assert plain.advantages.values.tolist() == [1, 1]
     assert carried.advantages.values.tolist() == [11, 1]
 

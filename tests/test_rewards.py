@@ -13,14 +13,13 @@ from schemas.artifacts import Moments
 from schemas.errors import NonFiniteError, RewardError
 from schemas.settings import ComponentConfig, RewardConfig
 from schemas.tables import Ragged, Rollouts
+from stages.ops.moments import normalized, updated_moments
 from stages.ops.prompts import demonstrations_as_texts, pretraining_as_texts
 from stages.ops.rewards import (
     function_scorer,
     model_scorer,
-    normalized,
     overlong_penalty,
     server_scorer,
-    updated_moments,
     weighted_sum,
 )
 from stages.reward import metrics, reward

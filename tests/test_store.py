@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -11,12 +13,12 @@ from pydantic import ValidationError
 from flows.produce import environment, now
 from flows.store import Store, put_once
 from schemas.artifacts import ArtifactRef, FileEntry, Manifest, Recipe, derive_seed, sha256_json
-from schemas.config import RunConfig
 from schemas.errors import StoreError
+from schemas.language import LanguageConfig
 from schemas.settings import DataConfig
 from schemas.tables import Ragged, ReferenceLogprobs
 
-CONFIG = RunConfig(data=DataConfig(prompts="p", heldout_prompts="h"), base_model={"source": "m"},
+CONFIG = LanguageConfig(data=DataConfig(prompts="p", heldout_prompts="h"), base_model={"source": "m"},
                    reward={"components": {"a": {"source": "f.py:f"}}}, value={"start": "actor"}, execution={"threads": 1})
 
 
@@ -130,7 +132,8 @@ def test_damage_is_noticed_on_read_and_by_verify(committed, inner, damage, messa
 
 
 def edit(store, manifest, change):
-    """Rewrites the manifest as an attacker or a bug would."""
+    """Rewrites the manifest as an attacker or a bug would, and has it read by another process."""
+    store._own.clear()
     path = store._folder(manifest.ref) / "manifest.json"
     data = json.loads(path.read_text())
     change(data)
@@ -194,3 +197,24 @@ def test_a_record_is_written_once(tmp_path):
 def test_paths_that_leave_the_artifact_are_no_entries(path):
     with pytest.raises(ValidationError):
         FileEntry(path=path, bytes=1, sha256="0" * 64)
+
+
+def test_a_file_that_cannot_be_written_whole_is_an_error(tmp_path):
+    """Where files may not grow beyond 1,000 bytes: an error, and neither a short file nor a short record is published."""
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from flows.store import Store, put_once
+from schemas.artifacts import Recipe
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+recipe = Recipe(stage="test", version=1, config={"long": "x" * 2000}, inputs={})
+attempt, failed = Store(Path(sys.argv[1])).attempt(recipe), 0
+for write in (lambda: attempt.write("file", b"x" * 2000), lambda: put_once(Path(sys.argv[1], "record.json"), recipe)):
+    try:
+        write()
+    except OSError:
+        failed += 1
+assert failed == 2 and not attempt.seal() and not Path(sys.argv[1], "record.json").exists()
+"""
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 0

@@ -67,7 +67,7 @@ def test_a_wrong_table_is_refused_by_column(change, message):
 def test_tables_that_do_not_line_up_are_refused():
     rollouts = make_rollouts()
     short = ReferenceLogprobs(row_id=np.arange(2), logprobs=ragged([0, 0], [0]))
-    with pytest.raises(TableError, match=r"'ReferenceLogprobs.logprobs', row 0: 2 values, but .*response_tokens' has 3"):
+    with pytest.raises(TableError, match=r"'ReferenceLogprobs.logprobs', row 0: 2 values, but 'Rollouts.logprobs' has 3"):
         require_aligned(rollouts, short)
     other = ReferenceLogprobs(row_id=np.array([0, 2]), logprobs=ragged([0, 0, 0], [0]))
     with pytest.raises(TableError, match=r"row_id does not match the rollouts: expected 2 rows \(0…1\), found 2 \(0…2\)"):

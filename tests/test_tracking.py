@@ -5,12 +5,17 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from conftest import TRACKED
 
 from flows.cli import run_command
 from flows.mirror import how_to_open
 from flows.runs import open_run
 from flows.store import Store
 from flows.tracking import timings
+
+
+def manifests(run, state):
+    return {stage: run.store.manifest(ref) for stage, ref in state.artifacts.items()}
 
 
 def client_of(store):
@@ -32,7 +37,7 @@ def test_every_metric_of_every_stage_is_there_once(trained):
     mirrored = only_run(client)
     expected: dict = {}
     for state in run.states():
-        for key, value in (state.metrics | timings(run, state)).items():
+        for key, value in (state.metrics | timings(state, manifests(run, state))).items():
             expected.setdefault(key, {})[state.iteration] = value
     found = points(client, mirrored)
     assert found.keys() == expected.keys()
@@ -60,7 +65,7 @@ def test_a_second_start_doubles_nothing(copied):
     client = client_of(store)
     before = points(client, only_run(client))
     (store / "runs" / "tiny" / "iterations" / "000002.json").unlink()
-    assert run_command(["train", str(folder), "--store", str(store), "--quiet"]) == 0
+    assert run_command(["train", str(folder), "--store", str(store), "--quiet", *TRACKED]) == 0
     after = points(client, only_run(client))
     assert {k: len(v) for k, v in after.items()} == {k: len(v) for k, v in before.items()}
     assert len(client.search_model_versions("name = 'baton-tiny'")) == 1
@@ -68,7 +73,7 @@ def test_a_second_start_doubles_nothing(copied):
 
 def test_a_server_that_is_away_stops_nothing_and_is_completed_later(example, prefect_server, tmp_path, capsys):
     store = tmp_path / "store"
-    arguments = ["train", str(example), "--store", str(store)]
+    arguments = ["train", str(example), "--store", str(store), *TRACKED]
     away = [*arguments, "--set", "tracking.uri=http://127.0.0.1:9", "--iterations", "1"]
     assert run_command(away) == 0
     assert "training goes on without it" in capsys.readouterr().out
@@ -79,12 +84,20 @@ def test_a_server_that_is_away_stops_nothing_and_is_completed_later(example, pre
     assert [step for step, _ in found["evaluate/gold"]] == [0, 1, 2]
 
 
+def test_a_mirror_that_cannot_begin_is_said(copied, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mlflow.py").write_text("raise RuntimeError('broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert run_command(["train", str(copied[0]), "--store", str(copied[1]), *TRACKED]) == 0
+    assert "the process that tells it ended with code 1" in capsys.readouterr().out
+
+
 def test_a_finished_run_completes_its_mirror(copied):
     """A database that has nothing of it yet: the next start brings everything."""
     folder, store = copied
     before = points(client_of(store), only_run(client_of(store)))
     uri = f"sqlite:///{store / 'other.db'}"
-    assert run_command(["train", str(folder), "--store", str(store), "--quiet", "--set", f"tracking.uri={uri}"]) == 0
+    elsewhere = [*TRACKED, "--set", f"tracking.uri={uri}"]
+    assert run_command(["train", str(folder), "--store", str(store), "--quiet", *elsewhere]) == 0
     client = mlflow.MlflowClient(uri)
     assert points(client, only_run(client)) == before
     assert client.get_model_version_by_alias("baton-tiny", "best").version

@@ -46,6 +46,16 @@ def policy_loss(
     return Clipped(torch.where(bounded, -dual_clip * advantages, loss), outside, taken | bounded, bounded)
 
 
+def a2c_loss(logprobs: Tensor, advantages: Tensor) -> Clipped:
+    """−log π·A, nothing clipped: (m,) (Mnih et al. 2016, https://arxiv.org/abs/1602.01783, section 4).
+
+    Where the policy is still the one that sampled, its gradient is that of PPO's loss (Huang et al. 2022,
+    https://arxiv.org/abs/2205.09123).
+    """
+    nowhere = torch.zeros_like(advantages, dtype=torch.bool)
+    return Clipped(-logprobs * advantages, nowhere, nowhere)
+
+
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None) -> Clipped:
     """½·max((V − G)², (V_clip − G)²), V_clip = V_old + clip(V − V_old, ±ε): (n,)."""
     plain = (values - returns) ** 2

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.tables import Ragged, Rollouts
 from stages.ops.finite import require_finite
+from stages.ops.progress import progress_bar
 from stages.ops.prompts import Texts
 from stages.ops.sequences import Batch, make_batch, split_by_tokens
 
@@ -54,7 +54,7 @@ def batches(rollouts: Rollouts | Texts, rows: np.ndarray, model: LanguageModel) 
 
 def tracked_batches(rollouts: Rollouts, model: LanguageModel, name: str) -> Iterator[Batch]:
     """All rows as padded batches, with a progress bar in rows."""
-    with tqdm(total=len(rollouts), desc=name, leave=False, disable=None) as bar:
+    with progress_bar(total=len(rollouts), desc=name) as bar:
         for batch in batches(rollouts, np.arange(len(rollouts)), model):
             yield batch
             bar.update(len(batch.rows))
@@ -113,7 +113,7 @@ def sequence_scores(model: LanguageModel, rows: Sequence[Sequence[int]], progres
     """
     lengths, out = np.array([[len(row)] for row in rows]), np.empty(len(rows), np.float32)
     groups = split_by_tokens(lengths, np.arange(len(rows)), model.micro_batch_tokens)
-    for group in tqdm(groups, progress, leave=False, disable=None):
+    for group in progress_bar(groups, progress):
         batch = model.tokenizer.pad({"input_ids": [list(rows[i]) for i in group]}, padding_side="right",
                                     return_tensors="pt").to(model.device)
         logits = model.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 import httpx
 import numpy as np
 
-from schemas.artifacts import Moments
 from schemas.errors import RewardError
 from schemas.settings import RewardConfig
 from schemas.tables import Rollouts
@@ -86,25 +85,6 @@ def weighted_sum(components: Mapping[str, np.ndarray], config: RewardConfig, bia
     total = sum(config.components[name].weight * values.astype(np.float64) for name, values in components.items())
     with np.errstate(over="ignore"):  # an infinite score is refused later
         return (total - bias).astype(np.float32)
-
-
-def updated_moments(moments: Moments, values: np.ndarray) -> Moments:
-    """Those of the values seen before and of (B,) `values` (Chan et al. 1979, the pairwise update)."""
-    count, mean, variance = len(values), values.mean(dtype=np.float64), values.var(dtype=np.float64)
-    total, shift = moments.count + count, mean - moments.mean
-    spread = moments.std**2 * moments.count + variance * count + shift**2 * moments.count * count / total
-    return Moments(count=total, mean=moments.mean + shift * count / total, std=float(np.sqrt(spread / total)))
-
-
-def normalized(values: np.ndarray, moments: Moments, how: str) -> np.ndarray:
-    """(B,) float64: as they are (`none`), divided by σ (`scale`), or less μ and divided by σ (`standardize`).
-
-    Where σ is 0, as in a first batch of equal scores, nothing is divided. `scale` is trlX's `scale_reward: running`.
-    """
-    scores = values.astype(np.float64)
-    if how == "none":
-        return scores
-    return (scores - (moments.mean if how == "standardize" else 0.0)) / (moments.std or 1.0)
 
 
 def overlong_penalty(lengths: np.ndarray, max_new_tokens: int, buffer: int) -> np.ndarray:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from schemas.settings import RolloutConfig
 from schemas.tables import Ragged, Rollouts
 from stages.ops.finite import require_finite
 from stages.ops.models import LanguageModel
+from stages.ops.progress import progress_bar
 from stages.ops.prompts import tokenize
 from stages.ops.sequences import pad_left, positions
 
@@ -47,7 +47,7 @@ def _sample_all(
     groups = [order[i : i + actor.generation_batch_size] for i in range(0, len(order), actor.generation_batch_size)]
     tokens: list = [None] * len(prompts)
     logprobs: list = [None] * len(prompts)
-    with tqdm(total=len(prompts), desc=progress, leave=False, disable=None) as bar:
+    with progress_bar(total=len(prompts), desc=progress) as bar:
         for group in groups:
             uniforms = row_uniforms(seed, group, config.max_new_tokens)
             sampled = sample(actor, [prompts[i] for i in group], uniforms, config.temperature,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from schemas.errors import NonFiniteError
 from schemas.settings import RewardModelConfig, SFTConfig
+from stages.ops.progress import progress_bar
 
 
 def common_arguments(config: SFTConfig | RewardModelConfig, seed: int, rows: int, device: str) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class _Progress(TrainerCallback):
         self.name, self.losses = name, []
 
     def on_train_begin(self, args, state, control, **_):
-        self.bar = tqdm(total=state.max_steps, desc=self.name, leave=False, disable=None)
+        self.bar = progress_bar(total=state.max_steps, desc=self.name)
 
     def on_log(self, args, state, control, logs=None, **_):
         if logs and "loss" in logs:

@@ -12,6 +12,12 @@
 | presets | data/reviews with each preset, 2 seeds | gold rises |
 | estimators | data/reviews with each estimator that has no critic | gold rises |
 | overoptimization | data/reviews without KL penalty, reward models of 100 and of 3,000 pairs | see `overoptimization` |
+| classic | CleanRL's ppo.py: 500,000 steps of CartPole-v1, Acrobot-v1, MountainCar-v0, 3 seeds | ≥ 475, ≥ −95, −200 |
+| pendulum | data/pendulum, 3 seeds | return > −200 |
+| mujoco | CleanRL's ppo_continuous_action.py: a million steps of Walker2d-v4, 3 seeds | mean within 2,287.95 ± 571.78 |
+
+The last three are measured as in CleanRL's docs: the mean return of the last 100 episodes of training, by the policy that
+samples.
 """
 
 from __future__ import annotations
@@ -234,7 +240,59 @@ def plot(curves: dict[str, dict]) -> None:
     figure.savefig(PICTURE, dpi=80)
 
 
-CHECKS = {check.__name__: check for check in (reviews, bandit, walks, adaptive, presets, estimators, overoptimization)}
+# --- control ---
+
+CARTPOLE, PENDULUM, HALFCHEETAH = (ROOT / "data" / name for name in ("cartpole", "pendulum", "halfcheetah"))
+
+
+def last_returns(store: Path, run: str, count: int = 100) -> np.ndarray:
+    """Of the last `count` episodes that ended in training."""
+    from flows.runs import open_run
+    from flows.store import Store
+    from schemas.tables import Trajectories
+
+    opened, returns = open_run(Store(store), run), np.empty(0)
+    for iteration in range(opened.last().iteration, 0, -1):
+        batch = opened.store.table(opened.state(iteration).artifacts["rollout"], Trajectories)
+        returns = np.concatenate([batch.episode_return[batch.ended], returns])
+        if len(returns) >= count:
+            break
+    return returns[-count:]
+
+
+def control_runs(store: Path, example: Path, name: str, *settings: str) -> Iterator[tuple[float, str]]:
+    """For each of three seeds the last returns' mean, and the run's line."""
+    for seed in (1, 2, 3):
+        states = train(store, example, f"{name}-{seed}", f"seed={seed}", "evaluate.picture=false", *settings)
+        mean = last_returns(store, f"{name}-{seed}").mean()
+        yield mean, (f"{name} seed {seed}: last 100 episodes {mean:.2f}, most likely actions "
+                     f"{states[-1]['evaluate/episode_return']:.2f}  {states[-1]['seconds']:.0f} s")
+
+
+def classic(store: Path, folder: Path) -> Check:
+    for name, environment, held in (
+            ("cartpole", "CartPole-v1", lambda x: x >= 475), ("acrobot", "Acrobot-v1", lambda x: x >= -95),
+            ("mountaincar", "MountainCar-v0", lambda x: x == -200)):  # a better number there means another algorithm
+        for mean, line in control_runs(store, CARTPOLE, name, f"environment.id={environment}"):
+            yield held(mean), line
+
+
+def pendulum(store: Path, folder: Path) -> Check:
+    for mean, line in control_runs(store, PENDULUM, "pendulum"):
+        yield mean > -200, line
+
+
+def mujoco(store: Path, folder: Path) -> Check:
+    """CleanRL's table has three seeds' mean and spread, for the v4 of the environment."""
+    means = []
+    for mean, line in control_runs(store, HALFCHEETAH, "walker", "environment.id=Walker2d-v4"):
+        means.append(mean)
+        yield True, line
+    yield abs(np.mean(means) - 2287.95) <= 571.78, f"walker: {np.mean(means):.2f} ± {np.std(means):.2f}"
+
+
+CHECKS = {check.__name__: check for check in (
+    reviews, bandit, walks, adaptive, presets, estimators, overoptimization, classic, pendulum, mujoco)}
 
 
 def main() -> int:

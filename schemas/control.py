@@ -1,0 +1,144 @@
+"""The settings of a control task's run: Gymnasium environments, small policies, and what they say against each other."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self, get_args
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from schemas.presets import CONTROL, merged
+from schemas.settings import GAEConfig, RunConfig, Settings
+
+ESTIMATORS = get_args(GAEConfig.model_fields["estimator"].annotation)  # `gae` first
+
+
+class EnvironmentConfig(Settings):
+    """What the policy acts in."""
+
+    id: str
+    """Gymnasium's id, `module:Id-v0` of an installed module, or `file.py:function` beside the config, which makes one."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What `gymnasium.make`, or the function, is given besides."""
+
+
+class PolicyConfig(Settings):
+    """Actor and critic: two separate networks of fully connected layers."""
+
+    hidden: tuple[PositiveInt, ...] = (64, 64)
+    """Sizes of the actor's hidden layers."""
+    critic_hidden: tuple[PositiveInt, ...] | None = None
+    """Sizes of the critic's; null: as the actor's."""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """Between layers."""
+    log_std_init: float = 0.0
+    """Box actions: log σ of the Gaussian before any training."""
+    state_dependent_std: bool = False
+    """Box actions: whether log σ is an output of the network, rather than a parameter of its own for each action."""
+    normalize_observations: bool = False
+    """Whether observations are (o − μ)/σ by running moments, which are part of both networks' checkpoints."""
+    clip_observations: PositiveFloat = 10.0
+    """Normalised observations are clipped to ± this."""
+
+
+class ControlRolloutConfig(Settings):
+    """One on-policy batch: num_envs · num_steps steps."""
+
+    num_envs: PositiveInt = 1
+    """N, environments stepped side by side."""
+    num_steps: PositiveInt = 2048
+    """Steps of each in an iteration; an episode may go on in the next."""
+
+
+class ControlRewardConfig(Settings):
+    """What becomes of the environment's rewards before PPO sees them: scaled → clipped."""
+
+    normalize: Literal["none", "scale"] = "none"
+    """`scale`: divided by σ of all discounted returns so far, this batch's included."""
+    clip: PositiveFloat | None = None
+    """Rewards are clipped to ± this; null leaves them."""
+
+
+class ControlEvaluateConfig(Settings):
+    """Episodes with the policy's most likely actions, in environments of their own; moments of observations are frozen."""
+
+    every: int = Field(0, ge=0)
+    """Evaluate every so many iterations, and always at the start and after the last; 0: only then."""
+    episodes: PositiveInt = 10
+    """Episodes, each with a seed of its own, the same ones in every evaluation."""
+    max_steps: PositiveInt = 10_000
+    """An episode that has not ended by then is cut."""
+    picture: bool = True
+    """Whether the first of them is kept as an animated picture, where the environment renders."""
+
+
+class Spaces(Settings):
+    """What an environment gives and takes; kept with every policy."""
+
+    observation_size: PositiveInt
+    """D, numbers of an observation."""
+    kind: Literal["box", "discrete"]
+    """Whether an action is numbers, or choices."""
+    low: tuple[float | None, ...] = ()
+    """Box: lower bound of each of A numbers; null where there is none."""
+    high: tuple[float | None, ...] = ()
+    """Box: upper bounds."""
+    choices: tuple[PositiveInt, ...] = ()
+    """Discrete: how many there are to choose from, for each of A choices."""
+    start: tuple[int, ...] = ()
+    """Discrete: what the environment calls the first of each."""
+    scalar: bool = False
+    """Discrete: whether an action is one number rather than a list of one (Discrete rather than MultiDiscrete)."""
+
+    @property
+    def action_size(self) -> int:
+        """A."""
+        return len(self.low) or len(self.choices)
+
+
+class ControlConfig(RunConfig):
+    """A whole training run of a control task. `gae` and `ppo` start from `schemas/presets.py`'s CONTROL."""
+
+    environment: EnvironmentConfig
+    policy: PolicyConfig = PolicyConfig()
+    rollout: ControlRolloutConfig = ControlRolloutConfig()
+    reward: ControlRewardConfig = ControlRewardConfig()
+    evaluate: ControlEvaluateConfig = ControlEvaluateConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, data: Any) -> Any:
+        """`CONTROL` below what is written."""
+        if not isinstance(data, dict):
+            return data
+        if isinstance(gae := data.get("gae"), dict) and gae.get("estimator") in ESTIMATORS[1:]:
+            raise ValueError(f"gae.estimator={gae['estimator']} compares or sums whole responses; a control task needs gae")
+        return merged(CONTROL, data)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for problem in _inconsistencies(self):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def batch_size(self) -> int:
+        """Steps of an iteration."""
+        return self.rollout.num_envs * self.rollout.num_steps
+
+
+def _inconsistencies(c: ControlConfig):
+    """One line for each thing the sections say against each other."""
+    steps = f"rollout.num_envs={c.rollout.num_envs} times rollout.num_steps={c.rollout.num_steps}"
+    if c.batch_size % c.ppo.minibatches:
+        yield f"{steps}: {c.batch_size} steps do not divide into ppo.minibatches={c.ppo.minibatches}; make it a multiple"
+    if c.ppo.whiten_minibatches and c.batch_size == c.ppo.minibatches:
+        yield (f"{steps} with ppo.minibatches={c.ppo.minibatches}: whitening a minibatch of one step takes away whether it "
+               "was good; make minibatches larger, or set ppo.whiten_minibatches: false")
+    if c.gae.whitens and c.batch_size == 1:
+        yield f"{steps}: whitening one step takes away whether it was good; take more steps, or set gae.whiten: none"
+    if c.gae.length_adaptive_alpha is not None:
+        yield "gae.length_adaptive_alpha is about the length of responses; a batch cuts episodes anywhere; set it to null"
+    if c.ppo.loss_aggregation != "token":
+        yield "ppo.loss_aggregation=sequence is about responses; a control task's minibatches are of steps; leave it token"
+    if c.ppo.ptx_coef:
+        yield "ppo.ptx_coef mixes in texts, and a control task has none; set it to 0"

@@ -1,0 +1,71 @@
+"""Evaluation of a control task: episodes with the policy's most likely actions, and a film of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import gymnasium
+import numpy as np
+import torch
+
+from schemas.metrics import ControlEvaluateMetrics
+from schemas.tables import Returns
+from stages.ops.environments import Environments
+from stages.ops.policies import Actor, ToEnvironment
+from stages.ops.progress import progress_bar
+
+VERSION = 1
+
+
+@torch.inference_mode()
+def control_evaluate(actor: Actor, environments: Environments, *, max_steps: int) -> Returns:
+    """One episode in each of N environments, cut after `max_steps`. Raises `EnvironmentFailure`."""
+    environments.begin()
+    seeds, playing = environments.seeds(), np.ones(len(environments), bool)
+    returns, lengths, terminated = np.zeros(len(playing)), np.zeros(len(playing), np.int64), np.zeros(len(playing), bool)
+    with progress_bar(total=len(playing), desc="evaluate") as bar:
+        for _ in range(max_steps):
+            _, rewards, terminal, truncated = environments.step(_act(actor, environments.observations))
+            returns[playing] += rewards[playing]
+            lengths += playing
+            terminated |= playing & terminal
+            over = playing & (terminal | truncated)
+            playing &= ~over
+            bar.update(int(over.sum()))
+            if not playing.any():
+                break
+    return Returns(row_id=np.arange(len(seeds)), seed=np.array(seeds), episode_return=returns, length=lengths,
+                   terminated=terminated)
+
+
+def film(
+    actor: Actor, environment: gymnasium.Env, alive: Callable[[str], None], *, seed: int, max_steps: int
+) -> Iterator[np.ndarray]:
+    """The frames, (height, width, 3) uint8, of the episode with that seed, the first before any action.
+
+    `alive`: told of every step before it is made.
+    """
+    alive("film")
+    observation, _ = environment.reset(seed=seed)
+    yield environment.render()
+    to_environment = ToEnvironment(actor.spaces)
+    for _ in range(max_steps):
+        alive("film")
+        actions = to_environment(_act(actor, np.asarray(observation, np.float32)[None]))
+        observation, _, terminated, truncated, _ = environment.step(actions[0])
+        yield environment.render()
+        if terminated or truncated:
+            return
+
+
+@torch.inference_mode()
+def _act(actor: Actor, observations: np.ndarray) -> np.ndarray:
+    return actor.most_likely(actor.tensor(observations)).cpu().numpy()
+
+
+def metrics(returns: Returns) -> ControlEvaluateMetrics:
+    """Mean and spread."""
+    x = returns.episode_return
+    return ControlEvaluateMetrics(
+        episode_return=x.mean(), episode_return_std=x.std(ddof=1) if len(x) > 1 else 0.0, episode_return_min=x.min(),
+        episode_return_max=x.max(), episode_length=returns.length.mean())

@@ -1,0 +1,211 @@
+"""Gymnasium environments side by side, the episodes they are in, and how an episode is taken up again.
+
+The k-th episode of environment i is reset with a seed that derives from (run seed, i, k) alone. An environment is
+therefore a function of that seed and the actions since, and is not itself state that has to be kept: after a break the
+open episodes are played again with the actions that the trajectories hold. Autoreset is off, so that no transition leads
+from the end of one episode to the beginning of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+from schemas.control import Spaces
+from schemas.errors import EnvironmentFailure
+from schemas.tables import Trajectories
+from stages.ops.policies import ToEnvironment
+
+
+def episode_seed(seed: int, environment: int, episode: int) -> int:
+    """31 bits from (run's seed of environments, which environment, which episode)."""
+    return int(np.random.SeedSequence([seed, environment, episode]).generate_state(1)[0] >> 1)
+
+
+class Named(gymnasium.Wrapper):
+    """An environment that says where it failed, and can play an episode again.
+
+    Raises `EnvironmentFailure` naming the environment, the episode's seed and the step.
+    """
+
+    def __init__(self, environment: gymnasium.Env, name: str, index: int) -> None:
+        super().__init__(environment)
+        self.name, self.index, self.seed, self.steps = name, index, None, 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        """`options["replay"]`: for each environment the actions to play, in its own form, after the reset."""
+        self.seed, self.steps = seed, 0
+        try:
+            observation, _ = self.env.reset(seed=seed)
+        except Exception as error:  # whatever a user's environment does
+            raise self._failure(f"raised {_said(error)}") from error
+        self._require_shape(observation)
+        for action in options["replay"][self.index] if options else ():
+            observation, _, terminated, truncated, _ = self.step(action)
+            if terminated or truncated:  # earlier than it did: `Environments.resume` sees another observation
+                break
+        return observation, {}
+
+    def step(self, action):
+        self.steps += 1
+        try:
+            observation, reward, terminated, truncated, _ = self.env.step(action)
+            reward = float(reward)
+        except Exception as error:  # whatever a user's environment does
+            raise self._failure(f"raised {_said(error)}") from error
+        self._require_shape(observation)
+        return observation, reward, terminated, truncated, {}
+
+    def _require_shape(self, observation: np.ndarray) -> None:
+        if np.shape(observation) != (shape := self.observation_space.shape):
+            raise self._failure(f"gave an observation of shape {np.shape(observation)}, expected {shape}")
+
+    def _failure(self, what: str) -> EnvironmentFailure:
+        return failure(self.name, self.index, self.seed, self.steps, what)
+
+
+def failure(name: str, index: int, seed: int | None, step: int, what: str) -> EnvironmentFailure:
+    """`step`: of the episode, 0 for its reset."""
+    where = f"step {step}" if step else "reset"
+    return EnvironmentFailure(f"{name}, environment {index}: {where} of the episode with seed {seed} {what}; nothing was "
+                              "committed")
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+class Environments:
+    """N environments, what each shows now, and how far each is in its episode."""
+
+    def __init__(
+        self, vector: VectorEnv, spaces: Spaces, name: str, *, seed: int,
+        alive: Callable[[str, int], None] = lambda what, calls: None,
+    ) -> None:
+        """`seed`: what episodes' seeds derive from; `alive`: told, before it is made, of every call of the environments
+        and how many steps it may take."""
+        self.vector, self.spaces, self.name, self.seed, self.alive = vector, spaces, name, seed, alive
+        self.to_environment = ToEnvironment(spaces)
+        self.observations = np.zeros((len(self), spaces.observation_size), np.float32)
+        self.episode, self.start, self.steps = (np.zeros(len(self), np.int64) for _ in range(3))
+        self.episode_return, self.discounted_return = (np.zeros(len(self)) for _ in range(2))
+
+    def __len__(self) -> int:
+        return self.vector.num_envs
+
+    def begin(self) -> None:
+        """Resets all, each to the episode it is at."""
+        self._reset(np.ones(len(self), bool))
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(N, A) sampled actions to (N, D) observations, (N,) rewards, terminated, truncated.
+
+        Finished episodes are followed by new ones: `observations` then shows their first. Raises `EnvironmentFailure`.
+        """
+        self.alive("step", 1)
+        with self._processes("step"):
+            observations, rewards, terminated, truncated, _ = self.vector.step(self.to_environment(actions))
+        self.steps += 1
+        self._see(observations, rewards)
+        reached = self.observations.copy()
+        if (ended := terminated | truncated).any():
+            self.episode = self.episode + ended
+            self._reset(ended)
+        return reached, rewards, terminated, truncated
+
+    def seeds(self) -> list[int]:
+        """Of the episodes they are in."""
+        return [episode_seed(self.seed, i, int(k)) for i, k in enumerate(self.episode)]
+
+    def keep(self, batch: Trajectories) -> None:
+        """Remembers where `batch` has left the episodes: which, how many steps, what returns."""
+        rows = last_rows(batch)
+        open_, lengths = ~batch.ended[rows], batch.logprobs.lengths[rows]
+        self.episode = batch.episode[rows] + ~open_
+        self.start = (batch.start[rows] + lengths) * open_
+        self.episode_return = batch.episode_return[rows] * open_
+        self.discounted_return = batch.discounted_returns.values[batch.discounted_returns.offsets[rows + 1] - 1] * open_
+
+    def resume(self, batch: Trajectories, replay: Sequence[np.ndarray]) -> list[int]:
+        """Takes up the episodes that `batch` has left open, by playing them again; `replay`: see `actions_since_reset`.
+
+        Which environments did not come to the observation they had come to: they are not deterministic, and begin a new
+        episode.
+        """
+        self.keep(batch)
+        self._reset(np.ones(len(self), bool), [self.to_environment(actions) for actions in replay])
+        open_, final = self.start > 0, batch.final_observation[last_rows(batch)]
+        strayed = open_ & (self.observations != final).any(1)
+        if strayed.any():
+            self.episode = self.episode + strayed
+            for carried in (self.start, self.episode_return, self.discounted_return):
+                carried[strayed] = 0
+            self._reset(strayed)
+        return np.flatnonzero(strayed).tolist()
+
+    def close(self) -> None:
+        """Ends them, also where the process of one is gone."""
+        try:
+            self.vector.close()
+        except (EOFError, ConnectionError):
+            for process in self.vector.processes:
+                process.terminate()
+            self.vector.closed = True
+
+    def _reset(self, which: np.ndarray, replay: Sequence[np.ndarray] | None = None) -> None:
+        self.alive("reset", 1 + sum(map(len, replay or ())))
+        options = {"reset_mask": which} | ({"replay": replay} if replay is not None else {})
+        self.steps[which] = 0 if replay is None else [len(actions) for actions in replay]
+        with self._processes("reset"):
+            observations, _ = self.vector.reset(seed=self.seeds(), options=options)
+        self._see(observations, np.zeros(len(self)))
+
+    def _see(self, observations: np.ndarray, rewards: np.ndarray) -> None:
+        """Takes the observations in as float32. Raises `EnvironmentFailure` if there, or a reward, is not finite."""
+        with np.errstate(over="ignore"):
+            self.observations[:] = observations
+            kept = rewards.astype(np.float32)
+        if np.isfinite(self.observations).all() and np.isfinite(kept).all():
+            return
+        bad = int(np.flatnonzero(~np.isfinite(self.observations).all(1) | ~np.isfinite(kept))[0])
+        what = f"the reward {rewards[bad]}"
+        if not np.isfinite(self.observations[bad]).all():
+            what = f"the observation {observations[bad].tolist()}"
+        raise failure(self.name, bad, self.seeds()[bad], int(self.steps[bad]), f"gave {what}, which float32 cannot hold")
+
+    @contextmanager
+    def _processes(self, what: str) -> Iterator[None]:
+        """Where environments are processes: one that is gone is an environment that failed."""
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            raise EnvironmentFailure(f"{self.name}: the process of an environment ended in a {what}, at the steps "
+                                     f"{self.steps.tolist()} of their episodes; nothing was committed") from error
+
+
+def last_rows(batch: Trajectories) -> np.ndarray:
+    """(N,) the last row of each environment."""
+    return np.flatnonzero(np.diff(batch.environment, append=-1))
+
+
+def actions_since_reset(batches: Iterable[Trajectories]) -> list[np.ndarray]:
+    """For each environment the actions, (steps, A), of the episode that the newest batch left open; none if it did not.
+
+    `batches`: the newest first; as many are read as the open episodes reach back.
+    """
+    parts: list[list[np.ndarray]] | None = None
+    for batch in batches:
+        rows = last_rows(batch)
+        if parts is None:
+            parts, wanted = [[] for _ in rows], ~batch.ended[rows]
+        for i in np.flatnonzero(wanted):
+            parts[i].insert(0, batch.actions[rows[i]])
+            wanted[i] = batch.start[rows[i]] > 0
+        if not wanted.any():
+            break
+    return [np.concatenate(part) if part else np.zeros((0, 1), np.float32) for part in parts]

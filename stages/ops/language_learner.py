@@ -1,0 +1,74 @@
+"""What `ppo` trains of language models: an actor and a critic, an AdamW each."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from schemas.settings import PPOConfig
+from schemas.tables import Rollouts
+from stages.ops.learner import Prediction
+from stages.ops.models import LanguageModel, batches, entropy, of_tokens, response_logprobs, state_values
+from stages.ops.optim import adamw, clip_gradients, has_gradients
+from stages.ops.prompts import Texts
+from stages.ops.sequences import Batch
+
+
+class LanguageModelLearner:
+    """An actor and, for estimators with one, a critic: language models with an AdamW each, fully fine-tuned.
+
+    Of `config` it takes what concerns the optimizers; the losses are `ppo`'s.
+    """
+
+    def __init__(
+        self, actor: LanguageModel, critic: LanguageModel | None, config: PPOConfig, temperature: float
+    ) -> None:
+        self.actor, self.critic, self.temperature = actor, critic, temperature
+        self.max_grad_norm = config.max_grad_norm
+        self.learning_rates = {"actor": config.learning_rate, "critic": config.critic_learning_rate or config.learning_rate}
+        self.optimizers = {name: adamw(model.module, self.learning_rates[name], config)
+                           for name, model in self.networks.items()}
+
+    @property
+    def networks(self) -> dict[str, LanguageModel]:
+        """`actor`, and `critic` if there is one."""
+        return {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
+
+    @property
+    def device(self) -> torch.device:
+        return self.actor.device
+
+    def unit_lengths(self, rollouts: Rollouts) -> np.ndarray:
+        """Of whole responses."""
+        return rollouts.response_tokens.lengths
+
+    def micro_batches(self, rollouts: Rollouts | Texts, units: np.ndarray) -> list[Batch]:
+        return batches(rollouts, units, self.actor)
+
+    def predict(
+        self, batch: Batch, *, policy: bool = True, critic: bool = True, entropy_gradient: bool = False
+    ) -> Prediction:
+        logprobs = spread = values = None
+        if policy:
+            distribution = response_logprobs(self.actor.module, batch, self.temperature)
+            logprobs = of_tokens(distribution, batch)
+            with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+                spread = batch.flat(entropy(distribution))
+        if critic and self.critic:
+            values = batch.flat(state_values(self.critic.module, batch)[:, :-1])
+        return Prediction(logprobs, spread, values)
+
+    def log_likelihood(self, batch: Batch) -> Tensor:
+        return of_tokens(response_logprobs(self.actor.module, batch, 1.0), batch)
+
+    def step(self, learning_rate_factor: float) -> dict[str, float]:
+        norms = {}
+        for name, optimizer in self.optimizers.items():
+            if not has_gradients(optimizer):
+                continue
+            norms[name] = clip_gradients(optimizer, self.max_grad_norm)
+            optimizer.param_groups[0]["lr"] = self.learning_rates[name] * learning_rate_factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norms

@@ -1,0 +1,163 @@
+"""Actor and critic of a control task: fully connected networks, and the distributions of their actions.
+
+Letters: n states, D numbers of an observation, A numbers of an action.
+
+    x = clip((o − μ)/√(σ² + ε), ±c)  if observations are normalised,    h = tanh(W·x + b) …,    outputs = W·h + b
+    Box:       a ~ N(outputs, diag σ²), log σ a parameter or, if state_dependent_std, the other half of the outputs
+    Discrete:  a ~ softmax(outputs), by the largest of outputs + Gumbel noise; one softmax for each choice
+
+An action is stored and scored as it was sampled. Only the environment is given it clipped to the bounds of a Box: a
+clipped action's density is not that of the Gaussian (Huang et al. 2022, 9 details for continuous action domains).
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from schemas.control import PolicyConfig, Spaces
+
+EPSILON = 1e-8
+LOG_STD_RANGE = (-20.0, 2.0)  # of a state-dependent log σ, as in Haarnoja et al. 2018
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class Network(nn.Module):
+    """Layers of tanh or ReLU over observations that are normalised by moments of its own, if the config says so."""
+
+    def __init__(self, spaces: Spaces, config: PolicyConfig, hidden: tuple[int, ...], outputs: int) -> None:
+        super().__init__()
+        self.spaces, self.config = spaces, config
+        self.activation = torch.tanh if config.activation == "tanh" else torch.relu
+        sizes = (spaces.observation_size, *hidden)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.head = nn.Linear(sizes[-1], outputs)
+        if config.normalize_observations:
+            self.register_buffer("observation_count", torch.zeros((), dtype=torch.float64))
+            self.register_buffer("observation_mean", torch.zeros(spaces.observation_size, dtype=torch.float64))
+            self.register_buffer("observation_variance", torch.ones(spaces.observation_size, dtype=torch.float64))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """(n, D) float32 to (n, outputs)."""
+        x = observations
+        if self.config.normalize_observations:
+            scale = (self.observation_variance + EPSILON).rsqrt()
+            limit = self.config.clip_observations
+            x = ((x - self.observation_mean) * scale).clamp(-limit, limit).float()
+        for layer in self.layers:
+            x = self.activation(functional.linear(x, layer.weight, layer.bias))
+        return functional.linear(x, self.head.weight, self.head.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """A copy where the network is, and aligned as torch does it: on that the last bits of a product depend."""
+        return torch.tensor(array, device=self.device)
+
+    @torch.no_grad()
+    def observe(self, observations: np.ndarray) -> None:
+        """Adds (n, D) observations to the moments (Chan et al. 1979, the pairwise update)."""
+        if not self.config.normalize_observations:
+            return
+        new = torch.tensor(observations).to(self.observation_mean)
+        before, count = float(self.observation_count), len(new)
+        mean, variance, total = new.mean(0), new.var(0, correction=0), before + count
+        shift = mean - self.observation_mean if before else mean
+        spread = self.observation_variance * before + variance * count + shift**2 * before * count / total
+        self.observation_mean.copy_(mean - shift * before / total)
+        self.observation_variance.copy_(spread / total)
+        self.observation_count.fill_(total)
+
+
+class Critic(Network):
+    """V(o): one output."""
+
+    def __init__(self, spaces: Spaces, config: PolicyConfig) -> None:
+        super().__init__(spaces, config, config.hidden if config.critic_hidden is None else config.critic_hidden, 1)
+
+
+class Actor(Network):
+    """π(a | o)."""
+
+    def __init__(self, spaces: Spaces, config: PolicyConfig) -> None:
+        box, size = spaces.kind == "box", spaces.action_size
+        super().__init__(spaces, config, config.hidden,
+                         size * (1 + config.state_dependent_std) if box else sum(spaces.choices))
+        if box and not config.state_dependent_std:
+            self.log_std = nn.Parameter(torch.full((size,), config.log_std_init))
+
+    def noise(self, generator: np.random.Generator, steps: int) -> np.ndarray:
+        """(steps, A) standard normal for a Box, (steps, Σ choices) Gumbel for choices; float32."""
+        if self.spaces.kind == "box":
+            return generator.standard_normal((steps, self.spaces.action_size), np.float32)
+        return generator.gumbel(size=(steps, sum(self.spaces.choices))).astype(np.float32)
+
+    def sample(self, observations: Tensor, noise: Tensor) -> Tensor:
+        """(n, A) float32: actions drawn with that noise."""
+        outputs = self(observations)
+        if self.spaces.kind == "box":
+            mean, log_std = self._gaussian(outputs)
+            return mean + log_std.exp() * noise
+        return self._largest(outputs + noise)
+
+    def most_likely(self, observations: Tensor) -> Tensor:
+        """(n, A) float32: the mean of a Gaussian, the likeliest choices."""
+        outputs = self(observations)
+        return self._gaussian(outputs)[0] if self.spaces.kind == "box" else self._largest(outputs)
+
+    def score(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """(n,) log π(a | o) and (n,) entropy, both in nats, of (n, A) actions."""
+        outputs = self(observations)
+        if self.spaces.kind == "box":
+            return gaussian(*self._gaussian(outputs), actions)
+        parts = zip(outputs.split(self.spaces.choices, 1), actions.long().split(1, 1), strict=True)
+        logprobs, entropies = zip(*(categorical(logits, choice) for logits, choice in parts), strict=True)
+        return sum(logprobs[1:], logprobs[0]), sum(entropies[1:], entropies[0])
+
+    def _gaussian(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, A) mean, and log σ: (A,) or (n, A)."""
+        if not self.config.state_dependent_std:
+            return outputs, self.log_std
+        mean, log_std = outputs.chunk(2, 1)
+        return mean, log_std.clamp(*LOG_STD_RANGE)
+
+    def _largest(self, outputs: Tensor) -> Tensor:
+        if len(self.spaces.choices) == 1:
+            return outputs.argmax(1, keepdim=True).float()
+        return torch.stack([part.argmax(1) for part in outputs.split(self.spaces.choices, 1)], 1).float()
+
+
+def gaussian(mean: Tensor, log_std: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """log N(a; μ, σ) = Σ_A −½((a − μ)/σ)² − log σ − ½log 2π and H = Σ_A ½ + ½log 2π + log σ: (n,) each, nats."""
+    z = (actions - mean) * (-log_std).exp()
+    size, spread = mean.shape[1], log_std.sum(-1)
+    logprobs = -0.5 * (z * z).sum(1) - spread - size * HALF_LOG_2PI
+    return logprobs, (spread + size * (0.5 + HALF_LOG_2PI)).expand(len(mean))
+
+
+def categorical(logits: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax(logits)[choice] and H = −Σ p log p: (n,) each, nats. `logits`: (n, k); `choice`: (n, 1) int64."""
+    logprobs = logits.log_softmax(1)
+    return logprobs.gather(1, choice).squeeze(1), -(logprobs.exp() * logprobs).sum(1)
+
+
+class ToEnvironment:
+    """(n, A) actions as the environment takes them: clipped to the Box, or whole numbers from its own start."""
+
+    def __init__(self, spaces: Spaces) -> None:
+        self.box, self.scalar, self.start = spaces.kind == "box", spaces.scalar, np.array(spaces.start, np.int64)
+        self.low, self.high = (np.array([np.nan if bound is None else bound for bound in bounds], np.float32)
+                               for bounds in (spaces.low, spaces.high))  # NaN is no bound to fmin and fmax
+
+    def __call__(self, actions: np.ndarray) -> np.ndarray:
+        if self.box:
+            return np.fmin(np.fmax(actions, self.low), self.high)
+        choices = actions.astype(np.int64) + self.start
+        return choices[:, 0] if self.scalar else choices

@@ -1,0 +1,103 @@
+"""How fast, beside Stable-Baselines3: both train the same task with the same hyperparameters, in turns, on one thread each.
+
+    make bench                                needs the extra `bench`; some minutes
+    make bench ONLY="cartpole"                one of the tasks
+
+What is timed for Baton is a run of the `baton` command from its first iteration to the last one's commit, everything
+included: Parquet tables, checkpoints, manifests and their syncs, Prefect's flow and tasks, MLflow beside it. What the
+command takes to begin, Prefect's server above all, and to end, when MLflow is given its last points, is printed beside it:
+once a run, however long. Both compute on one thread; Prefect's server and the process that tells MLflow are Baton's and may
+use other cores. Stable-Baselines3's time is that of `learn`, without imports. Rounds alternate, so that both see the machine
+alike; what counts is the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TASKS = {  # example, iterations of Baton, steps of the peer, what the ratio has to be
+    "pendulum": (ROOT / "data/pendulum", 30, 30 * 2048, 2.0),
+    "cartpole": (ROOT / "data/cartpole", 300, 300 * 512, 1.0),
+}
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def baton(example: Path, iterations: int, *settings: str) -> tuple[float, float, float]:
+    """Steps per second of the iterations, and seconds before the first one and after the last."""
+    with tempfile.TemporaryDirectory() as store:
+        options = [option for setting in ("evaluate.picture=false", *settings) for option in ("--set", setting)]
+        began = time.time()
+        subprocess.run([sys.executable, "-m", "flows.cli", "train", str(example), "--store", store, "--quiet",
+                        "--iterations", str(iterations), *options], check=True, cwd=ROOT, env=ONE_THREAD)
+        ended = time.time()
+        states = sorted(Path(store).glob("runs/*/iterations/*.json"))
+        first, last = states[0].stat().st_mtime, states[-1].stat().st_mtime
+        record = json.loads(next(Path(store).glob("runs/*/run.json")).read_text())["config"]["rollout"]
+    return iterations * record["num_envs"] * record["num_steps"] / (last - first), first - began, ended - last
+
+
+def stable_baselines3(task: str, steps: int) -> float:
+    """Steps per second of `learn`, in a process of its own."""
+    out = subprocess.run([sys.executable, __file__, "--peer", task, str(steps)], check=True, env=ONE_THREAD, text=True,
+                         stdout=subprocess.PIPE).stdout
+    return float(out.splitlines()[-1])
+
+
+def peer(task: str, steps: int) -> float:
+    """CleanRL's hyperparameters in Stable-Baselines3's words."""
+    import torch
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    torch.set_num_threads(1)
+    shared = dict(gamma=0.99, gae_lambda=0.95, clip_range=0.2, clip_range_vf=0.2, vf_coef=0.5, max_grad_norm=0.5, seed=1,
+                  device="cpu")
+    if task == "pendulum":
+        environments = VecNormalize(make_vec_env("Pendulum-v1", 1, seed=1), clip_obs=10, clip_reward=10, gamma=0.99)
+        model = PPO("MlpPolicy", environments, n_steps=2048, batch_size=64, n_epochs=10, learning_rate=3e-4, **shared)
+    else:
+        model = PPO("MlpPolicy", make_vec_env("CartPole-v1", 4, seed=1), n_steps=128, batch_size=128, n_epochs=4,
+                    learning_rate=lambda left: 2.5e-4 * left, ent_coef=0.01, **shared)
+    began = time.perf_counter()
+    model.learn(steps)
+    return model.num_timesteps / (time.perf_counter() - began)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"some of {', '.join(TASKS)}; all if none is named")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peer", nargs=2, metavar=("TASK", "STEPS"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.peer:
+        print(peer(given.peer[0], int(given.peer[1])))
+        return 0
+    held = True
+    for task in given.tasks or TASKS:
+        example, iterations, steps, wanted = TASKS[task]
+        ratios = []
+        for round_ in range(given.rounds):
+            ours, before, after = baton(example, iterations)
+            theirs = stable_baselines3(task, steps)
+            ratios.append(ours / theirs)
+            print(f"{task} round {round_ + 1}: baton {ours:,.0f} steps/s ({before:.0f} s to begin, {after:.0f} to end), "
+                  f"Stable-Baselines3 "
+                  f"{theirs:,.0f}, ratio {ratios[-1]:.2f}", flush=True)
+        ratio = statistics.median(ratios)
+        held &= ratio >= wanted
+        print(f"{task}: median ratio {ratio:.2f}, {'ok' if ratio >= wanted else 'FELL SHORT'} (wanted {wanted:g})")
+    return int(not held)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Environments that a user might bring: `environments.py:function` beside a config. Small, exact, or broken on purpose."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+
+class Count(gymnasium.Env):
+    """Shows (steps since the reset, the reset's draw). Reward t at step t; ends by itself after `length`, or is cut."""
+
+    def __init__(self, length: int = 5, cut: bool = False, action_space: spaces.Space | None = None) -> None:
+        self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        self.action_space = action_space or spaces.Discrete(2)
+        self.length, self.cut, self.acted = length, cut, []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps, self.draw = 0, self.np_random.random()
+        return self._show(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
+        self.acted.append(action)
+        self.steps += 1
+        over = self.steps >= self.length
+        return self._show(), float(self.steps), over and not self.cut, over and self.cut, {}
+
+    def _show(self):
+        return np.array([self.steps, self.draw])
+
+
+class Fails(Count):
+    """Does as `Count` until the third step, or until it is reset."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(length=9)
+        self.how = how
+
+    def reset(self, **arguments):
+        if self.how == "hangs":
+            time.sleep(3600)
+        return super().reset(**arguments)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        if self.steps == 3:
+            if self.how == "raises":
+                raise RuntimeError("the gear\nbroke")
+            if self.how == "observes NaN":
+                observation = np.array([np.nan, 0.0])
+            if self.how == "rewards infinity":
+                reward = np.inf
+            if self.how == "rewards too much":
+                reward = 1e39
+            if self.how == "rewards text":
+                reward = "x"
+            if self.how == "shows another shape":
+                observation = np.zeros(3)
+            if self.how == "exits":
+                os._exit(3)
+        return observation, reward, terminated, truncated, info
+
+
+class Forgets(Count):
+    """Its reset does not listen to the seed."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=None)
+
+
+def count(**kwargs):
+    return Count(**kwargs)
+
+
+def fails(how):
+    return Fails(how)
+
+
+class Slow(Count):
+    """Every step takes its time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(length=1000)
+        self.seconds = seconds
+
+    def step(self, action):
+        time.sleep(self.seconds)
+        return super().step(action)
+
+
+def slow(seconds):
+    return Slow(seconds)
+
+
+def forgets():
+    return Forgets(length=100)
+
+
+def choices(start=0):
+    return Count(action_space=spaces.MultiDiscrete([2, 3], start=[start, start]))
+
+
+def shifted():
+    return Count(action_space=spaces.Discrete(3, start=-1))
+
+
+def narrow():
+    return Count(action_space=spaces.Box(-0.1, 0.1, (2,), np.float32))
+
+
+def half_bounded():
+    return Count(action_space=spaces.Box(np.array([-np.inf, 0.0], np.float32), np.array([0.5, np.inf], np.float32)))
+
+
+def pictures():
+    environment = Count()
+    environment.observation_space = spaces.Box(0, 255, (8, 8, 3), np.uint8)
+    return environment
+
+
+def tuples():
+    return Count(action_space=spaces.Tuple([spaces.Discrete(2)]))
+
+
+def nothing():
+    return None

@@ -1,0 +1,201 @@
+"""Rollouts of control tasks: what is in a batch, row by row; episodes that go on; failures that say where."""
+
+import itertools
+
+import gymnasium
+import numpy as np
+import pytest
+from control import begun, config, in_memory, make, own, play, steps_of
+from gymnasium.wrappers.utils import RunningMeanStd
+
+from flows.environments import Watch, make_vector
+from flows.policies import Environments
+from schemas.artifacts import Moments
+from schemas.errors import EnvironmentFailure
+from schemas.tables import Trajectories
+from stages.control_rollout import metrics
+from stages.ops.environments import actions_since_reset, episode_seed
+
+
+def test_rows_are_pieces_of_episodes_and_no_step_leads_over_a_reset():
+    """Episodes of 5 in a batch of 12: rows of 5, 5, 2, then 3, 5, 4. Observation t shows t, and the next shows t + 1."""
+    c = config(environment=own("count", length=5), rollout={"num_envs": 2, "num_steps": 12}, ppo={"minibatches": 1})
+    actor, critic, environments = begun(c)
+    first, second = (play(c, actor, critic, environments, iteration=i) for i in (1, 2))
+    assert first.logprobs.lengths.tolist() == [5, 5, 2] * 2 and second.logprobs.lengths.tolist() == [3, 5, 4] * 2
+    assert first.start.tolist() == [0, 0, 0] * 2 and second.start.tolist() == [2, 0, 0] * 2
+    assert first.episode.tolist() == [0, 1, 2] * 2 and second.episode.tolist() == [2, 3, 4] * 2
+    assert first.environment.tolist() == [0, 0, 0, 1, 1, 1]
+    assert first.terminated.tolist() == [True, True, False] * 2 and not first.truncated.any()
+    for batch in (first, second):
+        for row in range(len(batch)):
+            shown, draw = batch.observations[row].T
+            assert shown.tolist() == list(range(batch.start[row], batch.start[row] + len(shown)))
+            assert batch.final_observation[row].tolist() == [shown[-1] + 1, draw[0]]
+            assert batch.raw_rewards[row].tolist() == (shown + 1).tolist()
+            assert len(set(draw)) == 1
+            expected = np.random.default_rng(0)  # the draw is the episode's seed's
+            assert batch.seed[row] == episode_seed(environments.seed, batch.environment[row], batch.episode[row])
+            expected = gymnasium.utils.seeding.np_random(int(batch.seed[row]))[0].random()
+            assert draw[0] == np.float32(expected)
+    assert second.episode_return.tolist() == [15, 15, 10] * 2  # the first row's carries 1 + 2 from the batch before
+    assert metrics(second, actor, c.reward, Moments()).episode_return == 15
+    assert metrics(second, actor, c.reward, Moments()).episodes == 4
+
+
+def test_a_time_limit_is_a_truncation():
+    c = config(environment=own("count", length=5, cut=True), rollout={"num_envs": 1, "num_steps": 10},
+               ppo={"minibatches": 1})
+    batch = play(c, *begun(c))
+    assert batch.truncated.tolist() == [True, True] and not batch.terminated.any()
+
+
+@pytest.mark.parametrize("name", ["choices", "shifted", "narrow", "half_bounded"])
+def test_actions_of_every_kind_reach_the_environment_as_it_declares_them(name):
+    """`Count` asserts that its space contains each action; what is stored is what was sampled."""
+    c = config(environment=own(name), policy={"log_std_init": 1.0})
+    actor, critic, environments = begun(c)
+    batch = play(c, actor, critic, environments)
+    given = np.concatenate([np.reshape(env.unwrapped.acted, (c.rollout.num_steps, -1)) for env in environments.vector.envs])
+    stored = batch.actions.values
+    if name == "narrow":
+        assert np.abs(given).max() <= np.float32(0.1) < np.abs(stored).max()
+        assert 0.8 < metrics(batch, actor, c.reward, Moments()).action_clip_fraction < 1
+    if name == "shifted":
+        assert sorted(set(given[:, 0])) == [-1, 0, 1] and (given == stored - 1).all()
+    if name == "choices":
+        assert set(map(tuple, stored)) == set(itertools.product((0.0, 1.0), (0.0, 1.0, 2.0)))
+    environments.close()
+
+
+def test_rewards_are_scaled_by_all_discounted_returns_so_far():
+    c = config(environment={"id": "Pendulum-v1", "kwargs": {"max_episode_steps": 10}},
+               reward={"normalize": "scale", "clip": 0.5})
+    _, batches, _ = in_memory(c)
+    everything, running = [], RunningMeanStd(epsilon=0, shape=())
+    carried = np.zeros(2)
+    for batch in batches:
+        raw, ended = steps_of(batch, "raw_rewards").astype(np.float64), np.zeros((2, 24), bool)
+        ended.reshape(-1)[batch.logprobs.offsets[1:] - 1] = batch.ended
+        found = []
+        for t in range(24):
+            carried = carried * c.gae.gamma + raw[:, t]
+            found.append(carried)
+            carried = carried * ~ended[:, t]
+        everything.append(np.stack(found, 1))
+        np.testing.assert_allclose(steps_of(batch, "discounted_returns"), everything[-1], rtol=1e-5)
+        running.update(everything[-1].reshape(-1))
+        sigma = np.concatenate([x.reshape(-1) for x in everything]).std()
+        np.testing.assert_allclose(sigma, np.sqrt(running.var))
+        expected = (batch.raw_rewards.values / sigma).clip(-0.5, 0.5)
+        np.testing.assert_allclose(batch.rewards.values, expected, rtol=1e-5)
+    assert (np.abs(batch.rewards.values) == 0.5).any() and (np.abs(batch.rewards.values) < 0.5).any()
+
+
+# --- episodes that go on in another process ---
+
+@pytest.mark.parametrize("environment", [{"id": "CartPole-v1"}, {"id": "Pendulum-v1"}, {"id": "HalfCheetah-v5"}],
+                         ids=lambda e: e["id"])
+def test_an_episode_that_is_taken_up_again_goes_on_to_the_same_bytes(environment):
+    """Three batches without a break; then the third again, in new environments, from the tables of the first two."""
+    c = config(environment=environment, rollout={"num_envs": 2, "num_steps": 7}, ppo={"minibatches": 1})
+    actor, critic, environments = begun(c)
+    first, second, third = (play(c, actor, critic, environments, iteration=i) for i in (1, 2, 3))
+    assert (second.start.any() and third.start.max() == 14) or environment["id"] == "CartPole-v1"
+    new = make(c)
+    read = []
+
+    def newest_first():
+        for batch in (second, first):
+            read.append(batch)
+            yield Trajectories.from_arrow(batch.to_arrow())
+
+    replay = actions_since_reset(newest_first())
+    assert [len(actions) for actions in replay] == new_starts(second)
+    assert len(read) == (2 if second.start[second.ended == False].any() else 1)  # noqa: E712
+    assert new.resume(second, replay) == []
+    again = play(c, actor, critic, new, iteration=3)
+    assert again.to_arrow().equals(third.to_arrow())
+
+
+def new_starts(batch):
+    """Steps that each environment's open episode has behind it after the batch."""
+    out = []
+    for i in range(batch.environment.max() + 1):
+        row = np.flatnonzero(batch.environment == i)[-1]
+        out.append(0 if batch.ended[row] else int(batch.start[row] + batch.logprobs.lengths[row]))
+    return out
+
+
+def test_an_environment_that_is_not_deterministic_is_noticed_and_begins_anew():
+    c = config(environment=own("forgets"), rollout={"num_envs": 2, "num_steps": 7}, ppo={"minibatches": 1})
+    actor, critic, environments = begun(c)
+    first = play(c, actor, critic, environments)
+    new = make(c)
+    assert new.resume(first, actions_since_reset([first])) == [0, 1]
+    second = play(c, actor, critic, new, iteration=2)
+    assert second.episode.tolist() == [1, 1] and second.start.tolist() == [0, 0]
+
+
+def test_environments_in_processes_of_their_own_give_the_same_bytes():
+    c = config(rollout={"num_envs": 3, "num_steps": 40}, ppo={"minibatches": 1})
+    there = c.model_copy(update={"execution": c.execution.model_copy(update={"environments": "async"})})
+    batches = []
+    for each in (c, there):
+        actor, critic, environments = begun(each)
+        batches.append(play(each, actor, critic, environments).to_arrow())
+        environments.close()
+    assert batches[0].equals(batches[1])
+
+
+# --- failures ---
+
+@pytest.mark.parametrize("how, said", [
+    ("raises", "raised RuntimeError: the gear broke"), ("observes NaN", "gave the observation [nan, 0.0]"),
+    ("rewards infinity", "gave the reward inf"), ("rewards too much", "gave the reward 1e+39, which float32 cannot hold"),
+    ("rewards text", "raised ValueError"), ("shows another shape", "gave an observation of shape (3,), expected (2,)")])
+@pytest.mark.parametrize("where", ["sync", "async"])
+def test_a_failure_says_which_environment_and_which_step(how, said, where):
+    c = config(environment=own("fails", how=how), execution={"environments": where})
+    actor, critic, environments = begun(c)
+    seeds = environments.seeds()
+    with pytest.raises(EnvironmentFailure) as error:
+        play(c, actor, critic, environments)
+    index = int(str(error.value).removeprefix("environments.py:fails, environment ")[0])
+    assert f"environment {index}: step 3 of the episode with seed {seeds[index]} {said}" in str(error.value)
+    environments.close()
+
+
+def test_a_process_that_ends_is_an_environment_that_failed():
+    c = config(environment=own("fails", how="exits"), execution={"environments": "async"})
+    actor, critic, environments = begun(c)
+    with pytest.raises(EnvironmentFailure, match="the process of an environment ended in a step, at the steps"):
+        play(c, actor, critic, environments)
+    environments.close()
+    assert environments.vector.closed
+
+
+def test_an_open_episode_may_take_long_to_be_played_again():
+    """Each step well within the limit, all of them together far beyond it."""
+    c = config(environment=own("slow", seconds=0.02), rollout={"num_envs": 2, "num_steps": 24})
+    actor, critic, environments = begun(c)
+    batch = play(c, actor, critic, environments)
+    new = make(c)
+    new.alive = Watch("slow", 0.3)
+    with new.alive:
+        assert new.resume(batch, actions_since_reset([batch])) == []
+
+
+@pytest.mark.parametrize("where", ["sync", "async"])
+def test_a_reset_that_hangs_is_ended(where):
+    c = config(environment=own("fails", how="hangs"), execution={"environments": where})
+    watch = Watch(c.environment.id, 0.5)
+    import environments as module
+
+    vector = make_vector(c.environment, module.fails, 2, c.execution)
+    from schemas.control import Spaces
+    spaces = Spaces(observation_size=2, kind="discrete", choices=(2,), start=(0,), scalar=True)
+    with pytest.raises(EnvironmentFailure, match=r"reset has not come back for 0\.5 s, after 0 steps"), watch:
+        Environments(vector, spaces, c.environment.id, seed=0, alive=watch).begin()
+    if where == "async":
+        vector.close(terminate=True)
