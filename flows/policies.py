@@ -149,5 +149,5 @@ def load_optimizer(learner: ControlLearner, folder: Path) -> None:
     path = folder / "adamw.safetensors"
     try:
         learner.load_optimizer_tensors(load_file(path))
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
         raise StoreError(f"{path}: {error}") from None

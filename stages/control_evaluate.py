@@ -60,7 +60,7 @@ def film(
 
 @torch.inference_mode()
 def _act(actor: Actor, observations: np.ndarray) -> np.ndarray:
-    return actor.most_likely(actor.tensor(observations)).cpu().numpy()
+    return actor.most_likely(actor.inputs(observations)).cpu().numpy()
 
 
 def metrics(returns: Returns) -> ControlEvaluateMetrics:

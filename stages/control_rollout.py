@@ -63,14 +63,14 @@ class _Steps:
 def _play(actor: Actor, environments: Environments, steps: int, seed: int) -> _Steps:
     count, spaces = len(environments), actor.spaces
     generators = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in range(count)]
-    noise = actor.tensor(np.stack([actor.noise(generator, steps) for generator in generators], 1))
+    noise = torch.tensor(np.stack([actor.noise(generator, steps) for generator in generators], 1), device=actor.device)
     observations, reached = (np.empty((steps, count, spaces.observation_size), np.float32) for _ in range(2))
     actions = np.empty((steps, count, spaces.action_size), np.float32)
     rewards = np.empty((steps, count), np.float32)
     terminated, truncated = (np.empty((steps, count), bool) for _ in range(2))
     for t in progress_bar(range(steps), "rollout"):
         observations[t] = environments.observations
-        actions[t] = actor.sample(actor.tensor(observations[t]), noise[t]).cpu().numpy()
+        actions[t] = actor.sample(actor.inputs(observations[t]), noise[t]).cpu().numpy()
         reached[t], rewards[t], terminated[t], truncated[t] = environments.step(actions[t])
     return _Steps(*(a.swapaxes(0, 1) for a in (observations, actions, reached, rewards, terminated, truncated)))
 
@@ -95,9 +95,8 @@ def _rows(
                                   for column in (steps.observations, steps.actions, steps.rewards))
     discounted = raw.with_values(discounted_returns(raw, carried, gamma))
     final = steps.reached.reshape(observations.values.shape)[ends]
-    seen = actor.tensor(observations.values)
-    logprobs, _ = actor.score(seen, actor.tensor(actions.values))
-    values, bootstrap = (critic(x).squeeze(1).cpu().numpy() for x in (seen, critic.tensor(final)))
+    logprobs, _ = actor.score(actor.inputs(observations.values), torch.tensor(actions.values, device=actor.device))
+    values, bootstrap = (critic(critic.inputs(x)).squeeze(1).cpu().numpy() for x in (observations.values, final))
     seeds = [episode_seed(environments.seed, int(i), int(k)) for i, k in zip(environment, episode, strict=True)]
     return Trajectories(
         row_id=np.arange(len(ends)), environment=environment, episode=episode, seed=np.array(seeds), start=start,

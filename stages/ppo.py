@@ -25,7 +25,7 @@ from schemas.tables import Advantages, Ragged, ReferenceLogprobs, Rollouts, Traj
 from stages.ops.advantages import whiten
 from stages.ops.finite import require_finite
 from stages.ops.kl import kl_estimate
-from stages.ops.learner import Learner, MicroBatch, Prediction
+from stages.ops.learner import Learner, MicroBatch, Prediction, Units
 from stages.ops.losses import LOG_RATIO_LIMIT, a2c_loss, log_ratio, policy_loss, value_loss
 from stages.ops.progress import progress_bar
 from stages.ops.tally import Tally
@@ -58,18 +58,20 @@ def ppo(
     for table in (values, advantages, kl_loss and kl_loss.reference):
         if table is not None:
             require_aligned(rollouts, table)
-    old, importance = _old_logprobs(learner, rollouts, config) if train_actor else (rollouts.logprobs, None)
-    lengths, per_response = learner.unit_lengths(rollouts), config.loss_aggregation == "sequence"
-    update = _Update(learner, rollouts, config, learning_rate_factor, train_actor, kl_loss, texts, _Columns(
+    units, per_response = learner.units(rollouts), config.loss_aggregation == "sequence"
+    old, importance = _old_logprobs(learner, units, rollouts, config) if train_actor else (rollouts.logprobs, None)
+    columns = _Columns(
         learner.device, old_logprobs=old, advantages=advantages.advantages, returns=advantages.returns,
         importance=importance, old_values=values and values.values, reference=kl_loss and kl_loss.reference.logprobs,
-        per_response=old.with_values(np.repeat(1 / lengths, lengths)) if per_response else None))
+        per_response=old.with_values(np.repeat(1 / units.lengths, units.lengths)) if per_response else None)
+    update = _Update(learner, units, rollouts, columns, config, learning_rate_factor, train_actor, kl_loss,
+                     learner.units(texts) if texts else None)
     order, tally = np.random.Generator(np.random.Philox(seed)), Tally()
     with progress_bar(total=config.epochs * config.minibatches, desc="ppo") as bar:
         for _ in range(config.epochs):
-            for units in np.array_split(order.permutation(len(lengths)), config.minibatches):
+            for minibatch in np.array_split(order.permutation(len(units.lengths)), config.minibatches):
                 mixed = order.integers(len(texts), size=config.ptx_batch_size) if texts and train_actor else None
-                update.step(units, mixed, tally)
+                update.step(minibatch, mixed, tally)
                 bar.update()
                 if config.target_kl is not None and tally.approx_kl() > config.target_kl:
                     return tally.metrics(learning_rate_factor, _measured(importance, config))
@@ -86,13 +88,14 @@ class _Columns:
 
     def of(self, tokens: np.ndarray) -> dict[str, Tensor]:
         """(m,) float32 of each column, by name."""
-        return dict(zip(self.names, self.table[:, torch.from_numpy(tokens)].unbind(), strict=True))
+        columns = self.table.index_select(1, torch.from_numpy(tokens).to(self.table.device))
+        return dict(zip(self.names, columns.unbind(), strict=True))
 
 
 # --- recomputed old logprobs ---
 
 def _old_logprobs(
-    learner: Learner, rollouts: Rollouts | Trajectories, config: PPOConfig
+    learner: Learner, units: Units, rollouts: Rollouts | Trajectories, config: PPOConfig
 ) -> tuple[Ragged, Ragged | None]:
     """log π_old of every token, and π_old/π_rollout if π_old is recomputed (Yao et al. 2025, truncated importance
     sampling, https://fengyao.notion.site/off-policy-rl)."""
@@ -100,7 +103,7 @@ def _old_logprobs(
         return rollouts.logprobs, None
     flat = np.empty_like(rollouts.logprobs.values)
     with torch.inference_mode():
-        for batch in learner.micro_batches(rollouts, np.arange(len(learner.unit_lengths(rollouts)))):
+        for batch in units.micro_batches(np.arange(len(units.lengths))):
             flat[batch.tokens] = learner.predict(batch, critic=False).logprobs.cpu().numpy()
     old = rollouts.logprobs.with_values(flat)
     require_finite("the recomputed logprob", old, rollouts.row_id)
@@ -124,28 +127,31 @@ class _Update:
     """What all minibatches of an update share."""
 
     learner: Learner
+    units: Units
     rollouts: Rollouts | Trajectories
+    columns: _Columns
     config: PPOConfig
     learning_rate_factor: float
     train_actor: bool
     kl_loss: KLLoss | None
-    texts: Texts | None
-    columns: _Columns
+    texts: Units | None
 
-    def step(self, units: np.ndarray, mixed: np.ndarray | None, tally: Tally) -> None:
-        """On a minibatch, and on those texts."""
-        batches = self.learner.micro_batches(self.rollouts, units)
+    def step(self, minibatch: np.ndarray, mixed: np.ndarray | None, tally: Tally) -> None:
+        """On those units, and on those texts."""
+        batches = self.units.micro_batches(minibatch)
         tokens = np.concatenate([batch.tokens for batch in batches]) if len(batches) > 1 else batches[0].tokens
         column = self.columns.of(tokens)
         if self.config.whiten_minibatches:
-            column["advantages"] = torch.from_numpy(whiten(column["advantages"].cpu().numpy())).to(self.learner.device)
+            column["advantages"] = whiten(column["advantages"])
         begin = 0
         for batch in batches:
             end = begin + len(batch.tokens)
             part = {name: values[begin:end] for name, values in column.items()} if len(batches) > 1 else column
             prediction = self.learner.predict(batch, policy=self.train_actor, entropy_gradient=self.config.entropy_coef > 0)
             loss = self._loss(prediction, part, tally)
-            mean = (loss * part["per_response"]).sum() / len(units) if "per_response" in part else loss.sum() / len(tokens)
+            mean = loss.sum() / len(tokens)
+            if "per_response" in part:
+                mean = (loss * part["per_response"]).sum() / len(minibatch)
             _require_finite_loss(mean, loss, self.rollouts, batch)
             mean.backward()
             begin = end
@@ -187,17 +193,14 @@ class _Update:
         if self.kl_loss is not None:
             kl = kl_estimate(log_ratio(column["reference"], prediction.logprobs), self.kl_loss.estimator)
             loss = loss + self.kl_loss.coef * kl
-        moved = log_r.detach()
-        tally.ratio(moved)
         return loss, {
-            "policy_loss": policy, "entropy": prediction.entropy, "approx_kl": kl_estimate(moved, "k3"),
-            "approx_kl_k1": kl_estimate(moved, "k1"), "clip_fraction": clip.outside, "clip_fraction_loss": clip.taken,
-            "dual_clip_fraction": clip.bounded, "kl_loss": kl}
+            "policy_loss": policy, "entropy": prediction.entropy, "log_ratio": log_r, "clip_fraction": clip.outside,
+            "clip_fraction_loss": clip.taken, "dual_clip_fraction": clip.bounded, "kl_loss": kl}
 
-    def _mix_in(self, rows: np.ndarray, tally: Tally) -> None:
+    def _mix_in(self, mixed: np.ndarray, tally: Tally) -> None:
         """The gradient of c_ptx·mean(−log π) over the texts' tokens."""
-        total = int(self.texts.response_tokens.lengths[rows].sum())
-        for batch in self.learner.micro_batches(self.texts, rows):
+        total = int(self.texts.lengths[mixed].sum())
+        for batch in self.texts.micro_batches(mixed):
             loss = -self.learner.log_likelihood(batch)
             tally.add(ptx_loss=loss)
             (self.config.ptx_coef * loss.sum() / total).backward()

@@ -155,7 +155,7 @@ def test_ten_lines_load_a_policy_without_baton(tmp_path):
     observations = np.random.default_rng(0).normal(0, 3, (20, 3)).astype(np.float32)
     theirs = np.stack([scope["act"](observation) for observation in observations])
     with torch.no_grad():
-        ours = actor.most_likely(torch.from_numpy(observations)).numpy()
+        ours = actor.most_likely(actor.inputs(observations)).numpy()
     np.testing.assert_allclose(theirs, ours, atol=1e-5)
 
 

@@ -98,7 +98,7 @@ def test_moments_of_observations_are_those_of_all_that_were_seen():
     plain.load_state_dict({k: v for k, v in actor.state_dict().items() if "observation" not in k})
     z = (seen - seen.mean(0, dtype=np.float64)) / np.sqrt(seen.var(0, dtype=np.float64) + 1e-8)
     expected = plain(torch.from_numpy(z.clip(-1.5, 1.5)).float())
-    torch.testing.assert_close(actor(torch.from_numpy(seen)), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(actor(actor.inputs(seen)), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_policy_that_was_not_told_to_normalise_keeps_no_moments():
@@ -118,6 +118,6 @@ def test_stored_logprobs_and_values_are_those_computed_again():
     with torch.no_grad():
         for o, a, logprob, value in zip(batch.observations.values, batch.actions.values, batch.logprobs.values,
                                         batch.values.values, strict=True):
-            o, a = torch.tensor(o)[None], torch.tensor(a)[None]
-            torch.testing.assert_close(actor.score(o, a)[0].item(), float(logprob), atol=2e-6, rtol=1e-5)
-            torch.testing.assert_close(critic(o).item(), float(value), atol=2e-6, rtol=1e-5)
+            a = torch.tensor(a)[None]
+            torch.testing.assert_close(actor.score(actor.inputs(o[None]), a)[0].item(), float(logprob), atol=2e-6, rtol=1e-5)
+            torch.testing.assert_close(critic(critic.inputs(o[None])).item(), float(value), atol=2e-6, rtol=1e-5)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from schemas.errors import NonFiniteError
 from schemas.settings import PPOConfig, RolloutConfig
 from schemas.tables import Advantages, Ragged, ReferenceLogprobs, Rollouts, Values
-from stages.ops.language_learner import LanguageModelLearner
+from stages.ops.language_learner import LanguageModelLearner, Responses
 from stages.ops.models import entropy, score_tokens
 from stages.ops.optim import learning_rate_factor, load_state_tensors, state_tensors
 from stages.ops.prompts import demonstrations_as_texts
@@ -75,14 +75,18 @@ EVERYTHING = dict(entropy_coef=0.01, dual_clip=3.0, value_coef=0.5, ptx_coef=0.3
                   recompute_old_logprobs=True, importance_cap=1.0001)
 
 
-class Cut(LanguageModelLearner):
+class Pieces(Responses):
     """Cuts every minibatch into so many micro-batches."""
 
     parts = 1
 
-    def micro_batches(self, rows_of, rows):
-        cut = super().micro_batches
-        return [batch for part in np.array_split(rows, self.parts) for batch in cut(rows_of, part)]
+    def micro_batches(self, which):
+        return [batch for part in np.array_split(which, self.parts) for batch in super(Pieces, self).micro_batches(part)]
+
+
+class Cut(LanguageModelLearner):
+    def units(self, rollouts):
+        return Pieces(rollouts, self.actor)
 
 
 @pytest.fixture
@@ -104,7 +108,7 @@ def eight(tiny_model, tiny_critic):
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
-def test_1x8_2x4_and_8x1_micro_batches_give_one_gradient(learner, eight, aggregation):
+def test_1x8_2x4_and_8x1_micro_batches_give_one_gradient(learner, eight, aggregation, monkeypatch):
     """With every loss at work: policy, value, entropy, KL, texts, importance weights."""
     rollouts, values, advantages, more = eight
     config = PPOConfig(epochs=1, minibatches=1, max_grad_norm=1e9, loss_aggregation=aggregation, **EVERYTHING)
@@ -112,7 +116,7 @@ def test_1x8_2x4_and_8x1_micro_batches_give_one_gradient(learner, eight, aggrega
     def gradients(parts):
         made = learner()
         trained = Cut(made.actor, made.critic, config, TEMPERATURE)
-        trained.parts = parts
+        monkeypatch.setattr(Pieces, "parts", parts)
         metrics = ppo(trained, rollouts, values, advantages, config, seed=0, **more)
         return metrics, [state["exp_avg"] for o in trained.optimizers.values() for state in o.state.values()]
 

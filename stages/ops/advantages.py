@@ -5,11 +5,15 @@ Row i is one episode of R_i steps; rewards r_t, values V_t. A termination and a 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
+from torch import Tensor
 
 from schemas.tables import Ragged
 
 EPSILON = 1e-8  # added to a variance before its root is divided by
+A = TypeVar("A", np.ndarray, Tensor)
 
 
 def gae_advantages(
@@ -81,7 +85,7 @@ def _group_mean(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.
     return (np.bincount(index, weights=values) / count)[index], count[index]
 
 
-def whiten(values: np.ndarray, *, shift: bool = True, unbiased: bool = True) -> np.ndarray:
+def whiten(values: A, *, shift: bool = True, unbiased: bool = True) -> A:
     """(x − mean)/√(variance + ε), the mean put back unless `shift`: (n,) to (n,); one value is only shifted.
 
     Over all response tokens of the batch at once, so that padding and minibatches play no part
@@ -90,5 +94,5 @@ def whiten(values: np.ndarray, *, shift: bool = True, unbiased: bool = True) -> 
     mean = values.mean()
     white = values - mean
     if len(values) > 1:
-        white = white / np.sqrt(white.var(ddof=int(unbiased)) + EPSILON)
+        white = white / ((white * white).sum() / (len(values) - unbiased) + EPSILON) ** 0.5
     return white if shift else white + mean

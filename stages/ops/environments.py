@@ -118,9 +118,10 @@ class Environments:
             self._reset(ended)
         return reached, rewards, terminated, truncated
 
-    def seeds(self) -> list[int]:
-        """Of the episodes they are in."""
-        return [episode_seed(self.seed, i, int(k)) for i, k in enumerate(self.episode)]
+    def seeds(self, which: np.ndarray | None = None) -> list[int | None]:
+        """Of the episodes they are in; None for those that are not in `which`, (N,) bool."""
+        return [episode_seed(self.seed, i, int(k)) if which is None or which[i] else None
+                for i, k in enumerate(self.episode)]
 
     def keep(self, batch: Trajectories) -> None:
         """Remembers where `batch` has left the episodes: which, how many steps, what returns."""
@@ -162,15 +163,16 @@ class Environments:
         options = {"reset_mask": which} | ({"replay": replay} if replay is not None else {})
         self.steps[which] = 0 if replay is None else [len(actions) for actions in replay]
         with self._processes("reset"):
-            observations, _ = self.vector.reset(seed=self.seeds(), options=options)
+            observations, _ = self.vector.reset(seed=self.seeds(which), options=options)
         self._see(observations, np.zeros(len(self)))
 
     def _see(self, observations: np.ndarray, rewards: np.ndarray) -> None:
         """Takes the observations in as float32. Raises `EnvironmentFailure` if there, or a reward, is not finite."""
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             self.observations[:] = observations
             kept = rewards.astype(np.float32)
-        if np.isfinite(self.observations).all() and np.isfinite(kept).all():
+            together = self.observations.sum() + kept.sum()  # finite only if all are: one look instead of two
+        if np.isfinite(together) or (np.isfinite(self.observations).all() and np.isfinite(kept).all()):
             return
         bad = int(np.flatnonzero(~np.isfinite(self.observations).all(1) | ~np.isfinite(kept))[0])
         what = f"the reward {rewards[bad]}"

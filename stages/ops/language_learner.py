@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +15,21 @@ from stages.ops.models import LanguageModel, batches, entropy, of_tokens, respon
 from stages.ops.optim import adamw, clip_gradients, has_gradients
 from stages.ops.prompts import Texts
 from stages.ops.sequences import Batch
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Units that are whole responses, or texts."""
+
+    rows: Rollouts | Texts
+    model: LanguageModel  # whose budget of tokens they are cut by
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.rows.response_tokens.lengths
+
+    def micro_batches(self, which: np.ndarray) -> list[Batch]:
+        return batches(self.rows, which, self.model)
 
 
 class LanguageModelLearner:
@@ -39,12 +56,8 @@ class LanguageModelLearner:
     def device(self) -> torch.device:
         return self.actor.device
 
-    def unit_lengths(self, rollouts: Rollouts) -> np.ndarray:
-        """Of whole responses."""
-        return rollouts.response_tokens.lengths
-
-    def micro_batches(self, rollouts: Rollouts | Texts, units: np.ndarray) -> list[Batch]:
-        return batches(rollouts, units, self.actor)
+    def units(self, rollouts: Rollouts | Texts) -> Responses:
+        return Responses(rollouts, self.actor)
 
     def predict(
         self, batch: Batch, *, policy: bool = True, critic: bool = True, entropy_gradient: bool = False

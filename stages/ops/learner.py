@@ -22,6 +22,15 @@ class MicroBatch(Protocol):
     tokens: np.ndarray  # (m,) int64, positions of their tokens in the tables' flat columns
 
 
+class Units(Protocol):
+    """What minibatches are drawn from: whole responses, or single steps."""
+
+    lengths: np.ndarray  # (U,) int64, tokens of each
+
+    def micro_batches(self, which: np.ndarray) -> Sequence[MicroBatch]:
+        """Those units, cut to what fits."""
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What policy and critic say of the m tokens of a micro-batch, with gradients; None where it was not asked for."""
@@ -38,11 +47,8 @@ class Learner(Protocol):
     def device(self) -> torch.device:
         """Where predictions are."""
 
-    def unit_lengths(self, rollouts: Rollouts | Trajectories) -> np.ndarray:
-        """(U,) tokens of each unit that minibatches are drawn from: whole responses, or single steps."""
-
-    def micro_batches(self, rollouts: Rollouts | Trajectories | Texts, units: np.ndarray) -> Sequence[MicroBatch]:
-        """The units, cut to what fits."""
+    def units(self, rollouts: Rollouts | Trajectories | Texts) -> Units:
+        """What those rows are to it."""
 
     def predict(
         self, batch: MicroBatch, *, policy: bool = True, critic: bool = True, entropy_gradient: bool = False

@@ -37,9 +37,10 @@ def policy_loss(
     The bound c of `dual_clip`: Ye et al. 2020, https://arxiv.org/abs/1912.09729, equation 7.
     """
     ratio = log_ratio.exp()
-    outside = (ratio < 1 - clip_range_low) | (ratio > 1 + clip_range_high)
-    plain, clipped = -ratio * advantages, -ratio.clamp(1 - clip_range_low, 1 + clip_range_high) * advantages
-    loss, taken = torch.maximum(plain, clipped), clipped > plain
+    inside = ratio.detach().clamp(1 - clip_range_low, 1 + clip_range_high)
+    plain, clipped = ratio * -advantages, inside * -advantages
+    outside, taken = inside != ratio, clipped > plain  # only outside are they not equal, and there a clip gives no gradient
+    loss = torch.where(taken, clipped, plain)
     if dual_clip is None:
         return Clipped(loss, outside, taken)
     bounded = (advantages < 0) & (loss > -dual_clip * advantages)
@@ -62,7 +63,8 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
     if clip_range is None:
         nowhere = torch.zeros_like(plain, dtype=torch.bool)
         return Clipped(0.5 * plain, nowhere, nowhere)
-    move = values - old_values
+    move = values.detach() - old_values
     clipped = (old_values + move.clamp(-clip_range, clip_range) - returns) ** 2
     outside = move.abs() > clip_range
-    return Clipped(0.5 * torch.maximum(plain, clipped), outside, outside & (clipped > plain))
+    taken = outside & (clipped > plain)
+    return Clipped(0.5 * torch.where(taken, clipped, plain), outside, taken)

@@ -42,13 +42,20 @@ class Network(nn.Module):
             self.register_buffer("observation_mean", torch.zeros(spaces.observation_size, dtype=torch.float64))
             self.register_buffer("observation_variance", torch.ones(spaces.observation_size, dtype=torch.float64))
 
-    def forward(self, observations: Tensor) -> Tensor:
-        """(n, D) float32 to (n, outputs)."""
-        x = observations
-        if self.config.normalize_observations:
-            scale = (self.observation_variance + EPSILON).rsqrt()
-            limit = self.config.clip_observations
-            x = ((x - self.observation_mean) * scale).clamp(-limit, limit).float()
+    def inputs(self, observations: np.ndarray) -> Tensor:
+        """(n, D) observations as `forward` takes them: normalised, if the config says so, float32, where the network is.
+
+        Always a copy in torch's own memory: the last bits of a product depend on how its factors are aligned.
+        """
+        if self.config.normalize_observations:  # in NumPy, since calls of torch take several times as long on one state
+            mean, variance = self.observation_mean.cpu().numpy(), self.observation_variance.cpu().numpy()
+            x, limit = (observations - mean) * (1 / np.sqrt(variance + EPSILON)), self.config.clip_observations
+            observations = np.minimum(np.maximum(x, -limit), limit).astype(np.float32)
+        return torch.tensor(observations, device=self.device)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(n, D) to (n, outputs)."""
+        x = inputs
         for layer in self.layers:
             x = self.activation(functional.linear(x, layer.weight, layer.bias))
         return functional.linear(x, self.head.weight, self.head.bias)
@@ -56,10 +63,6 @@ class Network(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
-
-    def tensor(self, array: np.ndarray) -> Tensor:
-        """A copy where the network is, and aligned as torch does it: on that the last bits of a product depend."""
-        return torch.tensor(array, device=self.device)
 
     @torch.no_grad()
     def observe(self, observations: np.ndarray) -> None:
@@ -94,27 +97,31 @@ class Actor(Network):
             self.log_std = nn.Parameter(torch.full((size,), config.log_std_init))
 
     def noise(self, generator: np.random.Generator, steps: int) -> np.ndarray:
-        """(steps, A) standard normal for a Box, (steps, Σ choices) Gumbel for choices; float32."""
-        if self.spaces.kind == "box":
-            return generator.standard_normal((steps, self.spaces.action_size), np.float32)
-        return generator.gumbel(size=(steps, sum(self.spaces.choices))).astype(np.float32)
+        """What `sample` adds, float32: (steps, A) normal for a Box, of σ where that is one for all states and else of 1;
+        (steps, Σ choices) Gumbel for choices."""
+        if self.spaces.kind != "box":
+            return generator.gumbel(size=(steps, sum(self.spaces.choices))).astype(np.float32)
+        normal = generator.standard_normal((steps, self.spaces.action_size), np.float32)
+        return normal if self.config.state_dependent_std else normal * self.log_std.detach().exp().cpu().numpy()
 
-    def sample(self, observations: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, inputs: Tensor, noise: Tensor) -> Tensor:
         """(n, A) float32: actions drawn with that noise."""
-        outputs = self(observations)
+        outputs = self(inputs)
         if self.spaces.kind == "box":
+            if not self.config.state_dependent_std:
+                return outputs + noise
             mean, log_std = self._gaussian(outputs)
             return mean + log_std.exp() * noise
         return self._largest(outputs + noise)
 
-    def most_likely(self, observations: Tensor) -> Tensor:
+    def most_likely(self, inputs: Tensor) -> Tensor:
         """(n, A) float32: the mean of a Gaussian, the likeliest choices."""
-        outputs = self(observations)
+        outputs = self(inputs)
         return self._gaussian(outputs)[0] if self.spaces.kind == "box" else self._largest(outputs)
 
-    def score(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, inputs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """(n,) log π(a | o) and (n,) entropy, both in nats, of (n, A) actions."""
-        outputs = self(observations)
+        outputs = self(inputs)
         if self.spaces.kind == "box":
             return gaussian(*self._gaussian(outputs), actions)
         parts = zip(outputs.split(self.spaces.choices, 1), actions.long().split(1, 1), strict=True)
@@ -137,9 +144,9 @@ class Actor(Network):
 def gaussian(mean: Tensor, log_std: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
     """log N(a; μ, σ) = Σ_A −½((a − μ)/σ)² − log σ − ½log 2π and H = Σ_A ½ + ½log 2π + log σ: (n,) each, nats."""
     z = (actions - mean) * (-log_std).exp()
-    size, spread = mean.shape[1], log_std.sum(-1)
-    logprobs = -0.5 * (z * z).sum(1) - spread - size * HALF_LOG_2PI
-    return logprobs, (spread + size * (0.5 + HALF_LOG_2PI)).expand(len(mean))
+    size = mean.shape[1]
+    spread = log_std.sum(-1) + size * HALF_LOG_2PI
+    return -0.5 * (z * z).sum(1) - spread, (spread + 0.5 * size).expand(len(mean))
 
 
 def categorical(logits: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
