@@ -71,6 +71,9 @@ def saved(stage: str, run: Run, recorded: Run, iteration: int) -> dict[str, Call
     if stage == "rollout" and iteration > 1 and run.config.rollout.num_envs != recorded.config.rollout.num_envs:
         raise ConfigError("rollout.num_envs: the episodes that the iteration before left open belong to "
                           f"{recorded.config.rollout.num_envs} environments; make another run")
+    if stage == "rollout" and iteration > 1 and run.config.gae.gamma != recorded.config.gae.gamma:
+        raise ConfigError("gae.gamma: the discounted returns that the iterations before left were summed with "
+                          f"{recorded.config.gae.gamma:g}; make another run")
     return {
         "actor": lambda: before.actor,
         "critic": lambda: before.critic,

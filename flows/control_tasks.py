@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gymnasium
-
 from flows import policies
-from flows.environments import make_environment, spaces_of
+from flows.environments import look_at
 from flows.film import film_of
-from flows.inputs import stored_function
 from flows.produce import Made, produce
 from flows.runs import Run
 from flows.tasks import ITERATION_DECIDES, given, settings_of, stage_task
@@ -24,9 +21,7 @@ from stages.ops.optim import learning_rate_factor
 
 @stage_task
 def policy(run: Run, iteration: int) -> ArtifactRef:
-    environment = _environment(run)
-    spaces = spaces_of(environment, run.config.environment.id)
-    environment.close()
+    spaces = look_at(run.config.environment, policies.environment_function(run), run.config.execution.environment_timeout)
     recipe = Recipe(stage="policy", version=policy_stage.VERSION, inputs={}, seed=run.seed(iteration, "policy"),
                     config=settings_of(run.config.policy, spaces=spaces.model_dump(mode="json")))
 
@@ -53,11 +48,9 @@ def rollout(run: Run, iteration: int, actor: ModelRef, critic: ModelRef, previou
 
     def make(attempt):
         policy, values = run.models.actor(actor), run.models.critic(critic)
-        environments = run.models.take_environments(run, policy.spaces, previous)
-        with environments.alive:
+        with run.models.environments(run, policy.spaces, previous, recipe.ref) as environments:
             batch = rollout_stage.control_rollout(policy, values, environments, config, reward, gamma=gamma,
                                                   moments=reward_moments, seed=recipe.seed)
-        run.models.put_environments(recipe.ref, environments)
         attempt.table(batch)
         return Made(rollout_stage.metrics(batch, policy, reward, reward_moments), config.num_envs * config.num_steps)
 
@@ -112,13 +105,11 @@ def evaluate(run: Run, iteration: int, updated_actor: ModelRef) -> ArtifactRef:
 
     def make(attempt):
         actor = run.models.actor(updated_actor)
-        environments = policies.new_environments(run, actor.spaces, config.episodes, seed=recipe.seed)
-        with environments.alive:
+        with policies.new_environments(run, actor.spaces, config.episodes, seed=recipe.seed, once=True) as environments:
             returns = evaluate_stage.control_evaluate(actor, environments, max_steps=config.max_steps)
-        environments.close()
         attempt.table(returns)
-        if config.picture and (film := film_of(lambda: _environment(run, render_mode="rgb_array"), actor,
-                                               environments.alive, seed=int(returns.seed[0]), max_steps=config.max_steps)):
+        if config.picture and (film := film_of(run.config, policies.environment_function(run), actor,
+                                               seed=int(returns.seed[0]))):
             attempt.write(EPISODE_FILM, film)
         return Made(evaluate_stage.metrics(returns), int(returns.length.sum()))
 
@@ -126,13 +117,3 @@ def evaluate(run: Run, iteration: int, updated_actor: ModelRef) -> ArtifactRef:
 
 
 STAGES = {stage.__name__: stage for stage in (policy, rollout, gae, ppo, evaluate)}
-
-
-# --- what several of them need ---
-
-def _environment(run: Run, **more: object) -> gymnasium.Env:
-    """One environment of the run's config, in nobody's vector."""
-    function = None
-    if "environment" in run.inputs:
-        function = stored_function(run, "environment", run.config.environment.id)
-    return make_environment(run.config.environment, function, **more)

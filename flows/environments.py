@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 
+import cloudpickle
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.error import DependencyNotInstalled, Error
+from gymnasium.error import DependencyNotInstalled, Error, NameNotFound, NamespaceNotFound
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from schemas.control import EnvironmentConfig, Spaces
 from schemas.errors import ConfigError, EnvironmentFailure
 from schemas.settings import ExecutionConfig
-from stages.ops.environments import Named
+from stages.ops.environments import Player
 
+gymnasium.logger.min_level = gymnasium.logger.ERROR + 1  # what it would say on stderr, errors here say in one line
 EXTRAS = {"mujoco": "mujoco", "pygame": "classic-control"}  # module that is missing → extra of Baton's that brings it
 
 
@@ -35,9 +39,11 @@ def make_environment(
         return gymnasium.make(config.id, **config.kwargs, **more)
     except DependencyNotInstalled as error:
         raise ConfigError(f"environment.id {config.id!r}: {_line(error)} ({_extra(error)})") from None
-    except Error as error:
+    except (NameNotFound, NamespaceNotFound) as error:
         raise ConfigError(f"environment.id {config.id!r}: {_line(error)}; if another package has it, install that and "
                           "write module:Id-v0") from None
+    except Error as error:
+        raise ConfigError(f"environment.id {config.id!r}: {_line(error)}") from None
     except Exception as error:  # whatever a user's environment does when it is made
         raise ConfigError(f"environment {config.id!r} with kwargs {config.kwargs}: {type(error).__name__}: {_line(error)}"
                           ) from None
@@ -65,28 +71,51 @@ def spaces_of(environment: gymnasium.Env, name: str) -> Spaces:
     match actions:
         case spaces.Box() if len(actions.shape) == 1 and actions.shape[0] and np.issubdtype(actions.dtype, np.floating):
             low, high = ([float(x) if np.isfinite(x) else None for x in bound] for bound in (actions.low, actions.high))
-            return Spaces(kind="box", low=low, high=high, **size)
+            return Spaces(kind="box", low=low, high=high, dtype=actions.dtype.name, **size)
         case spaces.Discrete():
             return Spaces(kind="discrete", choices=[int(actions.n)], start=[int(actions.start)], scalar=True, **size)
         case spaces.MultiDiscrete() if actions.nvec.ndim == 1:
             return Spaces(kind="discrete", choices=actions.nvec.tolist(), start=actions.start.tolist(), **size)
-    raise ConfigError(f"environment {name!r}: its actions are {actions}, expected a Box of one dimension, Discrete or "
-                      "MultiDiscrete; wrap it in a file.py:function that gives one of these")
+    raise ConfigError(f"environment {name!r}: its actions are {actions}, expected a Box of floating-point numbers, Discrete "
+                      "or MultiDiscrete, of one dimension; wrap it in a file.py:function that gives one of these")
+
+
+def look_at(config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | None, seconds: float) -> Spaces:
+    """What an environment of that config gives and takes. Raises `ConfigError`, and `EnvironmentFailure` if it hangs."""
+    with Watch(config.id, seconds)("making one"):
+        environment = make_environment(config, function)
+    with contextlib.closing(environment):
+        return spaces_of(environment, config.id)
 
 
 def make_vector(
     config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | None, count: int, execution: ExecutionConfig
 ) -> VectorEnv:
     """`count` environments that are reset only when they are told to."""
-    makers = [partial(_named, config, function, i) for i in range(count)]
-    if execution.environments == "async":
-        return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
-    return SyncVectorEnv(makers, copy=False, autoreset_mode=AutoresetMode.DISABLED)
+    if execution.environments == "sync":
+        return SyncVectorEnv([partial(_player, config, function, i) for i in range(count)], copy=False,
+                             autoreset_mode=AutoresetMode.DISABLED)
+    if function is not None:  # a file's, which no other process could import
+        cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
+    try:
+        return AsyncVectorEnv([partial(_in_a_process, config, function, i, os.getpid()) for i in range(count)],
+                              autoreset_mode=AutoresetMode.DISABLED)
+    except (EOFError, ConnectionError) as error:
+        raise EnvironmentFailure(f"{config.id}: the process of an environment ended while it was made; nothing was "
+                                 "committed") from error
 
 
-def _named(config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | None, index: int) -> Named:
+def _player(config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | None, index: int) -> Player:
     unchecked = {} if function else {"disable_env_checker": True}  # Gymnasium's check of first calls; ours is of all
-    return Named(make_environment(config, function, **unchecked), config.id, index)
+    return Player(make_environment(config, function, **unchecked), config.id, index)
+
+
+def _in_a_process(
+    config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | None, index: int, parent: int
+) -> Player:
+    if os.getpid() != parent:  # it would inherit Prefect's answer to SIGTERM
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return _player(config, function, index)
 
 
 class _HungError(BaseException):
@@ -94,40 +123,34 @@ class _HungError(BaseException):
 
 
 class Watch:
-    """Ends a call of an environment that does not come back in `seconds`, a tenth more or less, as `EnvironmentFailure`.
+    """Ends a call that does not come back in `seconds`, as `EnvironmentFailure`: `with watch("step"): …`.
 
     By an alarm signal, and so in the main thread only; elsewhere, and on systems without the signal, nobody watches.
     """
 
     def __init__(self, name: str, seconds: float) -> None:
-        self.name, self.seconds, self.what, self.calls = name, seconds, "", 0
+        self.name, self.seconds = name, seconds
 
-    def __call__(self, what: str, calls: int = 1) -> None:
-        """A call begins, `reset` or `step`, that may take `calls` times as long: a reset may play an episode again."""
-        self.what, self.calls = what, self.calls + (what == "step")
-        now = time.monotonic()
-        if self._watching and (calls > 1 or now > self._armed + self.seconds / 10):  # not before every call: it costs
-            signal.setitimer(signal.ITIMER_REAL, self.seconds * calls)
-            self._armed = now if calls == 1 else float("-inf")
+    def __call__(self, what: str, steps: np.ndarray | None = None) -> Watch:
+        """`steps`: of the episodes that the call is about."""
+        self.what, self.steps = what, steps
+        return self
 
     def __enter__(self) -> Watch:
-        self.calls, self._armed = 0, float("-inf")
         self._watching = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
         if self._watching:
             self._before = signal.signal(signal.SIGALRM, self._ring)
+            signal.setitimer(signal.ITIMER_REAL, self.seconds)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._watching:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._before)
-        self._watching = False
         if isinstance(error, _HungError):
-            raise EnvironmentFailure(
-                f"{self.name}: {self.what} has not come back for {self.seconds:g} s, after {self.calls} steps of this "
-                "batch; nothing was committed (execution.environment_timeout sets the limit)") from None
-
-    _watching = False
+            where = "" if self.steps is None else f", at the steps {self.steps.tolist()} of their episodes"
+            raise EnvironmentFailure(f"{self.name}: {self.what} has not come back for {self.seconds:g} s{where}; nothing "
+                                     "was committed (execution.environment_timeout sets the limit)") from None
 
     def _ring(self, *_: object) -> None:
         raise _HungError

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 
 import gymnasium
 import numpy as np
 from PIL import Image
 
-from flows.environments import Watch
+from flows.environments import Watch, make_environment
+from schemas.control import ControlConfig
 from stages.control_evaluate import film
 from stages.ops.policies import Actor
 
@@ -19,21 +21,32 @@ FRAMES = 150  # of a longer episode every second, fourth … is kept, so that th
 WIDTH = 300  # pixels at most
 
 
-def film_of(make: Callable[[], gymnasium.Env], actor: Actor, watch: Watch, *, seed: int, max_steps: int) -> bytes | None:
+def film_of(
+    config: ControlConfig, function: Callable[..., gymnasium.Env] | None, actor: Actor, *, seed: int
+) -> bytes | None:
     """A GIF of the episode with that seed; None, after saying why, where the environment cannot render.
 
-    `make`: gives the environment with `render_mode="rgb_array"`.
+    `function`: the user's that makes the environment, if there is one.
     """
+    watch = Watch(config.environment.id, config.execution.environment_timeout)
     try:
-        with watch:
-            environment = make()
-            stride, images = _thinned(film(actor, environment, watch, seed=seed, max_steps=max_steps))
-            rate = environment.metadata.get("render_fps", 30)
-            environment.close()
-        return _gif(images, stride / rate)
+        with closing(make_environment(config.environment, function, render_mode="rgb_array")) as environment:
+            frames = film(actor, environment, seed=seed, max_steps=config.evaluate.max_steps)
+            stride, images = _thinned(_watched(frames, watch))
+            return _gif(images, stride / environment.metadata.get("render_fps", 30))
     except Exception as error:  # a picture is worth no training: whatever a renderer lacks
         log.info(f"no picture of an episode: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         return None
+
+
+def _watched(frames: Iterator[np.ndarray], watch: Watch) -> Iterator[np.ndarray]:
+    """The frames, of which each must come in time."""
+    while True:
+        with watch("a picture"):
+            frame = next(frames, None)
+        if frame is None:
+            return
+        yield frame
 
 
 def _thinned(frames: Iterable[np.ndarray]) -> tuple[int, list[Image.Image]]:

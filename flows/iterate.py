@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def iterate_flow(name: str, store: str, overrides: dict[str, Any] | None = None)
     """The next iteration of the run `name`. Raises `ConfigError` when it is finished or not prepared."""
     run = open_run(Store(Path(store)), name, overrides)
     state = run.to_iterate()
-    with untagged(), Mirror(run) as mirror:
+    with untagged(), closing(run), Mirror(run) as mirror:
         mirror.push(state)
         after = run_iteration(run, state, run.config.iterations)
         mirror.push(after)

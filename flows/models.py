@@ -80,6 +80,11 @@ class WarmModels:
         for key in [key for key in self._warm if key[1].artifact == artifact]:
             del self._warm[key]
 
+    def close(self) -> None:
+        """Lets go of everything."""
+        self._warm.clear()
+        self._learners.clear()
+
     def _get(self, role: str, ref: ModelRef, load: Callable[[Path], PreTrainedModel]) -> LanguageModel:
         key = (role, ref)
         if key not in self._warm:

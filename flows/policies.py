@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import gymnasium
 from safetensors.torch import load_file, save
 
 from flows.environments import Watch, make_vector
@@ -54,31 +56,44 @@ class WarmPolicies:
         """Keeps what was trained, under the artifact it was saved to."""
         self._learner = artifact, learner
 
-    def take_environments(self, run: Run, spaces: Spaces, previous: ArtifactRef | None) -> Environments:
-        """The environments where `previous`, a rollout, has left them; they leave the cache, since stepping moves them."""
+    @contextmanager
+    def environments(
+        self, run: Run, spaces: Spaces, previous: ArtifactRef | None, rollout: ArtifactRef
+    ) -> Iterator[Environments]:
+        """The environments where `previous`, a rollout, has left them; afterwards kept under the one that moves them on,
+        `rollout`, or closed if that fails."""
+        if self._environments and self._environments[0] != previous:
+            self._close_environments()
         warm, self._environments = self._environments, None
-        if warm and warm[0] == previous:
-            return warm[1]
-        if warm:
-            warm[1].close()
-        environments = new_environments(run, spaces, self.config.rollout.num_envs, seed=run.seed(0, "environments"))
-        with environments.alive:
-            if previous is None:
+        count = self.config.rollout.num_envs
+        environments = warm[1] if warm else new_environments(run, spaces, count, seed=run.seed(0, "environments"))
+        try:
+            if not warm and previous is None:
                 environments.begin()
-            else:
+            elif not warm:
                 self._resume(environments, previous)
-        return environments
-
-    def put_environments(self, artifact: ArtifactRef, environments: Environments) -> None:
-        """Keeps environments, under the rollout that left them so."""
-        self._environments = artifact, environments
+            yield environments
+        except BaseException:
+            environments.close(force=True)
+            raise
+        self._environments = rollout, environments
 
     def forget(self, artifact: ArtifactRef) -> None:
         """Lets go of what is warm of an artifact, so that it is read from the store."""
         if self._learner and self._learner[0] == artifact:
             self._learner = None
         if self._environments and self._environments[0] == artifact:
-            self._environments = None
+            self._close_environments()
+
+    def close(self) -> None:
+        """Lets go of everything."""
+        self._learner = None
+        self._close_environments()
+
+    def _close_environments(self) -> None:
+        if self._environments:
+            self._environments[1].close()
+        self._environments = None
 
     def _resume(self, environments: Environments, previous: ArtifactRef) -> None:
         replay = actions_since_reset(batches_before(self.store, previous))
@@ -97,15 +112,18 @@ class WarmPolicies:
         return load_network(self.store.folder(ref.artifact, ref.folder), kind).to(self.config.execution.device)
 
 
-def new_environments(run: Run, spaces: Spaces, count: int, *, seed: int) -> Environments:
-    """Environments of the run's config that nobody has stepped; `alive` is their `Watch`."""
+def environment_function(run: Run) -> Callable[..., gymnasium.Env] | None:
+    """The user's function that makes an environment, none where its id is Gymnasium's."""
+    return stored_function(run, "environment", run.config.environment.id) if "environment" in run.inputs else None
+
+
+def new_environments(run: Run, spaces: Spaces, count: int, *, seed: int, once: bool = False) -> Environments:
+    """Environments of the run's config that nobody has stepped."""
     config = run.config
-    function = stored_function(run, "environment", config.environment.id) if "environment" in run.inputs else None
     watch = Watch(config.environment.id, config.execution.environment_timeout)
-    with watch:
-        watch("making")
-        vector = make_vector(config.environment, function, count, config.execution)
-    return Environments(vector, spaces, config.environment.id, seed=seed, alive=watch)
+    with watch("making them"):
+        vector = make_vector(config.environment, environment_function(run), count, config.execution)
+    return Environments(vector, spaces, config.environment.id, seed=seed, once=once, watch=watch)
 
 
 def batches_before(store: Store, rollout: ArtifactRef) -> Iterator[Trajectories]:

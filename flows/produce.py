@@ -19,6 +19,7 @@ from schemas.artifacts import ArtifactRef, Environment, Manifest, Recipe
 from schemas.errors import NonFiniteError
 from schemas.metrics import Metrics
 from schemas.settings import RunConfig
+from schemas.tables import EPISODE_FILM
 
 if TYPE_CHECKING:
     from flows.runs import Run
@@ -107,7 +108,8 @@ def _commit(run: Run, ours: Manifest, attempt: Attempt) -> None:
 
 def _compare(store: Store, found: Manifest, again: Manifest, attempt: Attempt) -> Reproduction:
     old, new = found.digests(), again.digests()
-    different = {path: (old.get(path), new.get(path)) for path in sorted({*old, *new}) if old.get(path) != new.get(path)}
+    paths = sorted({*old, *new} - {EPISODE_FILM})  # drawn by whatever a machine draws with, or by nothing
+    different = {path: (old.get(path), new.get(path)) for path in paths if old.get(path) != new.get(path)}
     if not different:
         store.discard(attempt)
     return Reproduction(found.ref, len(old), different, attempt.folder if different else None)

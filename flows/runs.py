@@ -46,6 +46,12 @@ class Run:
             self._models = chain(self).Warm(self.store, self.config)
         return self._models
 
+    def close(self) -> None:
+        """Lets go of its models, and ends its environments."""
+        if self._models is not None:
+            self._models.close()
+            self._models = None
+
     @property
     def finished(self) -> bool:
         """Whether all iterations are there."""

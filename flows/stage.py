@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,9 @@ def stage_flow(
     run = open_run(recorded_run.store, name, _as_recorded(recorded_run, stage, iteration), settings)
     use_new_functions(run, recorded_run)
     run.rerun = stage
-    with untagged():
+    with untagged(), closing(run):
         ref = chain(run).STAGES[stage](run, iteration, **arguments(run, recorded_run, stage, iteration))
-    return StageResult(run.recorded(stage, iteration), ref, run.reproduction, run.models.loaded)
+        return StageResult(run.recorded(stage, iteration), ref, run.reproduction, run.models.loaded)
 
 
 def _as_recorded(run: Run, stage: str, iteration: int) -> dict[str, Any]:

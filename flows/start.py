@@ -76,12 +76,10 @@ def check_device(device: str) -> None:
 
 def check_environment(config: ControlConfig, files: dict[str, list[Path]]) -> None:
     """Raises `ConfigError` if the environment cannot be made, or is not one that a policy here can act in."""
-    from flows.environments import make_environment, spaces_of
+    from flows.environments import look_at
 
     function = load_function(config.environment.id, files["environment"][0]) if "environment" in files else None
-    environment = make_environment(config.environment, function)
-    spaces_of(environment, config.environment.id)
-    environment.close()
+    look_at(config.environment, function, config.execution.environment_timeout)
 
 
 def check_lengths(config: LanguageConfig, files: dict[str, list[Path]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ from schemas.artifacts import TrainState
 def train_flow(name: str, store: str, overrides: dict[str, Any] | None = None) -> TrainState:
     """The last state of the run `name`. Goes on where it stopped: what is committed is found, not computed again."""
     run = open_run(Store(Path(store)), name, overrides)
-    with untagged(), Mirror(run) as mirror:
+    with untagged(), closing(run), Mirror(run) as mirror:
         state = run.last() or chain(run).prepare(run)
         mirror.push(state)
+        gc.collect()
         gc.freeze()  # what is imported by now stays: the collector need not go through it again with every generation
-        while state.iteration < run.config.iterations:
-            state = run_iteration(run, state, run.config.iterations)
-            mirror.push(state)
+        try:
+            while state.iteration < run.config.iterations:
+                state = run_iteration(run, state, run.config.iterations)
+                mirror.push(state)
+        finally:
+            gc.unfreeze()
     return state

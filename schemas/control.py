@@ -82,6 +82,8 @@ class Spaces(Settings):
     """Box: lower bound of each of A numbers; null where there is none."""
     high: tuple[float | None, ...] = ()
     """Box: upper bounds."""
+    dtype: str = "float32"
+    """Box: NumPy's name of the numbers' type."""
     choices: tuple[PositiveInt, ...] = ()
     """Discrete: how many there are to choose from, for each of A choices."""
     start: tuple[int, ...] = ()

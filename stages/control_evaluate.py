@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import gymnasium
 import numpy as np
@@ -19,7 +19,7 @@ VERSION = 1
 
 @torch.inference_mode()
 def control_evaluate(actor: Actor, environments: Environments, *, max_steps: int) -> Returns:
-    """One episode in each of N environments, cut after `max_steps`. Raises `EnvironmentFailure`."""
+    """One episode in each of N environments that play `once`, cut after `max_steps`. Raises `EnvironmentFailure`."""
     environments.begin()
     seeds, playing = environments.seeds(), np.ones(len(environments), bool)
     returns, lengths, terminated = np.zeros(len(playing)), np.zeros(len(playing), np.int64), np.zeros(len(playing), bool)
@@ -38,19 +38,12 @@ def control_evaluate(actor: Actor, environments: Environments, *, max_steps: int
                    terminated=terminated)
 
 
-def film(
-    actor: Actor, environment: gymnasium.Env, alive: Callable[[str], None], *, seed: int, max_steps: int
-) -> Iterator[np.ndarray]:
-    """The frames, (height, width, 3) uint8, of the episode with that seed, the first before any action.
-
-    `alive`: told of every step before it is made.
-    """
-    alive("film")
+def film(actor: Actor, environment: gymnasium.Env, *, seed: int, max_steps: int) -> Iterator[np.ndarray]:
+    """The frames, (height, width, 3) uint8, of the episode with that seed, the first before any action."""
     observation, _ = environment.reset(seed=seed)
     yield environment.render()
     to_environment = ToEnvironment(actor.spaces)
     for _ in range(max_steps):
-        alive("film")
         actions = to_environment(_act(actor, np.asarray(observation, np.float32)[None]))
         observation, _, terminated, truncated, _ = environment.step(actions[0])
         yield environment.render()

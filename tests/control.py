@@ -59,12 +59,12 @@ def function_of(c: ControlConfig):
     return getattr(environments, c.environment.id.rpartition(":")[2]) if ".py:" in c.environment.id else None
 
 
-def make(c: ControlConfig, count: int | None = None, seed: int | None = None) -> Environments:
+def make(c: ControlConfig, count: int | None = None, seed: int | None = None, once: bool = False) -> Environments:
     """Environments of the config, not reset yet."""
     vector = make_vector(c.environment, function_of(c), count or c.rollout.num_envs, c.execution)
     spaces = spaces_of(make_one(c.environment, function_of(c)), c.environment.id)
     own_seed = derive_seed(c.seed, 0, "environments")
-    return Environments(vector, spaces, c.environment.id, seed=own_seed if seed is None else seed)
+    return Environments(vector, spaces, c.environment.id, seed=own_seed if seed is None else seed, once=once)
 
 
 def begun(c: ControlConfig):
@@ -93,7 +93,7 @@ def in_memory(c: ControlConfig):
             train_actor=i > c.ppo.critic_warmup)
         learner.observe(batch)
         batches.append(batch)
-    trials = make(c, c.evaluate.episodes, seed=derive_seed(c.seed, 0, "evaluate"))
+    trials = make(c, c.evaluate.episodes, seed=derive_seed(c.seed, 0, "evaluate"), once=True)
     return learner, batches, control_evaluate(actor, trials, max_steps=c.evaluate.max_steps)
 
 

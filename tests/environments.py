@@ -44,6 +44,10 @@ class Fails(Count):
     def reset(self, **arguments):
         if self.how == "hangs":
             time.sleep(3600)
+        if self.how == "hangs outside of Python":
+            sum(range(10**15))
+        if self.how == "raises in its second episode" and hasattr(self, "steps"):
+            raise RuntimeError("only one")
         return super().reset(**arguments)
 
     def step(self, action):
@@ -61,6 +65,10 @@ class Fails(Count):
                 reward = "x"
             if self.how == "shows another shape":
                 observation = np.zeros(3)
+            if self.how == "shows text":
+                observation = np.array(["a", "b"])
+            if self.how == "ends twice":
+                terminated = np.array([True, False])
             if self.how == "exits":
                 os._exit(3)
         return observation, reward, terminated, truncated, info
@@ -73,6 +81,19 @@ class Forgets(Count):
         return super().reset(seed=None)
 
 
+class Varied(Count):
+    """Of a length from 2 to 9 that its seed decides."""
+
+    def reset(self, *, seed=None, options=None):
+        shown = super().reset(seed=seed)
+        self.length = 2 + int(self.draw * 8)
+        return shown
+
+
+def varied():
+    return Varied()
+
+
 def count(**kwargs):
     return Count(**kwargs)
 
@@ -82,19 +103,19 @@ def fails(how):
 
 
 class Slow(Count):
-    """Every step takes its time."""
+    """Every step takes its time, and one for ever."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, hangs_at: int | None = None) -> None:
         super().__init__(length=1000)
-        self.seconds = seconds
+        self.seconds, self.hangs_at = seconds, hangs_at
 
     def step(self, action):
-        time.sleep(self.seconds)
+        time.sleep(3600 if self.steps + 1 == self.hangs_at else self.seconds)
         return super().step(action)
 
 
-def slow(seconds):
-    return Slow(seconds)
+def slow(seconds, hangs_at=None):
+    return Slow(seconds, hangs_at)
 
 
 def forgets():
@@ -109,8 +130,8 @@ def shifted():
     return Count(action_space=spaces.Discrete(3, start=-1))
 
 
-def narrow():
-    return Count(action_space=spaces.Box(-0.1, 0.1, (2,), np.float32))
+def narrow(dtype="float32"):
+    return Count(action_space=spaces.Box(-0.1, 0.1, (2,), np.dtype(dtype)))
 
 
 def half_bounded():
@@ -129,3 +150,7 @@ def tuples():
 
 def nothing():
     return None
+
+
+def whole_numbers():
+    return Count(action_space=spaces.Box(0, 3, (2,), np.int64))

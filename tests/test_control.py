@@ -91,6 +91,7 @@ def test_advantages_of_saved_trajectories_with_another_lambda(controlled, tmp_pa
 @pytest.mark.parametrize("run, stage, setting, message", [
     ("cartpole", "rollout", "seed=4", "seed: the episodes that the iteration before left open were reset with seeds"),
     ("cartpole", "rollout", "rollout.num_envs=4", "rollout.num_envs: the episodes that the iteration before left open"),
+    ("cartpole", "rollout", "gae.gamma=0.9", "gae.gamma: the discounted returns that the iterations before left were"),
     ("cartpole", "ppo", "policy.hidden=[4]", "--set policy…: ppo of this run has policies of the recorded sizes"),
     ("cartpole", "rollout", "reward.normalize=scale", "reward.normalize: the run kept no running moments"),
     ("cartpole", "rollout", "environment.id=Acrobot-v1", "--set environment…: it belongs to the run as a whole"),
@@ -202,10 +203,11 @@ def refused(tmp_path, capsys):
 @pytest.mark.parametrize("settings, message", [
     (["environment.id=CartPol-v1"], "environment.id 'CartPol-v1': Environment `CartPol` doesn't exist. Did you mean"),
     (["environment.id=CartPole-v7"], "environment.id 'CartPole-v7': Environment version `v7` for environment `CartPole`"),
+    (["environment.id=environments.py:whole_numbers"], "expected a Box of floating-point numbers, Discrete or"),
     (["environment.id=nowhere:Thing-v0"], "environment 'nowhere:Thing-v0' with kwargs {}: ModuleNotFoundError"),
     (["environment.kwargs={gravity: 9}"], "environment 'CartPole-v1' with kwargs {'gravity': 9}: TypeError"),
     (["environment.id=environments.py:pictures"], "its observations are Box(0, 255, (8, 8, 3), uint8), expected a Box of"),
-    (["environment.id=environments.py:tuples"], "its actions are Tuple(Discrete(2)), expected a Box of one dimension"),
+    (["environment.id=environments.py:tuples"], "its actions are Tuple(Discrete(2)), expected a Box of floating-point"),
     (["environment.id=environments.py:nothing"], "the function gave NoneType, expected a gymnasium.Env"),
     (["environment.id=environments.py:nobody"], "has no function 'nobody'"),
     (["environment.id=elsewhere.py:count"], "no such file"),
@@ -251,6 +253,19 @@ def test_an_environment_that_fails_commits_nothing(prefect_server, tmp_path, cap
     assert {ref.stage for ref in Store(store).artifacts()} == {"input.function", "policy"}
     assert not list((store / "artifacts" / "evaluate").rglob("*.parquet"))
     assert not list((store / "runs").rglob("iterations/*.json"))
+
+
+def test_environments_in_processes_end_with_the_command(prefect_server, tmp_path):
+    """Of a whole run nothing is said on stderr; of one that hangs outside of Python one line, and its processes are gone."""
+    arguments = ["--store", str(tmp_path / "store"), "--quiet", "--set", "execution.environments=async",
+                 "--set", "execution.environment_timeout=5"]
+    for name, environment, code, lines in (("works", own("count"), 0, 0),
+                                           ("hangs", own("fails", how="hangs outside of Python"), 1, 1)):
+        folder = write_control(tmp_path / name, environment=environment, tracking={"enabled": False}, iterations=1)
+        done = subprocess.run([sys.executable, "-m", "flows.cli", "train", str(folder), *arguments], env=os.environ,
+                              capture_output=True, text=True, timeout=120)
+        assert (done.returncode, len(done.stderr.splitlines())) == (code, lines), done.stderr
+    assert "environments.py:fails: reset has not come back for 5 s" in done.stderr
 
 
 def test_settings_are_what_the_run_was_made_with(controlled):

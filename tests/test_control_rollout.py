@@ -1,6 +1,7 @@
 """Rollouts of control tasks: what is in a batch, row by row; episodes that go on; failures that say where."""
 
 import itertools
+import time
 
 import gymnasium
 import numpy as np
@@ -9,12 +10,11 @@ from control import begun, config, in_memory, make, own, play, steps_of
 from gymnasium.wrappers.utils import RunningMeanStd
 
 from flows.environments import Watch, make_vector
-from flows.policies import Environments
 from schemas.artifacts import Moments
 from schemas.errors import EnvironmentFailure
 from schemas.tables import Trajectories
 from stages.control_rollout import metrics
-from stages.ops.environments import actions_since_reset, episode_seed
+from stages.ops.environments import Environments, actions_since_reset, episode_seed
 
 
 def test_rows_are_pieces_of_episodes_and_no_step_leads_over_a_reset():
@@ -34,7 +34,6 @@ def test_rows_are_pieces_of_episodes_and_no_step_leads_over_a_reset():
             assert batch.final_observation[row].tolist() == [shown[-1] + 1, draw[0]]
             assert batch.raw_rewards[row].tolist() == (shown + 1).tolist()
             assert len(set(draw)) == 1
-            expected = np.random.default_rng(0)  # the draw is the episode's seed's
             assert batch.seed[row] == episode_seed(environments.seed, batch.environment[row], batch.episode[row])
             expected = gymnasium.utils.seeding.np_random(int(batch.seed[row]))[0].random()
             assert draw[0] == np.float32(expected)
@@ -50,16 +49,17 @@ def test_a_time_limit_is_a_truncation():
     assert batch.truncated.tolist() == [True, True] and not batch.terminated.any()
 
 
-@pytest.mark.parametrize("name", ["choices", "shifted", "narrow", "half_bounded"])
-def test_actions_of_every_kind_reach_the_environment_as_it_declares_them(name):
+@pytest.mark.parametrize("name, kwargs", [("choices", {}), ("shifted", {}), ("narrow", {}), ("narrow", {"dtype": "float64"}),
+                                          ("half_bounded", {})])
+def test_actions_of_every_kind_reach_the_environment_as_it_declares_them(name, kwargs):
     """`Count` asserts that its space contains each action; what is stored is what was sampled."""
-    c = config(environment=own(name), policy={"log_std_init": 1.0})
+    c = config(environment=own(name, **kwargs), policy={"log_std_init": 1.0})
     actor, critic, environments = begun(c)
     batch = play(c, actor, critic, environments)
     given = np.concatenate([np.reshape(env.unwrapped.acted, (c.rollout.num_steps, -1)) for env in environments.vector.envs])
     stored = batch.actions.values
     if name == "narrow":
-        assert np.abs(given).max() <= np.float32(0.1) < np.abs(stored).max()
+        assert np.abs(given).max() == np.dtype(kwargs.get("dtype", "float32")).type(0.1) < np.abs(stored).max()
         assert 0.8 < metrics(batch, actor, c.reward, Moments()).action_clip_fraction < 1
     if name == "shifted":
         assert sorted(set(given[:, 0])) == [-1, 0, 1] and (given == stored - 1).all()
@@ -153,7 +153,8 @@ def test_environments_in_processes_of_their_own_give_the_same_bytes():
 @pytest.mark.parametrize("how, said", [
     ("raises", "raised RuntimeError: the gear broke"), ("observes NaN", "gave the observation [nan, 0.0]"),
     ("rewards infinity", "gave the reward inf"), ("rewards too much", "gave the reward 1e+39, which float32 cannot hold"),
-    ("rewards text", "raised ValueError"), ("shows another shape", "gave an observation of shape (3,), expected (2,)")])
+    ("rewards text", "raised ValueError"), ("shows another shape", "gave an observation of shape (3,), expected (2,)"),
+    ("shows text", "raised ValueError: could not convert string to float"), ("ends twice", "raised ValueError")])
 @pytest.mark.parametrize("where", ["sync", "async"])
 def test_a_failure_says_which_environment_and_which_step(how, said, where):
     c = config(environment=own("fails", how=how), execution={"environments": where})
@@ -171,31 +172,42 @@ def test_a_process_that_ends_is_an_environment_that_failed():
     actor, critic, environments = begun(c)
     with pytest.raises(EnvironmentFailure, match="the process of an environment ended in a step, at the steps"):
         play(c, actor, critic, environments)
-    environments.close()
+    environments.close(force=True)
     assert environments.vector.closed
 
 
-def test_an_open_episode_may_take_long_to_be_played_again():
-    """Each step well within the limit, all of them together far beyond it."""
+def test_an_open_episode_may_take_long_to_be_played_again_but_none_of_its_steps():
+    """Each step well within the limit, all of them together far beyond it; then one that hangs."""
     c = config(environment=own("slow", seconds=0.02), rollout={"num_envs": 2, "num_steps": 24})
     actor, critic, environments = begun(c)
     batch = play(c, actor, critic, environments)
     new = make(c)
-    new.alive = Watch("slow", 0.3)
-    with new.alive:
-        assert new.resume(batch, actions_since_reset([batch])) == []
+    new.watch = Watch("slow", 0.3)
+    assert new.resume(batch, actions_since_reset([batch])) == []
+    hangs = make(config(environment=own("slow", seconds=0.0, hangs_at=5), rollout={"num_envs": 2, "num_steps": 24}))
+    hangs.watch = Watch("slow", 0.3)
+    with pytest.raises(EnvironmentFailure, match=r"step has not come back for 0\.3 s, at the steps \[4, 4\] of their"):
+        hangs.resume(batch, actions_since_reset([batch]))
 
 
-@pytest.mark.parametrize("where", ["sync", "async"])
-def test_a_reset_that_hangs_is_ended(where):
-    c = config(environment=own("fails", how="hangs"), execution={"environments": where})
+def test_what_is_computed_between_steps_is_not_the_environments_time():
+    c = config(rollout={"num_envs": 1, "num_steps": 4}, ppo={"minibatches": 1})
+    actor, critic, environments = begun(c)
+    environments.watch = Watch("CartPole-v1", 0.2)
+    actor.register_forward_hook(lambda *_: time.sleep(0.3))
+    assert len(play(c, actor, critic, environments).logprobs.values) == 4
+
+
+@pytest.mark.parametrize("how, where", [("hangs", "sync"), ("hangs", "async"), ("hangs outside of Python", "async")])
+def test_a_reset_that_hangs_is_ended(how, where):
+    c = config(environment=own("fails", how=how), execution={"environments": where})
     watch = Watch(c.environment.id, 0.5)
     import environments as module
 
     vector = make_vector(c.environment, module.fails, 2, c.execution)
     from schemas.control import Spaces
     spaces = Spaces(observation_size=2, kind="discrete", choices=(2,), start=(0,), scalar=True)
-    with pytest.raises(EnvironmentFailure, match=r"reset has not come back for 0\.5 s, after 0 steps"), watch:
-        Environments(vector, spaces, c.environment.id, seed=0, alive=watch).begin()
-    if where == "async":
-        vector.close(terminate=True)
+    with (pytest.raises(EnvironmentFailure, match=r"reset has not come back for 0\.5 s, at the steps \[0, 0\]"),
+          Environments(vector, spaces, c.environment.id, seed=0, watch=watch) as environments):
+        environments.begin()
+    assert vector.closed and not [process for process in getattr(vector, "processes", ()) if process.is_alive()]

@@ -157,6 +157,12 @@ def test_target_kl_ends_the_update():
     assert metrics.steps < 200 and metrics.approx_kl_final > 0.02
 
 
+def test_a_critic_warm_up_lets_moments_of_observations_go_on():
+    c = config(ppo={"critic_warmup": 1}, policy={"normalize_observations": True}, iterations=1)
+    learner, _, _ = in_memory(c)
+    assert learner.actor.observation_count == c.batch_size
+
+
 def test_evaluation_leaves_the_moments_of_observations_alone():
     c = config(policy={"normalize_observations": True})
     learner, batches, returns = in_memory(c)  # its evaluation comes last

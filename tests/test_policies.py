@@ -121,3 +121,5 @@ def test_stored_logprobs_and_values_are_those_computed_again():
             a = torch.tensor(a)[None]
             torch.testing.assert_close(actor.score(actor.inputs(o[None]), a)[0].item(), float(logprob), atol=2e-6, rtol=1e-5)
             torch.testing.assert_close(critic(critic.inputs(o[None])).item(), float(value), atol=2e-6, rtol=1e-5)
+        for o, value in zip(batch.final_observation, batch.bootstrap, strict=True):
+            torch.testing.assert_close(critic(critic.inputs(o[None])).item(), float(value), atol=2e-6, rtol=1e-5)

@@ -45,7 +45,7 @@ class ControlLearner:
         self.actor, self.critic, self.config = actor, critic, config
         self.networks: dict[str, Network] = {"actor": actor, "critic": critic}
         self.learning_rates = {"actor": config.learning_rate, "critic": config.critic_learning_rate or config.learning_rate}
-        self.vectors = {name: Vector(network) for name, network in self.networks.items()}
+        self.flat = {name: FlatParameters(network) for name, network in self.networks.items()}
         self._ran: set[str] = set()  # networks that predicted something since the last step
 
     @property
@@ -72,19 +72,19 @@ class ControlLearner:
         raise NotImplementedError("a control task has no texts; ControlConfig refuses ppo.ptx_coef")
 
     def step(self, learning_rate_factor: float) -> dict[str, float]:
-        stepped = {name: vector for name, vector in self.vectors.items() if name in self._ran}
-        norms = {name: float(vector.gradient.norm()) for name, vector in stepped.items()}
+        stepped = {name: flat for name, flat in self.flat.items() if name in self._ran}
+        norms = {name: float(flat.gradient.norm()) for name, flat in stepped.items()}
         too_long = math.hypot(*norms.values()) / self.config.max_grad_norm
-        for name, vector in stepped.items():
+        for name, flat in stepped.items():
             if too_long > 1:
-                vector.gradient /= too_long
-            vector.step(self.learning_rates[name] * learning_rate_factor, self.config)
+                flat.gradient /= too_long
+            flat.step(self.learning_rates[name] * learning_rate_factor, self.config)
         self._ran.clear()
         return norms
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """`actor.exp_avg`, `.exp_avg_sq` and `.step`, and the critic's."""
-        return {f"{name}.{key}": tensor for name, vector in self.vectors.items() for key, tensor in vector.state.items()}
+        return {f"{name}.{key}": tensor for name, flat in self.flat.items() for key, tensor in flat.state.items()}
 
     def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The inverse. Raises `ValueError` naming what does not fit."""
@@ -101,7 +101,7 @@ class ControlLearner:
             network.observe(batch.observations.values)
 
 
-class Vector:
+class FlatParameters:
     """A network's parameters, in their order, as views of one vector, their gradients as views of another; and AdamW of it.
 
     So the norm, its scaling and AdamW are a call each, where they would be several for every layer; torch's optimizers

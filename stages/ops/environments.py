@@ -8,9 +8,9 @@ from the end of one episode to the beginning of the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
@@ -27,46 +27,62 @@ def episode_seed(seed: int, environment: int, episode: int) -> int:
     return int(np.random.SeedSequence([seed, environment, episode]).generate_state(1)[0] >> 1)
 
 
-class Named(gymnasium.Wrapper):
-    """An environment that says where it failed, and can play an episode again.
+class Player(gymnasium.Wrapper):
+    """An environment that says where it failed, can have a step of an episode played again, and can rest.
 
     Raises `EnvironmentFailure` naming the environment, the episode's seed and the step.
     """
 
     def __init__(self, environment: gymnasium.Env, name: str, index: int) -> None:
         super().__init__(environment)
-        self.name, self.index, self.seed, self.steps = name, index, None, 0
+        self.name, self.index, self.seed, self.steps, self.over = name, index, None, 0, False
+        self.resting, self.shown = False, None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        """`options["replay"]`: for each environment the actions to play, in its own form, after the reset."""
-        self.seed, self.steps = seed, 0
+        """With `options["replay"]` no reset, but a step with this environment's action of that list, unless the episode is
+        over; with `options["rest"]` none either, and steps from then on do nothing."""
+        if options and "replay" in options:
+            if not self.over:
+                self.step(options["replay"][self.index])
+            return self.shown, {}
+        if options and "rest" in options:
+            self.resting = True
+            return self.shown, {}
+        self.seed, self.steps, self.over, self.resting = seed, 0, False, False
         try:
-            observation, _ = self.env.reset(seed=seed)
+            self.shown = self._checked(self.env.reset(seed=seed)[0])
         except Exception as error:  # whatever a user's environment does
-            raise self._failure(f"raised {_said(error)}") from error
-        self._require_shape(observation)
-        for action in options["replay"][self.index] if options else ():
-            observation, _, terminated, truncated, _ = self.step(action)
-            if terminated or truncated:  # earlier than it did: `Environments.resume` sees another observation
-                break
-        return observation, {}
+            raise self._failure(error) from error
+        return self.shown, {}
 
     def step(self, action):
+        if self.resting:
+            return self.shown, 0.0, False, False, {}
         self.steps += 1
         try:
             observation, reward, terminated, truncated, _ = self.env.step(action)
-            reward = float(reward)
+            self.shown, reward = self._checked(observation), float(reward)
+            terminated, truncated = bool(terminated), bool(truncated)
         except Exception as error:  # whatever a user's environment does
-            raise self._failure(f"raised {_said(error)}") from error
-        self._require_shape(observation)
-        return observation, reward, terminated, truncated, {}
+            raise self._failure(error) from error
+        self.over = terminated or truncated
+        return self.shown, reward, terminated, truncated, {}
 
-    def _require_shape(self, observation: np.ndarray) -> None:
-        if np.shape(observation) != (shape := self.observation_space.shape):
-            raise self._failure(f"gave an observation of shape {np.shape(observation)}, expected {shape}")
+    def _checked(self, observation: Any) -> np.ndarray:
+        """As the space declares it. Raises `_WrongShapeError` or whatever NumPy cannot make of it."""
+        observation = np.asarray(observation, self.observation_space.dtype)
+        if observation.shape != (shape := self.observation_space.shape):
+            raise _WrongShapeError(f"gave an observation of shape {observation.shape}, expected {shape}")
+        return observation
 
-    def _failure(self, what: str) -> EnvironmentFailure:
+    def _failure(self, error: Exception) -> EnvironmentFailure:
+        said = " ".join(str(error).split())
+        what = said if isinstance(error, _WrongShapeError) else f"raised {type(error).__name__}: {said}"
         return failure(self.name, self.index, self.seed, self.steps, what)
+
+
+class _WrongShapeError(Exception):
+    pass
 
 
 def failure(name: str, index: int, seed: int | None, step: int, what: str) -> EnvironmentFailure:
@@ -76,20 +92,22 @@ def failure(name: str, index: int, seed: int | None, step: int, what: str) -> En
                               "committed")
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+class Watch(Protocol):
+    """Ends what takes too long: `with watch("step", steps):` raises `EnvironmentFailure` naming it and those steps."""
+
+    def __call__(self, what: str, steps: np.ndarray) -> AbstractContextManager[object]:
+        """`steps`: (N,) of the episodes, none for what is no environment's call."""
 
 
 class Environments:
-    """N environments, what each shows now, and how far each is in its episode."""
+    """N environments, what each shows now, and how far each is in its episode. A context that closes them at its end."""
 
     def __init__(
-        self, vector: VectorEnv, spaces: Spaces, name: str, *, seed: int,
-        alive: Callable[[str, int], None] = lambda what, calls: None,
+        self, vector: VectorEnv, spaces: Spaces, name: str, *, seed: int, once: bool = False,
+        watch: Watch = lambda what, steps: nullcontext(),
     ) -> None:
-        """`seed`: what episodes' seeds derive from; `alive`: told, before it is made, of every call of the environments
-        and how many steps it may take."""
-        self.vector, self.spaces, self.name, self.seed, self.alive = vector, spaces, name, seed, alive
+        """`seed`: what episodes' seeds derive from; `once`: whether each plays one episode and then rests."""
+        self.vector, self.spaces, self.name, self.seed, self.once, self.watch = vector, spaces, name, seed, once, watch
         self.to_environment = ToEnvironment(spaces)
         self.observations = np.zeros((len(self), spaces.observation_size), np.float32)
         self.episode, self.start, self.steps = (np.zeros(len(self), np.int64) for _ in range(3))
@@ -97,6 +115,12 @@ class Environments:
 
     def __len__(self) -> int:
         return self.vector.num_envs
+
+    def __enter__(self) -> Environments:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.close(force=error is not None)
 
     def begin(self) -> None:
         """Resets all, each to the episode it is at."""
@@ -107,15 +131,18 @@ class Environments:
 
         Finished episodes are followed by new ones: `observations` then shows their first. Raises `EnvironmentFailure`.
         """
-        self.alive("step", 1)
-        with self._processes("step"):
-            observations, rewards, terminated, truncated, _ = self.vector.step(self.to_environment(actions))
+        given = self.to_environment(actions)
+        with self._call("step"):
+            observations, rewards, terminated, truncated, _ = self.vector.step(given)
         self.steps += 1
         self._see(observations, rewards)
         reached = self.observations.copy()
         if (ended := terminated | truncated).any():
-            self.episode = self.episode + ended
-            self._reset(ended)
+            if self.once:
+                self.vector.reset(seed=[None] * len(self), options={"reset_mask": ended, "rest": True})
+            else:
+                self.episode = self.episode + ended
+                self._reset(ended)
         return reached, rewards, terminated, truncated
 
     def seeds(self, which: np.ndarray | None = None) -> list[int | None]:
@@ -139,7 +166,12 @@ class Environments:
         episode.
         """
         self.keep(batch)
-        self._reset(np.ones(len(self), bool), [self.to_environment(actions) for actions in replay])
+        self.begin()
+        lengths = np.array([len(actions) for actions in replay])
+        given = [self.to_environment(actions) for actions in replay]
+        for t in range(lengths.max(initial=0)):
+            which = lengths > t
+            self._replay(which, [actions[t] if left else None for actions, left in zip(given, which, strict=True)])
         open_, final = self.start > 0, batch.final_observation[last_rows(batch)]
         strayed = open_ & (self.observations != final).any(1)
         if strayed.any():
@@ -149,21 +181,27 @@ class Environments:
             self._reset(strayed)
         return np.flatnonzero(strayed).tolist()
 
-    def close(self) -> None:
-        """Ends them, also where the process of one is gone."""
-        try:
+    def close(self, *, force: bool = False) -> None:
+        """Ends them; `force`: their processes too, if they have some, whatever they are doing."""
+        if not force or not (processes := getattr(self.vector, "processes", ())):
             self.vector.close()
-        except (EOFError, ConnectionError):
-            for process in self.vector.processes:
-                process.terminate()
-            self.vector.closed = True
+            return
+        for process in processes:
+            process.kill()
+            process.join()
+        self.vector.closed = True
 
-    def _reset(self, which: np.ndarray, replay: Sequence[np.ndarray] | None = None) -> None:
-        self.alive("reset", 1 + sum(map(len, replay or ())))
-        options = {"reset_mask": which} | ({"replay": replay} if replay is not None else {})
-        self.steps[which] = 0 if replay is None else [len(actions) for actions in replay]
-        with self._processes("reset"):
-            observations, _ = self.vector.reset(seed=self.seeds(which), options=options)
+    def _reset(self, which: np.ndarray) -> None:
+        self.steps[which] = 0
+        with self._call("reset"):
+            observations, _ = self.vector.reset(seed=self.seeds(which), options={"reset_mask": which})
+        self._see(observations, np.zeros(len(self)))
+
+    def _replay(self, which: np.ndarray, actions: list[Any]) -> None:
+        """A step of those in `which`."""
+        with self._call("step"):
+            observations, _ = self.vector.reset(seed=[None] * len(self), options={"reset_mask": which, "replay": actions})
+        self.steps += which
         self._see(observations, np.zeros(len(self)))
 
     def _see(self, observations: np.ndarray, rewards: np.ndarray) -> None:
@@ -181,10 +219,11 @@ class Environments:
         raise failure(self.name, bad, self.seeds()[bad], int(self.steps[bad]), f"gave {what}, which float32 cannot hold")
 
     @contextmanager
-    def _processes(self, what: str) -> Iterator[None]:
-        """Where environments are processes: one that is gone is an environment that failed."""
+    def _call(self, what: str) -> Iterator[None]:
+        """A call of the environments, watched; where they are processes, one that is gone is one that failed."""
         try:
-            yield
+            with self.watch(what, self.steps):
+                yield
         except (EOFError, ConnectionError) as error:
             raise EnvironmentFailure(f"{self.name}: the process of an environment ended in a {what}, at the steps "
                                      f"{self.steps.tolist()} of their episodes; nothing was committed") from error
