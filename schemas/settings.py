@@ -270,7 +270,7 @@ class PPOConfig(Settings):
     warmup_iterations: int = Field(0, ge=0)
     """Iterations in which both learning rates rise linearly to full."""
     critic_warmup: int = Field(0, ge=0)
-    """The first so many iterations train the critic alone, each on rollouts of its own; the actor stays as it is."""
+    """The first so many iterations train the critic alone, each on rollouts of its own; the actor's weights stay."""
     adam_epsilon: PositiveFloat = 1e-5
     """AdamW's ε."""
     weight_decay: float = Field(0.0, ge=0)

@@ -3,12 +3,12 @@
     make bench                                needs the extra `bench`; some minutes
     make bench ONLY="cartpole"                one of the tasks
 
-What is timed for Baton is a run of the `baton` command from its first iteration to the last one's commit, everything
-included: Parquet tables, checkpoints, manifests and their syncs, Prefect's flow and tasks, MLflow beside it. What the
-command takes to begin, Prefect's server above all, and to end, when MLflow is given its last points, is printed beside it:
-once a run, however long. Both compute on one thread; Prefect's server and the process that tells MLflow are Baton's and may
-use other cores. Stable-Baselines3's time is that of `learn`, without imports. Rounds alternate, so that both see the machine
-alike; what counts is the median of the rounds' ratios.
+What is timed for Baton is a whole run of the example by the `baton` command, from its first iteration to the last one's
+commit, everything included: Parquet tables, checkpoints, manifests and their syncs, Prefect's flow and tasks, MLflow beside
+it. To begin takes the command some seconds more, Prefect's server above all, and so does the end, when MLflow is given its
+last points; the ratio with these too is printed beside the other. Both compute on one thread; Prefect's server and the
+process that tells MLflow are Baton's and may use other cores. Stable-Baselines3's time is that of `learn`, without imports.
+Rounds alternate, so that both see the machine alike; what counts is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TASKS = {  # example, iterations of Baton, steps of the peer, what the ratio has to be
-    "pendulum": (ROOT / "data/pendulum", 30, 30 * 2048, 2.0),
-    "cartpole": (ROOT / "data/cartpole", 300, 300 * 512, 1.0),
+TASKS = {  # example, steps of the peer, what the ratio has to be
+    "pendulum": (ROOT / "data/pendulum", 30 * 2048, 2.0),
+    "cartpole": (ROOT / "data/cartpole", 300 * 512, 1.0),
 }
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-def baton(example: Path, iterations: int, *settings: str) -> tuple[float, float, float]:
-    """Steps per second of the iterations, and seconds before the first one and after the last."""
+def baton(example: Path) -> tuple[float, float]:
+    """Steps per second of the iterations, and of the whole command."""
     with tempfile.TemporaryDirectory() as store:
-        options = [option for setting in ("evaluate.picture=false", *settings) for option in ("--set", setting)]
         began = time.time()
         subprocess.run([sys.executable, "-m", "flows.cli", "train", str(example), "--store", store, "--quiet",
-                        "--iterations", str(iterations), *options], check=True, cwd=ROOT, env=ONE_THREAD)
+                        "--set", "evaluate.picture=false"], check=True, cwd=ROOT, env=ONE_THREAD)
         ended = time.time()
         states = sorted(Path(store).glob("runs/*/iterations/*.json"))
         first, last = states[0].stat().st_mtime, states[-1].stat().st_mtime
         record = json.loads(next(Path(store).glob("runs/*/run.json")).read_text())["config"]["rollout"]
-    return iterations * record["num_envs"] * record["num_steps"] / (last - first), first - began, ended - last
+    steps = (len(states) - 1) * record["num_envs"] * record["num_steps"]
+    return steps / (last - first), steps / (ended - began)
 
 
 def stable_baselines3(task: str, steps: int) -> float:
@@ -84,15 +84,14 @@ def main() -> int:
         return 0
     held = True
     for task in given.tasks or TASKS:
-        example, iterations, steps, wanted = TASKS[task]
+        example, steps, wanted = TASKS[task]
         ratios = []
         for round_ in range(given.rounds):
-            ours, before, after = baton(example, iterations)
+            ours, whole = baton(example)
             theirs = stable_baselines3(task, steps)
             ratios.append(ours / theirs)
-            print(f"{task} round {round_ + 1}: baton {ours:,.0f} steps/s ({before:.0f} s to begin, {after:.0f} to end), "
-                  f"Stable-Baselines3 "
-                  f"{theirs:,.0f}, ratio {ratios[-1]:.2f}", flush=True)
+            print(f"{task} round {round_ + 1}: baton {ours:,.0f} steps/s, Stable-Baselines3 {theirs:,.0f}, ratio "
+                  f"{ratios[-1]:.2f}; of the whole command {whole / theirs:.2f}", flush=True)
         ratio = statistics.median(ratios)
         held &= ratio >= wanted
         print(f"{task}: median ratio {ratio:.2f}, {'ok' if ratio >= wanted else 'FELL SHORT'} (wanted {wanted:g})")
