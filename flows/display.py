@@ -192,4 +192,7 @@ def _compared(metrics: dict[str, tuple[float | None, float]]) -> Grid:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    """To three places, or two digits where that would show nothing."""
+    if value is None:
+        return ""
+    return f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"
