@@ -108,9 +108,11 @@ def evaluate(run: Run, iteration: int, updated_actor: ModelRef) -> ArtifactRef:
         with policies.new_environments(run, actor.spaces, config.episodes, seed=recipe.seed, once=True) as environments:
             returns = evaluate_stage.control_evaluate(actor, environments, max_steps=config.max_steps)
         attempt.table(returns)
-        if config.picture and (film := film_of(run.config, policies.environment_function(run), actor,
-                                               seed=int(returns.seed[0]))):
-            attempt.write(EPISODE_FILM, film)
+        if config.picture and run.models.renders:
+            film = film_of(run.config, policies.environment_function(run), actor, seed=int(returns.seed[0]))
+            run.models.renders = film is not None
+            if film:
+                attempt.write(EPISODE_FILM, film)
         return Made(evaluate_stage.metrics(returns), int(returns.length.sum()))
 
     return produce(run, recipe, make)

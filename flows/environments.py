@@ -32,11 +32,11 @@ def make_environment(
     """One environment, by the user's function or by its id. Raises `ConfigError` saying what is missing."""
     try:
         if function is not None:
-            environment = function(**config.kwargs, **more)
+            environment = function(**{**config.kwargs, **more})
             if not isinstance(environment, gymnasium.Env):
                 raise TypeError(f"the function gave {type(environment).__name__}, expected a gymnasium.Env")
             return environment
-        return gymnasium.make(config.id, **config.kwargs, **more)
+        return gymnasium.make(config.id, **{**config.kwargs, **more})
     except DependencyNotInstalled as error:
         raise ConfigError(f"environment.id {config.id!r}: {_line(error)} ({_extra(error)})") from None
     except (NameNotFound, NamespaceNotFound) as error:
@@ -84,8 +84,11 @@ def look_at(config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | 
     """What an environment of that config gives and takes. Raises `ConfigError`, and `EnvironmentFailure` if it hangs."""
     with Watch(config.id, seconds)("making one"):
         environment = make_environment(config, function)
-    with contextlib.closing(environment):
+    try:
         return spaces_of(environment, config.id)
+    finally:
+        with contextlib.suppress(Exception):  # of no account: nothing was asked of it yet
+            environment.close()
 
 
 def make_vector(
@@ -140,12 +143,16 @@ class Watch:
         self._watching = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
         if self._watching:
             self._before = signal.signal(signal.SIGALRM, self._ring)
-            signal.setitimer(signal.ITIMER_REAL, self.seconds)
+            signal.setitimer(signal.ITIMER_REAL, self.seconds, self.seconds)  # again, if somebody catches the first
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._watching:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except _HungError as late:  # it rang on the way here
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                error = late
             signal.signal(signal.SIGALRM, self._before)
         if isinstance(error, _HungError):
             where = "" if self.steps is None else f", at the steps {self.steps.tolist()} of their episodes"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 
@@ -19,6 +20,7 @@ from stages.ops.policies import Actor
 log = logging.getLogger("baton")
 FRAMES = 150  # of a longer episode every second, fourth … is kept, so that there are one to two times so many
 WIDTH = 300  # pixels at most
+_END = object()
 
 
 def film_of(
@@ -30,10 +32,12 @@ def film_of(
     """
     watch = Watch(config.environment.id, config.execution.environment_timeout)
     try:
-        with closing(make_environment(config.environment, function, render_mode="rgb_array")) as environment:
-            frames = film(actor, environment, seed=seed, max_steps=config.evaluate.max_steps)
-            stride, images = _thinned(_watched(frames, watch))
-            return _gif(images, stride / environment.metadata.get("render_fps", 30))
+        with warnings.catch_warnings(action="ignore"):
+            environment = make_environment(config.environment, function, render_mode="rgb_array")
+            with closing(environment):
+                frames = film(actor, environment, seed=seed, max_steps=config.evaluate.max_steps)
+                stride, images = _thinned(_watched(frames, watch))
+                return _gif(images, stride / environment.metadata.get("render_fps", 30))
     except Exception as error:  # a picture is worth no training: whatever a renderer lacks
         log.info(f"no picture of an episode: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         return None
@@ -43,9 +47,11 @@ def _watched(frames: Iterator[np.ndarray], watch: Watch) -> Iterator[np.ndarray]
     """The frames, of which each must come in time."""
     while True:
         with watch("a picture"):
-            frame = next(frames, None)
-        if frame is None:
+            frame = next(frames, _END)
+        if frame is _END:
             return
+        if frame is None:
+            raise TypeError("its render() gave nothing")
         yield frame
 
 

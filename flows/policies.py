@@ -33,6 +33,7 @@ class WarmPolicies:
 
     def __init__(self, store: Store, config: ControlConfig) -> None:
         self.store, self.config, self.loaded = store, config, 0
+        self.renders = True  # until a picture fails: a renderer that finds no display may end the process the second time
         self._learner: tuple[ArtifactRef, ControlLearner] | None = None
         self._environments: tuple[ArtifactRef, Environments] | None = None
 
@@ -91,9 +92,9 @@ class WarmPolicies:
         self._close_environments()
 
     def _close_environments(self) -> None:
-        if self._environments:
-            self._environments[1].close()
-        self._environments = None
+        environments, self._environments = self._environments, None
+        if environments:
+            environments[1].close()
 
     def _resume(self, environments: Environments, previous: ArtifactRef) -> None:
         replay = actions_since_reset(batches_before(self.store, previous))

@@ -112,7 +112,7 @@ def _compare(store: Store, found: Manifest, again: Manifest, attempt: Attempt) -
     different = {path: (old.get(path), new.get(path)) for path in paths if old.get(path) != new.get(path)}
     if not different:
         store.discard(attempt)
-    return Reproduction(found.ref, len(old), different, attempt.folder if different else None)
+    return Reproduction(found.ref, len(paths), different, attempt.folder if different else None)
 
 
 def environment(config: RunConfig) -> Environment:

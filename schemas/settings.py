@@ -331,7 +331,7 @@ class ExecutionConfig(Settings):
     environments: Literal["sync", "async"] = "sync"
     """Control tasks: environments are stepped one after another in this process, or each in a process of its own."""
     environment_timeout: PositiveFloat = 60.0
-    """Control tasks: seconds after which a step or reset that does not come back is taken for hung."""
+    """Control tasks: seconds after which a step or reset, of all environments together, is taken for hung."""
 
 
 class TrackingConfig(Settings):

@@ -11,6 +11,7 @@ import torch
 from schemas.metrics import ControlEvaluateMetrics
 from schemas.tables import Returns
 from stages.ops.environments import Environments
+from stages.ops.finite import require_finite
 from stages.ops.policies import Actor, ToEnvironment
 from stages.ops.progress import progress_bar
 
@@ -19,13 +20,18 @@ VERSION = 1
 
 @torch.inference_mode()
 def control_evaluate(actor: Actor, environments: Environments, *, max_steps: int) -> Returns:
-    """One episode in each of N environments that play `once`, cut after `max_steps`. Raises `EnvironmentFailure`."""
+    """One episode in each of N environments that play `once`, cut after `max_steps`.
+
+    Raises `EnvironmentFailure`, and `NonFiniteError` with the episodes.
+    """
     environments.begin()
     seeds, playing = environments.seeds(), np.ones(len(environments), bool)
     returns, lengths, terminated = np.zeros(len(playing)), np.zeros(len(playing), np.int64), np.zeros(len(playing), bool)
     with progress_bar(total=len(playing), desc="evaluate") as bar:
         for _ in range(max_steps):
-            _, rewards, terminal, truncated = environments.step(_act(actor, environments.observations))
+            actions = _act(actor, environments.observations)
+            require_finite("the actor's most likely action", actions.sum(1), np.arange(len(playing)))
+            _, rewards, terminal, truncated = environments.step(actions)
             returns[playing] += rewards[playing]
             lengths += playing
             terminated |= playing & terminal

@@ -74,6 +74,16 @@ class Fails(Count):
         return observation, reward, terminated, truncated, info
 
 
+class Stubborn(Count):
+    """Hangs in its first step, and does not want to be closed."""
+
+    def step(self, action):
+        time.sleep(3600)
+
+    def close(self):
+        raise RuntimeError("display gone")
+
+
 class Forgets(Count):
     """Its reset does not listen to the seed."""
 
@@ -92,6 +102,10 @@ class Varied(Count):
 
 def varied():
     return Varied()
+
+
+def stubborn():
+    return Stubborn()
 
 
 def count(**kwargs):

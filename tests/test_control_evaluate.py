@@ -1,9 +1,11 @@
 """Evaluation of a control task: episodes worked out by hand, each played once, with the most likely actions."""
 
 import numpy as np
+import pytest
 import torch
 from control import begun, config, make, own
 
+from schemas.errors import NonFiniteError
 from stages.control_evaluate import control_evaluate, metrics
 
 
@@ -44,6 +46,14 @@ def test_actions_are_the_most_likely():
         with torch.no_grad():
             expected = actor.most_likely(actor.inputs(shown)).numpy().clip(-0.1, 0.1)
         np.testing.assert_allclose(given, expected, atol=1e-6)
+
+
+def test_an_actor_whose_actions_are_no_numbers_is_not_evaluated():
+    c = config(environment=own("narrow"))
+    actor, _, _ = begun(c)
+    torch.nn.init.constant_(actor.head.bias, float("nan"))
+    with make(c, 2, once=True) as environments, pytest.raises(NonFiniteError, match="action is nan in rows 0, 1"):
+        control_evaluate(actor, environments, max_steps=5)
 
 
 def test_what_comes_after_an_episode_is_not_played():

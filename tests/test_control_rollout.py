@@ -198,6 +198,34 @@ def test_what_is_computed_between_steps_is_not_the_environments_time():
     assert len(play(c, actor, critic, environments).logprobs.values) == 4
 
 
+def test_an_episode_that_ends_when_it_is_played_again_is_noticed():
+    """Its observations are those of before: only the end tells."""
+    c = config(environment=own("count", length=100), rollout={"num_envs": 2, "num_steps": 7}, ppo={"minibatches": 1})
+    batch = play(c, *begun(c))
+    for length in (7, 4):
+        new = make(config(environment=own("count", length=length), rollout={"num_envs": 2, "num_steps": 7},
+                          ppo={"minibatches": 1}))
+        assert new.resume(batch, actions_since_reset([batch])) == [0, 1]
+
+
+def test_an_environment_that_cannot_be_closed_hides_nothing():
+    c = config(environment=own("stubborn"))
+    with pytest.raises(EnvironmentFailure, match="step has not come back"), make(c) as environments:
+        environments.begin()
+        environments.watch = Watch("stubborn", 0.2)
+        environments.step(np.zeros((2, 1), np.float32))
+
+
+def test_processes_that_are_gone_can_be_closed():
+    environments = make(config(environment=own("count"), execution={"environments": "async"}))
+    environments.begin()
+    for process in environments.vector.processes:
+        process.kill()
+        process.join()
+    environments.close()
+    assert environments.vector.closed
+
+
 @pytest.mark.parametrize("how, where", [("hangs", "sync"), ("hangs", "async"), ("hangs outside of Python", "async")])
 def test_a_reset_that_hangs_is_ended(how, where):
     c = config(environment=own("fails", how=how), execution={"environments": where})

@@ -58,10 +58,13 @@ def test_a_cut_by_the_batch_bootstraps_whatever_truncation_says():
         np.testing.assert_allclose(advantages_of(batch, c).raw_advantages.values[last], delta, rtol=1e-5, atol=1e-5)
 
 
-def plain_torch(actor, critic, batch, advantages, c, order):
-    """One pass over minibatches with torch's distributions and Adam over both networks; parameters afterwards."""
+def plain_torch(actor, critic, batch, advantages, c, order, factor):
+    """One pass over minibatches with torch's distributions and AdamW over both networks; parameters afterwards."""
     parameters = [*actor.parameters(), *critic.parameters()]
-    adam = torch.optim.Adam(parameters, lr=c.ppo.learning_rate, eps=1e-5)
+    adam = torch.optim.AdamW(
+        [{"params": list(actor.parameters()), "lr": factor * c.ppo.learning_rate},
+         {"params": list(critic.parameters()), "lr": factor * (c.ppo.critic_learning_rate or c.ppo.learning_rate)}],
+        eps=c.ppo.adam_epsilon, weight_decay=c.ppo.weight_decay)
     tensor = lambda ragged: torch.tensor(ragged.values)  # noqa: E731
     observations, actions, old, returns, values = map(tensor, (
         batch.observations, batch.actions, batch.logprobs, advantages.returns, batch.values))
@@ -86,17 +89,20 @@ def plain_torch(actor, critic, batch, advantages, c, order):
     return [p.detach() for p in parameters]
 
 
-@pytest.mark.parametrize("environment", ["CartPole-v1", "Pendulum-v1"])
-def test_the_update_is_that_of_plain_torch(environment):
+@pytest.mark.parametrize("environment, settings, factor", [
+    ("CartPole-v1", {}, 1.0), ("Pendulum-v1", {}, 1.0),
+    ("Pendulum-v1", {"learning_rate": 8e-2, "critic_learning_rate": 3e-3, "weight_decay": 0.5, "adam_epsilon": 1e-4}, 0.5)])
+def test_the_update_is_that_of_plain_torch(environment, settings, factor):
     """Losses, entropy bonus, the common norm and AdamW, over several steps; the order of steps is that of the seed."""
-    c = config(environment={"id": environment}, ppo={"epochs": 3, "entropy_coef": 0.01, "learning_rate": 3e-2})
+    c = config(environment={"id": environment}, ppo={"epochs": 3, "entropy_coef": 0.01, "learning_rate": 3e-2} | settings)
     actor, critic, environments = begun(c)
     batch = play(c, actor, critic, environments)
     advantages = advantages_of(batch, c)
     generator = np.random.Generator(np.random.Philox(7))
     order = [torch.tensor(part) for _ in range(3) for part in np.array_split(generator.permutation(48), 4)]
-    expected = plain_torch(*copy.deepcopy((actor, critic)), batch, advantages, c, order)
-    metrics = ppo(ControlLearner(actor, critic, c.ppo), batch, batch, advantages, c.ppo, seed=7)
+    expected = plain_torch(*copy.deepcopy((actor, critic)), batch, advantages, c, order, factor)
+    metrics = ppo(ControlLearner(actor, critic, c.ppo), batch, batch, advantages, c.ppo, seed=7,
+                  learning_rate_factor=factor)
     assert metrics.steps == 12 and metrics.clip_fraction > 0
     assert np.hypot(metrics.grad_norm_actor, metrics.grad_norm_critic) > c.ppo.max_grad_norm  # the clip is at work
     for found, p in zip([*actor.parameters(), *critic.parameters()], expected, strict=True):

@@ -9,7 +9,7 @@ from the end of one episode to the beginning of the next.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 import gymnasium
@@ -40,11 +40,11 @@ class Player(gymnasium.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         """With `options["replay"]` no reset, but a step with this environment's action of that list, unless the episode is
-        over; with `options["rest"]` none either, and steps from then on do nothing."""
+        `over`, as the info says; with `options["rest"]` none either, and steps from then on do nothing."""
         if options and "replay" in options:
             if not self.over:
                 self.step(options["replay"][self.index])
-            return self.shown, {}
+            return self.shown, {"over": self.over}
         if options and "rest" in options:
             self.resting = True
             return self.shown, {}
@@ -139,7 +139,8 @@ class Environments:
         reached = self.observations.copy()
         if (ended := terminated | truncated).any():
             if self.once:
-                self.vector.reset(seed=[None] * len(self), options={"reset_mask": ended, "rest": True})
+                with self._call("step"):
+                    self.vector.reset(seed=[None] * len(self), options={"reset_mask": ended, "rest": True})
             else:
                 self.episode = self.episode + ended
                 self._reset(ended)
@@ -162,18 +163,18 @@ class Environments:
     def resume(self, batch: Trajectories, replay: Sequence[np.ndarray]) -> list[int]:
         """Takes up the episodes that `batch` has left open, by playing them again; `replay`: see `actions_since_reset`.
 
-        Which environments did not come to the observation they had come to: they are not deterministic, and begin a new
-        episode.
+        Which environments did not come to the observation they had come to, or to an end: they are not deterministic, and
+        begin a new episode.
         """
         self.keep(batch)
         self.begin()
         lengths = np.array([len(actions) for actions in replay])
         given = [self.to_environment(actions) for actions in replay]
+        over = np.zeros(len(self), bool)
         for t in range(lengths.max(initial=0)):
             which = lengths > t
-            self._replay(which, [actions[t] if left else None for actions, left in zip(given, which, strict=True)])
-        open_, final = self.start > 0, batch.final_observation[last_rows(batch)]
-        strayed = open_ & (self.observations != final).any(1)
+            over |= self._replay(which, [actions[t] if left else None for actions, left in zip(given, which, strict=True)])
+        strayed = (self.start > 0) & (over | (self.observations != batch.final_observation[last_rows(batch)]).any(1))
         if strayed.any():
             self.episode = self.episode + strayed
             for carried in (self.start, self.episode_return, self.discounted_return):
@@ -182,10 +183,12 @@ class Environments:
         return np.flatnonzero(strayed).tolist()
 
     def close(self, *, force: bool = False) -> None:
-        """Ends them; `force`: their processes too, if they have some, whatever they are doing."""
-        if not force or not (processes := getattr(self.vector, "processes", ())):
-            self.vector.close()
-            return
+        """Ends them; whatever one says to that does not matter any more. Processes that are left are killed, and with
+        `force` all of them at once."""
+        processes = getattr(self.vector, "processes", ())
+        if not (force and processes):
+            with suppress(Exception), self.watch("close", self.steps):
+                self.vector.close()
         for process in processes:
             process.kill()
             process.join()
@@ -197,12 +200,13 @@ class Environments:
             observations, _ = self.vector.reset(seed=self.seeds(which), options={"reset_mask": which})
         self._see(observations, np.zeros(len(self)))
 
-    def _replay(self, which: np.ndarray, actions: list[Any]) -> None:
-        """A step of those in `which`."""
+    def _replay(self, which: np.ndarray, actions: list[Any]) -> np.ndarray:
+        """A step of those in `which`. (N,) bool: whose episodes are over by then."""
         with self._call("step"):
-            observations, _ = self.vector.reset(seed=[None] * len(self), options={"reset_mask": which, "replay": actions})
+            observations, said = self.vector.reset(seed=[None] * len(self), options={"reset_mask": which, "replay": actions})
         self.steps += which
         self._see(observations, np.zeros(len(self)))
+        return said["over"]
 
     def _see(self, observations: np.ndarray, rewards: np.ndarray) -> None:
         """Takes the observations in as float32. Raises `EnvironmentFailure` if there, or a reward, is not finite."""

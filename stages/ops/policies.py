@@ -160,11 +160,11 @@ class ToEnvironment:
 
     def __init__(self, spaces: Spaces) -> None:
         self.box, self.scalar, self.start = spaces.kind == "box", spaces.scalar, np.array(spaces.start, np.int64)
-        self.low, self.high = (np.array([np.nan if bound is None else bound for bound in bounds], spaces.dtype)
-                               for bounds in (spaces.low, spaces.high))  # NaN is no bound to fmin and fmax
+        self.low, self.high = (np.array([none if bound is None else bound for bound in bounds], spaces.dtype)
+                               for none, bounds in ((-np.inf, spaces.low), (np.inf, spaces.high)))
 
     def __call__(self, actions: np.ndarray) -> np.ndarray:
         if self.box:
-            return np.fmin(np.fmax(actions.astype(self.low.dtype, copy=False), self.low), self.high)
+            return np.minimum(np.maximum(actions.astype(self.low.dtype, copy=False), self.low), self.high)
         choices = actions.astype(np.int64) + self.start
         return choices[:, 0] if self.scalar else choices
