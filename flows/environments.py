@@ -125,14 +125,22 @@ class _HungError(BaseException):
     """Not an `Exception`, so that an environment does not catch it."""
 
 
+def _ring(*_: object) -> None:
+    raise _HungError
+
+
 class Watch:
     """Ends a call that does not come back in `seconds`, as `EnvironmentFailure`: `with watch("step"): …`.
 
-    By an alarm signal, and so in the main thread only; elsewhere, and on systems without the signal, nobody watches.
+    By an alarm signal, and so in the main thread only; elsewhere, and on systems without the signal, nobody watches. The
+    signal's handler stays, since to set it for every step would cost as much as a small step.
     """
 
     def __init__(self, name: str, seconds: float) -> None:
         self.name, self.seconds = name, seconds
+        self._watching = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+        if self._watching:
+            signal.signal(signal.SIGALRM, _ring)
 
     def __call__(self, what: str, steps: np.ndarray | None = None) -> Watch:
         """`steps`: of the episodes that the call is about."""
@@ -140,9 +148,7 @@ class Watch:
         return self
 
     def __enter__(self) -> Watch:
-        self._watching = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
         if self._watching:
-            self._before = signal.signal(signal.SIGALRM, self._ring)
             signal.setitimer(signal.ITIMER_REAL, self.seconds, self.seconds)  # again, if somebody catches the first
         return self
 
@@ -153,11 +159,7 @@ class Watch:
             except _HungError as late:  # it rang on the way here
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 error = late
-            signal.signal(signal.SIGALRM, self._before)
         if isinstance(error, _HungError):
             where = "" if self.steps is None else f", at the steps {self.steps.tolist()} of their episodes"
             raise EnvironmentFailure(f"{self.name}: {self.what} has not come back for {self.seconds:g} s{where}; nothing "
                                      "was committed (execution.environment_timeout sets the limit)") from None
-
-    def _ring(self, *_: object) -> None:
-        raise _HungError
