@@ -28,7 +28,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 
-bench-learning: install ## does it learn? an hour or two; ONLY="bandit walks" for some of it
+bench-learning: install ## does it learn? some hours; ONLY="bandit walks" for some of it
 	$(BIN)/python tests/benchmarks/learning.py $(ONLY)
 
 bench: install          ## how fast, beside Stable-Baselines3; ONLY="cartpole" for one task

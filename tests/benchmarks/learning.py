@@ -1,6 +1,6 @@
 """Does it learn? Each check trains from nothing with the `baton` command and prints a line per run; no run is left out.
 
-    make bench-learning                      all of them, an hour or two of two cores
+    make bench-learning                      all of them, some hours of two cores
     make bench-learning ONLY="bandit walks"  some
 
 | check | what is run | held to |
