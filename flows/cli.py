@@ -6,17 +6,18 @@ import functools
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
 from schemas.errors import BatonError, ConfigError
+from schemas.settings import without_user_info
 
 if TYPE_CHECKING:
     from flows.runs import Run
@@ -72,7 +73,7 @@ def command(function: Callable[..., Answer]) -> click.Command:
             answer.show(Console(width=None if sys.stdout.isatty() else 140))
         return answer.code
 
-    return baton.command(name=function.__name__.removesuffix("_command"))(global_options(wrapped))
+    return baton.command(name=function.__name__.removesuffix("_command").replace("_", "-"))(global_options(wrapped))
 
 
 def settle(as_json: bool, quiet: bool, verbose: bool) -> None:
@@ -108,7 +109,7 @@ def opened(root: str, name: str, settings: tuple[str, ...] = ()) -> Run:
     from flows.runs import open_run
     from flows.store import Store
 
-    return open_run(Store(Path(root)), name, settings=settings)
+    return open_run(Store(root), name, settings=settings)
 
 
 def tagged(flow: Callable[..., Any], name: str, *arguments: Any) -> Any:
@@ -127,21 +128,23 @@ def tagged(flow: Callable[..., Any], name: str, *arguments: Any) -> Any:
 # --- commands ---
 
 @command
-@click.argument("config")
+@click.argument("config", required=False)
 @click.option("--run", "name", help="The run's name; the name of the config's folder by default.")
 @click.option("--iterations", type=click.IntRange(min=1), help="How far to train in this call, instead of the config's.")
 @SETTINGS
-def train(config: str, name: str | None, iterations: int | None, settings: tuple[str, ...], root: str) -> Answer:
-    """Make a run, or go on with one. CONFIG is an example's folder or a YAML file."""
-    from flows.start import start
+def train(config: str | None, name: str | None, iterations: int | None, settings: tuple[str, ...], root: str) -> Answer:
+    """Make a run, or go on with one. CONFIG is an example's folder or a YAML file; a run that is there needs none."""
+    from flows.start import resume, start
 
-    run, overrides = start(config, name, settings, iterations, root)
+    if config is None and name is None:
+        raise ConfigError("train: name a CONFIG, for example data/reviews, or a run that is there with --run")
+    run, overrides = start(config, name, settings, iterations, root) if config else resume(name, settings, iterations, root)
     if run.finished:
         return _nothing_to_do(run)
     log.info(f"run {run.name} in {root}: {run.progress}")
     from flows.train import train_flow
 
-    tagged(train_flow, run.name, str(run.store.root), overrides)
+    tagged(train_flow, run.name, run.store.uri, overrides)
     return _finished(run, [])
 
 
@@ -207,7 +210,7 @@ def runs(root: str) -> Answer:
     from flows.runs import overview, run_names
     from flows.store import Store
 
-    rows = [overview(opened(root, name)) for name in run_names(Store(Path(root)))]
+    rows = [overview(opened(root, name)) for name in run_names(Store(root))]
     return Answer(rows, lambda console: console.print(display.runs(rows) if rows else f"no runs in {root}"))
 
 
@@ -236,20 +239,97 @@ def show(run: str, iteration: int | None, root: str) -> Answer:
 @click.argument("run", required=False)
 def verify(run: str | None, root: str) -> Answer:
     """Check every byte of RUN, or of the whole store."""
-    from flows.runs import references
     from flows.store import Store
-    from stages.ops.progress import progress_bar
+    from flows.verify import verify as verify_all
 
-    store = Store(Path(root))
-    refs = references(opened(root, run)) if run else store.artifacts()
-    findings = [finding for ref in progress_bar(refs, "verify") for finding in store.verify(ref)]
+    artifacts, findings = verify_all(Store(root), run)
 
     def print_all(console: Console) -> None:
         for finding in findings:
-            console.print(finding, soft_wrap=True, markup=False, highlight=False)
-        console.print(f"{len(refs)} artifacts checked, {len(findings)} findings", highlight=False)
+            console.print(str(finding), soft_wrap=True, markup=False, highlight=False)
+        console.print(f"{artifacts} artifacts checked, {len(findings)} findings", highlight=False)
 
-    return Answer({"artifacts": len(refs), "findings": findings}, print_all, 1 if findings else 0)
+    return Answer({"artifacts": artifacts, "findings": [finding.flat() for finding in findings]}, print_all,
+                  1 if findings else 0)
+
+
+@command
+@click.argument("run")
+@click.option("--at", type=click.IntRange(min=0), required=True, help="The last iteration that both have in common.")
+@click.option("--run", "name", required=True, help="The new run's name.")
+@SETTINGS
+def fork(run: str, at: int, name: str, settings: tuple[str, ...], root: str) -> Answer:
+    """A new run that goes on from an iteration of RUN, with other settings or the same."""
+    from flows.fork import fork as fork_run
+
+    made = fork_run(opened(root, run), at, name, settings)
+    data = {"run": made.name, "parent": made.record.parent}
+    return Answer(data, lambda console: console.print(
+        f"run {made.name}, forked from {made.record.parent}; baton train --run {made.name} goes on", highlight=False))
+
+
+@command
+@click.argument("a")
+@click.argument("b")
+def diff(a: str, b: str, root: str) -> Answer:
+    """Where the runs A and B part: the first iteration, stage, row and column."""
+    from dataclasses import asdict
+
+    from flows import display
+    from flows.diff import first_parting
+
+    ours, theirs = opened(root, a), opened(root, b)
+    parting = first_parting(ours, theirs)
+    return Answer(parting and asdict(parting), lambda console: display.parting(console, ours, theirs, parting))
+
+
+@command
+@click.argument("run")
+def rm(run: str, root: str) -> Answer:
+    """Remove RUN; its artifacts stay until baton gc finds that no other run needs them."""
+    from flows.lease import holder_of
+    from flows.runs import remove_run
+    from flows.store import Store
+
+    store = Store(root)
+    if run not in (there := store.files.names("runs")):
+        raise ConfigError(f"no run {run!r} in {store.uri}; runs there: {', '.join(there) or 'none'}")
+    if holder := holder_of(store, run):
+        raise ConfigError(f"run {run!r} is being worked on by {holder}; end that first")
+    remove_run(store, run)
+    return Answer({"removed": run}, lambda console: console.print(
+        f"run {run} is removed; baton gc removes the artifacts that nothing else refers to", highlight=False))
+
+
+@command
+@click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
+@click.option("--older-than", "hours", type=click.FloatRange(min=0), default=24.0, show_default=True, metavar="HOURS",
+              help="Leave what is younger: somebody may still be making it.")
+def gc(dry_run: bool, hours: float, root: str) -> Answer:
+    """Remove what no run refers to, what broken-off attempts have left, and what retention does not keep."""
+    from flows import collect, display
+    from flows.store import Store
+
+    store = Store(root)
+    found = collect.garbage(store, hours)
+    if not dry_run:
+        collect.remove(store, found)
+    data = {"removed": not dry_run, "bytes": sum(one.bytes for one in found),
+            "found": [{"kind": one.kind, "what": one.what, "bytes": one.bytes} for one in found]}
+    return Answer(data, lambda console: display.garbage(console, found, dry_run))
+
+
+@command
+@click.argument("run")
+@SETTINGS
+def mlflow_sync(run: str, settings: tuple[str, ...], root: str) -> Answer:
+    """Bring MLflow to what the store says of RUN; nothing is logged twice. Settings: tracking.uri=…, for another server."""
+    from flows.mirror import how_to_open, sync
+
+    what = opened(root, run, settings)
+    states = sync(what)
+    return Answer({"run": run, "iterations": states, "mlflow": how_to_open(what)}, lambda console: console.print(
+        f"run {run}: MLflow has its {states} states; {how_to_open(what)}", highlight=False, soft_wrap=True))
 
 
 # --- the entry point ---
@@ -264,15 +344,26 @@ def run_command(arguments: list[str] | None = None) -> int:
         return _complain(str(error), 2 if isinstance(error, ConfigError) else 1)
     except (click.Abort, KeyboardInterrupt):
         return _complain("interrupted; the same command goes on from here", 130)
+    except TerminatedError:
+        return _complain("terminated; what was committed is whole, the same command goes on from here", 143)
+
+
+class TerminatedError(BaseException):
+    """SIGTERM: the stage ends where it is, and takes what it has written with it."""
+
+
+def _terminate(*_: object) -> None:
+    raise TerminatedError
 
 
 def _complain(message: str, code: int) -> int:
-    click.echo(f"baton: {' '.join(message.split())}", err=True)
+    click.echo(f"baton: {without_user_info(' '.join(message.split()))}", err=True)
     return code
 
 
 def main() -> None:
     """The `baton` command."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run_command())
 
 

@@ -65,15 +65,8 @@ def saved(stage: str, run: Run, recorded: Run, iteration: int) -> dict[str, Call
     before = run.state(iteration - 1) if iteration else after
     if stage in ("rollout", "ppo", "evaluate") and run.config.policy != recorded.config.policy:
         raise ConfigError(f"--set policy…: {stage} of this run has policies of the recorded sizes; make another run")
-    if stage == "rollout" and iteration > 1 and run.config.seed != recorded.config.seed:
-        raise ConfigError("seed: the episodes that the iteration before left open were reset with seeds that derive from "
-                          f"{recorded.config.seed}; make another run")
-    if stage == "rollout" and iteration > 1 and run.config.rollout.num_envs != recorded.config.rollout.num_envs:
-        raise ConfigError("rollout.num_envs: the episodes that the iteration before left open belong to "
-                          f"{recorded.config.rollout.num_envs} environments; make another run")
-    if stage == "rollout" and iteration > 1 and run.config.gae.gamma != recorded.config.gae.gamma:
-        raise ConfigError("gae.gamma: the discounted returns that the iterations before left were summed with "
-                          f"{recorded.config.gae.gamma:g}; make another run")
+    if stage == "rollout" and iteration > 1:
+        _require_same_episodes(run, recorded)
     return {
         "actor": lambda: before.actor,
         "critic": lambda: before.critic,
@@ -84,6 +77,26 @@ def saved(stage: str, run: Run, recorded: Run, iteration: int) -> dict[str, Call
         "rollouts": lambda: after.artifacts["rollout"],
         "advantages": lambda: after.artifacts["gae"],
     }
+
+
+def _require_same_episodes(run: Run, recorded: Run) -> None:
+    """Raises `ConfigError` where `run` could not go on with the episodes that are open."""
+    if run.config.seed != recorded.config.seed:
+        raise ConfigError("seed: the episodes that the iteration before left open were reset with seeds that derive from "
+                          f"{recorded.config.seed}; make another run")
+    if run.config.rollout.num_envs != recorded.config.rollout.num_envs:
+        raise ConfigError("rollout.num_envs: the episodes that the iteration before left open belong to "
+                          f"{recorded.config.rollout.num_envs} environments; make another run")
+    if run.config.gae.gamma != recorded.config.gae.gamma:
+        raise ConfigError("gae.gamma: the discounted returns that the iterations before left were summed with "
+                          f"{recorded.config.gae.gamma:g}; make another run")
+
+
+def forked(run: Run, recorded: Run, state: TrainState) -> TrainState:
+    """The state that a fork with the settings of `run` begins from. Raises `ConfigError` where it cannot."""
+    if state.iteration:
+        _require_same_episodes(run, recorded)
+    return state.model_copy(update={"reward_moments": _moments(run, recorded, state)})
 
 
 def _moments(run: Run, recorded: Run, state: TrainState) -> Moments:

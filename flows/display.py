@@ -16,6 +16,8 @@ from schemas.control import ControlConfig
 from schemas.tables import EPISODE_FILM, Samples
 
 if TYPE_CHECKING:
+    from flows.collect import Garbage
+    from flows.diff import Parting
     from flows.stage import StageResult
 
 SAMPLES_SHOWN = 5
@@ -46,7 +48,7 @@ def summary(console: Console, run: Run) -> None:
 
 def actor_folder(run: Run, state: TrainState) -> str:
     """Where `from_pretrained` finds the actor."""
-    return str(run.store.place(state.actor.artifact, state.actor.folder))
+    return run.store.place(state.actor.artifact, state.actor.folder)
 
 
 def _samples(run: Run, before: TrainState, after: TrainState) -> Grid:
@@ -85,7 +87,7 @@ def _picture(run: Run, state: TrainState) -> str | None:
     ref = state.artifacts["evaluate"]
     if EPISODE_FILM not in run.store.manifest(ref).digests():
         return None
-    return str(run.store.place(ref, EPISODE_FILM))
+    return run.store.place(ref, EPISODE_FILM)
 
 
 def found(run: Run) -> list[str]:
@@ -180,6 +182,32 @@ def stage(console: Console, name: str, iteration: int, result: StageResult, metr
             console.print(f"  {path}: committed {(old or 'no such file')[:12]}, now {(new or 'no such file')[:12]}")
     if result.ref != result.recorded:
         console.print(_compared(metrics))
+
+
+def parting(console: Console, a: Run, b: Run, found: Parting | None) -> None:
+    """Where two runs part."""
+    if found is None:
+        common = {*a.iterations()} & {*b.iterations()}
+        console.print(f"{a.name} and {b.name}: the same bytes in all {len(common)} states that both have", highlight=False)
+        return
+    where = f"row {found.row}, column {found.column}" if found.row is not None else found.column or ""
+    place = f", place {found.place}" if found.place is not None else ""
+    console.print(f"{a.name} and {b.name} part in iteration {found.iteration}, stage {found.stage}: "
+                  f"{', '.join(part for part in (found.file, where) if part)}{place}", highlight=False, soft_wrap=True)
+    console.print(f"  {a.name}: {found.a}\n  {b.name}: {found.b}", highlight=False, markup=False, soft_wrap=True)
+    for setting in found.settings:
+        console.print(f"  setting {setting}", highlight=False, markup=False, soft_wrap=True)
+    if found.inputs:
+        console.print(f"  other inputs: {', '.join(found.inputs)}", highlight=False)
+
+
+def garbage(console: Console, found: list[Garbage], dry_run: bool) -> None:
+    """What goes, and how much that is."""
+    for one in found:
+        console.print(f"{one.kind:<10} {one.bytes:>15,} bytes  {one.what}", highlight=False, markup=False, soft_wrap=True)
+    total = sum(one.bytes for one in found)
+    done = "would be removed; nothing was" if dry_run else "removed"
+    console.print(f"{len(found)} things, {total:,} bytes {done}", highlight=False)
 
 
 def _compared(metrics: dict[str, tuple[float | None, float]]) -> Grid:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
 
 from flows.chains import chain
+from flows.lease import lease
 from flows.mirror import Mirror
+from flows.retention import retain_after
 from flows.runs import Run, open_run
 from flows.store import Store
 from flows.tasks import untagged
@@ -26,6 +27,7 @@ def run_iteration(run: Run, state: TrainState, last: int) -> TrainState:
     after = chain(run).iteration(run, state, last)
     after = after.model_copy(update={"seconds": time.perf_counter() - started})
     run.save(after)
+    retain_after(run, after.iteration)
     _say(run, after, last, run.found[found:])
     return after
 
@@ -43,9 +45,9 @@ def _say(run: Run, state: TrainState, last: int, found: list[ArtifactRef]) -> No
 @flow(name="iterate", flow_run_name="{name}-iterate", persist_result=False)
 def iterate_flow(name: str, store: str, overrides: dict[str, Any] | None = None) -> TrainState:
     """The next iteration of the run `name`. Raises `ConfigError` when it is finished or not prepared."""
-    run = open_run(Store(Path(store)), name, overrides)
-    state = run.to_iterate()
-    with untagged(), closing(run), Mirror(run) as mirror:
+    run = open_run(Store(store), name, overrides)
+    with untagged(), lease(run), closing(run), Mirror(run) as mirror:
+        state = run.to_iterate()
         mirror.push(state)
         after = run_iteration(run, state, run.config.iterations)
         mirror.push(after)

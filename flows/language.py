@@ -126,6 +126,20 @@ def saved(stage: str, run: Run, recorded: Run, iteration: int) -> dict[str, Call
         "advantages": lambda: after.artifacts["gae"],
     }
 
+
+
+def forked(run: Run, recorded: Run, state: TrainState) -> TrainState:
+    """The state that a fork with the settings of `run` begins from. Raises `ConfigError` where it cannot."""
+    if run.config.gae.has_critic and not state.critic:
+        raise ConfigError(f"gae.estimator={run.config.gae.estimator}: it needs a critic, and run {recorded.name!r} has none")
+    changed = run.config.kl.coef != recorded.config.kl.coef
+    return state.model_copy(update={
+        "critic": state.critic if run.config.gae.has_critic else None,
+        "kl_coef": run.config.kl.coef if changed else state.kl_coef,
+        "reward_bias": _bias(run.config.reward, recorded.config.reward, state),
+        "reward_moments": _moments(run.config.reward, recorded.config.reward, state)})
+
+
 def _bias(now: RewardConfig, recorded: RewardConfig, state: TrainState) -> float:
     """What is taken off the weighted sum. Raises `ConfigError` where the run did not score its demonstrations so."""
     if not now.center_on_demonstrations:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -295,7 +296,7 @@ def _scorers(run: Run, reward_model: ModelRef | None) -> dict[str, Scorer]:
         if part.source == "reward_model":
             scorers[name] = model_scorer(run.models.reward_model(reward_model))
         elif part.source.startswith(("http://", "https://")):
-            scorers[name] = server_scorer(part.source)
+            scorers[name] = server_scorer(part.source, token=os.environ.get("BATON_REWARD_TOKEN"))
         else:
             scorers[name] = function_scorer(part.source, stored_function(run, f"reward.{name}", part.source))
     return scorers

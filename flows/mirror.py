@@ -16,6 +16,8 @@ import threading
 
 from flows.runs import Run
 from schemas.artifacts import TrainState
+from schemas.errors import ConfigError, TrackingError
+from schemas.settings import without_user_info
 
 log = logging.getLogger("baton")
 PATIENCE = 30.0  # seconds that the end of a run waits for the mirror
@@ -23,28 +25,43 @@ PATIENCE = 30.0  # seconds that the end of a run waits for the mirror
 
 def tracking_uri(run: Run) -> str:
     """Of the config, the environment, or sqlite beside the artifacts."""
-    default = f"sqlite:///{(run.store.root / 'mlflow.db').resolve()}"
+    default = f"sqlite:///{(run.store.files.beside / 'mlflow.db').resolve()}"
     return run.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
 
 
 def how_to_open(run: Run) -> str:
     """The command, or the address, where a person sees the runs."""
-    uri = tracking_uri(run)
+    uri = without_user_info(tracking_uri(run))
     return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else uri
 
 
-class Mirror:
-    """Tells `flows.tracking`, in a process of its own, which states are committed; it does the rest, best effort."""
+def sync(run: Run) -> int:
+    """Brings MLflow to all that the run has, however long that takes; how many states. Raises `TrackingError`."""
+    last = run.last()
+    if last is None:
+        raise ConfigError(f"run {run.name!r} is not prepared yet; go on with baton train")
+    with Mirror(run, in_earnest=True) as mirror:
+        mirror.push(last)
+    if mirror.wrong:
+        raise TrackingError(f"MLflow at {without_user_info(tracking_uri(run))}: {'; '.join(mirror.wrong)}")
+    return len(run.iterations())
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+
+class Mirror:
+    """Tells `flows.tracking`, in a process of its own, which states are committed; it does the rest, best effort.
+
+    `in_earnest`: whatever the config says, and for as long as it takes; `wrong` is then what went wrong.
+    """
+
+    def __init__(self, run: Run, in_earnest: bool = False) -> None:
+        self.run, self.in_earnest = run, in_earnest
+        self.wrong: list[str] = []
         self._process: subprocess.Popen | None = None
-        self._warned = False
 
     def __enter__(self) -> Mirror:
-        if self.run.config.tracking.enabled:
+        if self.run.config.tracking.enabled or self.in_earnest:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "flows.tracking", str(self.run.store.root), self.run.name], text=True,
+                [sys.executable, "-P", "-m", "flows.tracking", self.run.store.uri, self.run.name], text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 start_new_session=True)  # Ctrl-C is not for it
             self._ears = threading.Thread(target=self._listen, name="mlflow", daemon=True)
@@ -63,12 +80,12 @@ class Mirror:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
-            self._process.wait(PATIENCE)
+            self._process.wait(None if self.in_earnest else PATIENCE)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._warn("it did not answer in time")
         self._ears.join()
-        if self._process.wait() and not self._warned:
+        if self._process.wait() and not self.wrong:
             self._warn(f"the process that tells it ended with code {self._process.returncode}; "
                        "python -m flows.tracking says more")
 
@@ -83,6 +100,7 @@ class Mirror:
             self._warn(line.strip())
 
     def _warn(self, what: str) -> None:
-        self._warned = True
-        log.warning("MLflow at %s: %s; training goes on without it, the next start of the run completes it",
-                    tracking_uri(self.run), what)
+        self.wrong.append(without_user_info(what))
+        if not self.in_earnest:
+            log.warning("MLflow at %s: %s; training goes on without it, baton mlflow-sync %s completes it",
+                        without_user_info(tracking_uri(self.run)), self.wrong[-1], self.run.name)

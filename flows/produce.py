@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import math
@@ -14,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.files import explained
 from flows.store import Attempt, Store
 from schemas.artifacts import ArtifactRef, Environment, Manifest, Recipe
 from schemas.errors import NonFiniteError
@@ -77,14 +79,17 @@ def write(store: Store, config: RunConfig, recipe: Recipe, make: Callable[[Attem
     """A sealed attempt and its manifest, not committed; nothing is left behind if that fails."""
     attempt, started = store.attempt(recipe), time.perf_counter()
     try:
-        made = make(attempt)
+        with explained(store.uri):
+            made = make(attempt)
+            files = attempt.seal()
         metrics = _finite(recipe, made.metrics.flat() if made.metrics else {})
         return attempt, Manifest(
-            identity=recipe.ref.identity, recipe=recipe, attempt=attempt.name, files=attempt.seal(), tokens=made.tokens,
+            identity=recipe.ref.identity, recipe=recipe, attempt=attempt.name, files=files, tokens=made.tokens,
             input_manifests={role: store.manifest_digest(ref) for role, ref in recipe.inputs.items()}, metrics=metrics,
             environment=environment(config), created=now(), seconds=time.perf_counter() - started)
     except BaseException:
-        store.discard(attempt)
+        with contextlib.suppress(OSError):  # of a disk that is the reason why we are here
+            store.discard(attempt)
         raise
 
 

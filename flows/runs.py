@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.inputs import apply_settings
 from flows.produce import Reproduction, now
-from flows.store import Store, put_once, read_record
+from flows.store import Store
 from schemas.artifacts import ArtifactRef, RunRecord, TrainState, check_name, derive_seed, prefixed
 from schemas.config import differences, parse_config
 from schemas.errors import ConfigError
@@ -73,19 +72,24 @@ class Run:
 
     def state(self, iteration: int) -> TrainState:
         """After that iteration. Raises `ConfigError` if it was not reached."""
-        path = self._state_path(iteration)
-        if not path.exists():
+        state = self.store.get(self.state_key(iteration), TrainState)
+        if state is None:
             raise ConfigError(f"run {self.name!r} has no iteration {iteration}; it has {self.reached()}")
-        return read_record(path, TrainState)
+        return state
 
     def states(self) -> list[TrainState]:
         """All, the prepared one first."""
-        return [read_record(path, TrainState) for path in sorted(self._folder.glob("iterations/*.json"))]
+        return [self.state(iteration) for iteration in self.iterations()]
 
     def last(self) -> TrainState | None:
         """The latest, none before `prepare` is done."""
-        paths = sorted(self._folder.glob("iterations/*.json"))
-        return read_record(paths[-1], TrainState) if paths else None
+        there = self.iterations()
+        return self.state(there[-1]) if there else None
+
+    def iterations(self) -> list[int]:
+        """Which there are, in order."""
+        names = self.store.files.names(f"runs/{self.name}/iterations")
+        return sorted(int(name.removesuffix(".json")) for name in names if re.fullmatch(r"[0-9]+\.json", name))
 
     def recorded(self, stage: str, iteration: int) -> ArtifactRef:
         """What that stage of that iteration wrote. Raises `ConfigError` saying what there is instead."""
@@ -107,7 +111,7 @@ class Run:
 
     def save(self, state: TrainState) -> None:
         """Commits the state of an iteration; one that is there already stays."""
-        put_once(self._state_path(state.iteration), state)
+        self.store.put(self.state_key(state.iteration), state)
 
     def metrics_of(self, artifacts: Mapping[str, ArtifactRef]) -> dict[str, float]:
         """`stage/metric` of the artifacts."""
@@ -121,15 +125,12 @@ class Run:
 
     def reached(self) -> str:
         """For people: which iterations there are."""
-        last = self.last()
-        return "none yet" if last is None else f"0…{last.iteration}" if last.iteration else "0 alone"
+        there = self.iterations()
+        return "none yet" if not there else f"{there[0]}…{there[-1]}" if len(there) > 1 else f"{there[0]} alone"
 
-    @property
-    def _folder(self) -> Path:
-        return self.store.root / "runs" / self.name
-
-    def _state_path(self, iteration: int) -> Path:
-        return self._folder / "iterations" / f"{iteration:06d}.json"
+    def state_key(self, iteration: int) -> str:
+        """Where that state lies in the store."""
+        return f"runs/{self.name}/iterations/{iteration:06d}.json"
 
 
 # --- making and opening ---
@@ -137,7 +138,9 @@ class Run:
 def create_or_open(store: Store, name: str, config: RunConfig, inputs: Mapping[str, ArtifactRef]) -> Run:
     """The run of that name, made if there is none. Raises `ConfigError` saying what differs from what it was made with."""
     record = RunRecord(name=name, config=_settled(config).model_dump(mode="json"), inputs=dict(inputs), created=now())
-    put_once(store.root / "runs" / name / "run.json", record)
+    if store.get(record_key(name), RunRecord) is None and store.files.names(f"runs/{name}/iterations"):
+        raise ConfigError(f"run {name!r} is not whole, a fork or removal of it was interrupted; baton rm {name}, then again")
+    store.put(record_key(name), record)
     run = open_run(store, name)
     require_same(run, config, inputs)
     return run
@@ -162,19 +165,23 @@ def open_run(
     `settings`: the same as `a.b=value`, applied after them.
     """
     check_name(name, "run name")
-    path = store.root / "runs" / name / "run.json"
-    if not path.exists():
+    record = store.get(record_key(name), RunRecord)
+    if record is None:
         there = ", ".join(run_names(store)) or "none"
-        raise ConfigError(f"no run {name!r} in {store.root}; runs there: {there} (--store or BATON_STORE chooses the store)")
-    record = read_record(path, RunRecord)
+        raise ConfigError(f"no run {name!r} in {store.uri}; runs there: {there} (--store or BATON_STORE chooses the store)")
     data = apply_settings(merged(record.config, overrides or {}), settings)
     return Run(store, record, _settled(parse_config(data, f"run {name!r}")))
 
 
 def run_names(store: Store) -> list[str]:
     """Names of all runs, in order."""
-    names = (path.parent.name for path in store.root.glob("runs/*/run.json"))
-    return sorted(name for name in names if re.fullmatch(NAME_PATTERN, name))
+    return [name for name in store.files.names("runs")
+            if re.fullmatch(NAME_PATTERN, name) and store.files.exists(record_key(name))]
+
+
+def record_key(name: str) -> str:
+    """Where a run's record lies in the store."""
+    return f"runs/{name}/run.json"
 
 
 def _settled(config: RunConfig) -> RunConfig:
@@ -187,6 +194,15 @@ def _settled(config: RunConfig) -> RunConfig:
 def _cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def remove_run(store: Store, name: str) -> None:
+    """Its records, the last state first; its artifacts stay until `baton gc`."""
+    folder = f"runs/{name}"
+    for state in reversed(store.files.names(f"{folder}/iterations")):
+        store.files.remove(f"{folder}/iterations/{state}")
+    store.files.remove(record_key(name))
+    store.files.remove(folder)
 
 
 # --- what can be said of a run ---
@@ -215,5 +231,5 @@ def time_spent(run: Run, state: TrainState) -> list[dict[str, Any]]:
 
 def references(run: Run) -> list[ArtifactRef]:
     """Every artifact the run refers to, inputs first."""
-    made = [ref for state in run.states() for ref in state.artifacts.values()]
+    made = [ref for state in run.states() for ref in (*state.artifacts.values(), *state.models())]
     return list(dict.fromkeys([*run.inputs.values(), *made]))

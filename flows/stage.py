@@ -45,7 +45,7 @@ def stage_flow(
 
     `settings`: `a.b=value`, what to change of the run's config.
     """
-    recorded_run = open_run(Store(Path(store)), name)
+    recorded_run = open_run(Store(store), name)
     run = open_run(recorded_run.store, name, _as_recorded(recorded_run, stage, iteration), settings)
     use_new_functions(run, recorded_run)
     run.rerun = stage

@@ -10,12 +10,12 @@ from flows.inputs import check_inputs, import_files, load_function, read_config,
 from flows.runs import Run, create_or_open, open_run, require_same, run_names
 from flows.store import Store
 from schemas.artifacts import check_name
-from schemas.config import parse_config
+from schemas.config import differences, parse_config
 from schemas.control import ControlConfig
 from schemas.errors import ConfigError
 from schemas.language import LanguageConfig
 from schemas.presets import merged
-from schemas.settings import RunConfig
+from schemas.settings import FREE, RunConfig
 
 
 def start(
@@ -28,7 +28,7 @@ def start(
     """
     config, folder = read_config(source, settings)
     name = check_name(folder.resolve().name if name is None else name, "run name")
-    store, files = Store(Path(root)), check_inputs(config, folder)
+    store, files = Store(root), check_inputs(config, folder)
     recipes = recipes_of(files)
     inputs = {role: recipe.ref for role, recipe in recipes.items()}
     check_device(config.execution.device)
@@ -47,21 +47,33 @@ def start(
 
 def _of_this_call(config: RunConfig, iterations: int | None) -> dict[str, Any]:
     """The settings that hold for this call, whatever the run was made with. Raises `ConfigError` if they do not fit it."""
-    execution = config.execution.model_dump(mode="json", exclude_none=True)  # without threads: as the run has them
-    overrides = {"iterations": iterations or config.iterations, "execution": execution,
-                 "tracking": config.tracking.model_dump(mode="json")}
+    overrides = {"iterations": iterations or config.iterations,
+                 **{section: getattr(config, section).model_dump(mode="json") for section in FREE}}
+    if overrides["execution"]["threads"] is None:
+        del overrides["execution"]["threads"]  # as the run has them
     parse_config(merged(config.model_dump(mode="json"), overrides), "--iterations")
     return overrides
 
 
+def resume(name: str, settings: Iterable[str], iterations: int | None, root: str) -> tuple[Run, dict[str, Any]]:
+    """As `start`, for a run that is there, as it was made; settings may change what is not part of that."""
+    store = Store(root)
+    run, changed = open_run(store, name), open_run(store, name, settings=settings)
+    if lines := differences(run.config.decides(), changed.config.decides()):
+        raise ConfigError(f"--set: run {name!r} was made with another config ({'; '.join(lines)}); baton fork {name} --at I "
+                          "--run NEW --set … makes one that goes on with yours")
+    overrides = _of_this_call(changed.config, iterations)
+    check_device(changed.config.execution.device)
+    check_writable(store)
+    return open_run(store, name, overrides), overrides
+
+
 def check_writable(store: Store) -> None:
-    """Raises `ConfigError` if the store's folder cannot be made or written to."""
+    """Raises `ConfigError` if the store cannot be made or written to."""
     try:
-        store.root.mkdir(parents=True, exist_ok=True)
-        (store.root / ".writable").write_bytes(b"")
-        (store.root / ".writable").unlink()
+        store.files.probe()
     except OSError as error:
-        raise ConfigError(f"--store {store.root}: {error.strerror}: {error.filename}") from None
+        raise ConfigError(f"--store {store.uri}: {error.strerror or error}: {error.filename or store.uri}") from None
 
 
 def check_device(device: str) -> None:

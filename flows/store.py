@@ -2,22 +2,19 @@
 
     <root>/artifacts/<stage>/<identity>/manifest.json        the only commit point
     <root>/artifacts/<stage>/<identity>/attempts/<uuid>/…    what the manifest lists
+    <root>/artifacts/<stage>/<identity>/dropped/<part>.json  a part of a checkpoint that is not kept any more
     <root>/runs/<run>/run.json, iterations/000003.json       see flows/runs.py
 
-Files are written under a fresh attempt, hashed and synced; the manifest is then linked into place, which fails where
-one exists already, so that of two writers the first wins and the second adopts its artifact.
+Files are written under a fresh attempt, hashed and made durable; the manifest is then put in place, which fails where
+one exists already, so that of two writers the first wins and the second adopts its artifact. flows/files.py is how.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
-import shutil
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +22,16 @@ from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from schemas.artifacts import FORMAT_VERSION, ArtifactRef, FileEntry, Manifest, Recipe
-from schemas.errors import StoreError, TableError
-from schemas.tables import TABLES, Rollouts, Table, Trajectories, require_aligned
+from flows.files import Files, explained, open_files
+from schemas.artifacts import ArtifactRef, Dropped, FileEntry, Manifest, Recipe
+from schemas.errors import DamageError, DroppedError, StoreError, TableError
+from schemas.records import HINT, decode, encode
+from schemas.tables import Table
 from stages.ops.progress import progress_bar
 
-KEPT = 8  # artifacts: more than an iteration makes
+KNOWN, TABLES_KEPT = 256, 8  # artifacts whose manifests, and whose tables, are kept in memory: an iteration makes fewer
 SYNCED_AT_ONCE = 4  # files and folders: both waiting for the disk and hashing leave the interpreter to others
 T = TypeVar("T", bound=Table)
 M = TypeVar("M", bound=BaseModel)
@@ -41,8 +40,8 @@ M = TypeVar("M", bound=BaseModel)
 class Attempt:
     """A folder in which one attempt at an artifact is written."""
 
-    def __init__(self, ref: ArtifactRef, folder: Path) -> None:
-        self.ref, self.folder = ref, folder
+    def __init__(self, ref: ArtifactRef, folder: Path, files: Files) -> None:
+        self.ref, self.folder, self.files = ref, folder, files
         self.tables: dict[type[Table], Table] = {}  # those written, as they were given
         self._entries: dict[str, FileEntry] = {}  # files that are synced and hashed already
         self._folders: set[Path] = {folder, folder.parent}  # to be synced; above `attempts` that is done with the manifest
@@ -68,8 +67,7 @@ class Attempt:
             self._folders |= {folder for folder in path.parents if folder.is_relative_to(self.folder)}
         with path.open("wb") as file:  # buffered: a raw write may be a part of it and say nothing
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        self.files.sync(path)
         self._entries[inner] = FileEntry(
             path=inner, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=None if table is None else len(table),
             columns=None if table is None else {f.name: str(f.type) for f in table.schema})
@@ -88,7 +86,7 @@ class Attempt:
             found = progress_bar(pool.map(self._seal, others), f"{self.ref.stage}: commit", total=len(others))
             entries = [entry for entry in found if entry is not None]
         for folder in self._folders:
-            _fsync(folder)
+            self.files.sync(folder)
         return tuple(sorted([*self._entries.values(), *entries], key=lambda entry: entry.path))
 
     def _seal(self, path: Path) -> FileEntry | None:
@@ -96,7 +94,7 @@ class Attempt:
         if path.is_file():
             path.chmod(0o644)  # safetensors files are made for their owner alone; stores are shared
             entry = FileEntry(path=self._inner(path), bytes=path.stat().st_size, sha256=sha256_file(path))
-        _fsync(path)
+        self.files.sync(path)
         return entry
 
     def _inner(self, path: Path) -> str:
@@ -104,8 +102,8 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class _Own:
-    """An artifact that this process has committed."""
+class _Known:
+    """An artifact whose manifest this process has read, or committed with these tables."""
 
     manifest: Manifest
     digest: str  # of the manifest's bytes
@@ -113,221 +111,171 @@ class _Own:
 
 
 class Store:
-    """A store on local disk."""
+    """A store in a folder, or below `s3://bucket/prefix`."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = Path(root)
-        self._own: OrderedDict[ArtifactRef, _Own] = OrderedDict()  # the last committed here
-        self._synced: set[Path] = set()  # folders of stages that are known to be on disk
+    def __init__(self, root: str | Path) -> None:
+        self.files = open_files(root)
+        self.uri = self.files.uri
+        self._manifests: OrderedDict[ArtifactRef, _Known] = OrderedDict()
 
     # --- writing ---
 
     def attempt(self, recipe: Recipe) -> Attempt:
         """A fresh folder for one attempt at the recipe's artifact."""
-        attempts = self._folder(recipe.ref) / "attempts"
-        attempts.mkdir(parents=True, exist_ok=True)
-        folder = attempts / uuid.uuid4().hex
-        folder.mkdir()
-        return Attempt(recipe.ref, folder)
+        with explained(self.uri):
+            folder = self.files.begin(f"{folder_of(recipe.ref)}/attempts/{uuid.uuid4().hex}")
+        return Attempt(recipe.ref, folder, self.files)
 
     def commit(self, manifest: Manifest, tables: Mapping[type[Table], Table] | None = None) -> Manifest:
         """Publishes a sealed attempt; the manifest that is now the artifact's, another writer's if that came first.
 
         The last manifests and `tables` that were published here are kept in memory: the next stage need not read them.
         """
-        folder = self._folder(manifest.ref)
-        if put_once(folder / "manifest.json", manifest):
-            _fsync(folder.parent)
-            if folder.parent not in self._synced:  # the stage's own folder may be new
-                for above in (folder.parents[1], self.root):
-                    _fsync(above)
-                self._synced.add(folder.parent)
-            self._own[manifest.ref] = _Own(manifest, hashlib.sha256(_text(manifest)).hexdigest(), dict(tables or {}))
-            if len(self._own) > KEPT:
-                self._own.popitem(last=False)
+        data = encode(manifest)
+        with explained(self.uri):
+            self.files.publish(attempt_of(manifest))
+            won = self.files.put_once(f"{folder_of(manifest.ref)}/manifest.json", data)
+        if won:
+            self._keep(manifest.ref, _Known(manifest, hashlib.sha256(data).hexdigest(), dict(tables or {})))
             return manifest
-        shutil.rmtree(folder / "attempts" / manifest.attempt)
+        self.files.remove(attempt_of(manifest))
         return self.manifest(manifest.ref)
 
     def discard(self, attempt: Attempt) -> None:
         """Removes an attempt that was not committed."""
-        shutil.rmtree(attempt.folder)
+        self.files.remove(f"{folder_of(attempt.ref)}/attempts/{attempt.name}")
 
-    # --- reading ---
+    # --- artifacts ---
 
     def find(self, ref: ArtifactRef) -> Manifest | None:
         """The artifact's manifest, or none if it was never committed. Raises `StoreError` if it cannot be believed."""
-        path = self._folder(ref) / "manifest.json"
-        if not path.exists():
-            return None
-        if ref in self._own:
-            return self._own[ref].manifest
-        manifest = read_record(path, Manifest)
-        for name, found, expected in (("recipe", manifest.recipe.ref.identity, ref.identity),
-                                       ("identity", manifest.identity, ref.identity)):
-            if found != expected:
-                raise StoreError(f"{path}: {name} gives identity {found[:12]}…, expected {expected[:12]}…")
-        return manifest
+        known = self._known(ref)
+        return known.manifest if known else None
 
     def manifest(self, ref: ArtifactRef) -> Manifest:
         """As `find`; raises `StoreError` if there is none."""
-        manifest = self.find(ref)
-        if manifest is None:
-            raise StoreError(f"{ref.short} is not in {self.root}; baton stage {ref.stage} RUN --iteration I makes it again")
-        return manifest
+        return self._there(ref).manifest
 
     def manifest_digest(self, ref: ArtifactRef) -> str:
         """sha256 of the manifest's bytes."""
-        if ref in self._own:
-            return self._own[ref].digest
-        return sha256_file(self._folder(ref) / "manifest.json")
+        return self._there(ref).digest
+
+    def _there(self, ref: ArtifactRef) -> _Known:
+        known = self._known(ref)
+        if known is None:
+            raise StoreError(f"{ref.short} is not in {self.uri}; baton stage {ref.stage} RUN --iteration I makes it again")
+        return known
+
+    def _known(self, ref: ArtifactRef) -> _Known | None:
+        """Manifests do not change: each is read once."""
+        if ref not in self._manifests:
+            key = f"{folder_of(ref)}/manifest.json"
+            with explained(self.files.address(key)):
+                data = self.files.read(key)
+            if data is None:
+                return None
+            manifest = decode(data, self.files.address(key), Manifest)
+            for name, found in (("recipe", manifest.recipe.ref.identity), ("identity", manifest.identity)):
+                if found != ref.identity:
+                    raise DamageError(self.files.address(key), name, f"identity {ref.identity}", found, HINT)
+            self._keep(ref, _Known(manifest, hashlib.sha256(data).hexdigest(), {}))
+        return self._manifests[ref]
+
+    def _keep(self, ref: ArtifactRef, known: _Known) -> None:
+        self._manifests[ref] = known
+        if len(self._manifests) > KNOWN:
+            self._manifests.popitem(last=False)
+        own = [other for other in self._manifests.values() if other.tables]
+        for old in own[:-TABLES_KEPT]:
+            old.tables.clear()
 
     def table(self, ref: ArtifactRef, kind: type[T]) -> T:
         """A table of the artifact, its size, digest, schema and row count checked."""
-        manifest = self.manifest(ref)
-        if ref in self._own and kind in self._own[ref].tables:
-            return self._own[ref].tables[kind]
-        entry = _entry(manifest, kind.file)
-        path = self._path(manifest, entry.path)
-        data = path.read_bytes() if path.is_file() else None
-        self._check(path, entry, None if data is None else len(data),
-                    None if data is None else hashlib.sha256(data).hexdigest())
-        return _parse(path, entry, pa.BufferReader(data), kind)
+        known = self._there(ref)
+        if kind in known.tables:
+            return known.tables[kind]
+        entry = _entry(known.manifest, kind.file)
+        return read_table(self.checked(known.manifest, entry), entry, kind)
 
     def file(self, ref: ArtifactRef, inner: str) -> Path:
         """A file of the artifact, its size and digest checked."""
         manifest = self.manifest(ref)
-        return self._checked(manifest, _entry(manifest, inner))
+        return self.checked(manifest, _entry(manifest, inner))
 
     def folder(self, ref: ArtifactRef, inner: str) -> Path:
-        """A folder of the artifact, the size and digest of each file below it checked."""
+        """A folder of the artifact: the size and digest of each file below it checked, and that there are no others."""
         manifest = self.manifest(ref)
         entries = [entry for entry in manifest.files if entry.path.startswith(f"{inner}/")]
         if not entries:
             raise StoreError(f"{ref.short}: the manifest lists nothing below {inner}/")
         for entry in progress_bar(entries, f"{ref.stage}: read"):
-            self._checked(manifest, entry)
-        return self._path(manifest, inner)
+            self.checked(manifest, entry)
+        folder = self.files.local(attempt_of(manifest), inner)
+        there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+        if more := there - {entry.path.removeprefix(f"{inner}/") for entry in entries}:
+            raise unlisted(str(folder / min(more)))
+        return folder
 
-    def place(self, ref: ArtifactRef, inner: str) -> Path:
+    def checked(self, manifest: Manifest, entry: FileEntry) -> Path:
+        """Where a file of the artifact can be read. Raises `DamageError` unless it is the one the manifest lists."""
+        key = attempt_of(manifest)
+        with explained(self.files.address(f"{key}/{entry.path}")):
+            path = self.files.local(key, entry.path)
+            wrong = _wrong(path, entry)
+            if wrong and self.files.forget(key, entry.path):  # it was a copy: another one may be whole
+                path = self.files.local(key, entry.path)
+                wrong = _wrong(path, entry)
+        if wrong is None:
+            return path
+        if wrong[0] == "file":
+            for dropped in self.dropped(manifest.ref):
+                if entry.path.startswith(f"{dropped.part}/"):
+                    raise DroppedError(f"{manifest.ref.short}: its {dropped.part} is not kept any more: retention of run "
+                                       f"{dropped.run!r} dropped it at {dropped.created}; go on from a later iteration")
+        raise DamageError(self.files.address(f"{key}/{entry.path}"), *wrong, HINT)
+
+    def dropped(self, ref: ArtifactRef) -> list[Dropped]:
+        """The parts of a checkpoint that retention has dropped."""
+        folder = f"{folder_of(ref)}/dropped"
+        records = (self.get(f"{folder}/{name}", Dropped) for name in self.files.names(folder) if name.endswith(".json"))
+        return [record for record in records if record]
+
+    def place(self, ref: ArtifactRef, inner: str) -> str:
         """Where a file or folder of the artifact lies, unchecked; to show to people."""
-        return self._path(self.manifest(ref), inner)
-
-    def verify(self, ref: ArtifactRef) -> Iterator[str]:
-        """What is wrong with the artifact, one finding a line: manifest, every file's bytes, schemas, row alignment."""
-        try:
-            manifest = self.manifest(ref)
-        except StoreError as error:
-            yield str(error)
-            return
-        for entry in manifest.files:
-            try:
-                path = self._checked(manifest, entry)
-                if entry.path in TABLES:
-                    _parse(path, entry, str(path), TABLES[entry.path])
-            except StoreError as error:
-                yield str(error)
-        for role, digest in manifest.input_manifests.items():
-            source = manifest.recipe.inputs[role]
-            if not (self._folder(source) / "manifest.json").exists():
-                yield f"{ref.short}: its input {role}, {source.short}, is missing; make it again with baton stage"
-            elif self.manifest_digest(source) != digest:
-                yield f"{ref.short}: its input {role}, {source.short}, has another manifest than the one it was made from"
-        yield from self._misaligned(manifest)
-
-    def _misaligned(self, manifest: Manifest) -> Iterator[str]:
-        """Tables of the artifact that do not have the rows of the rollouts they describe."""
-        rollouts = manifest.recipe.inputs.get("rollouts")
-        for entry in manifest.files if rollouts else ():
-            if entry.path in TABLES:
-                with contextlib.suppress(StoreError):  # a file that cannot be read is a finding of its own
-                    try:
-                        there = self.manifest(rollouts).digests()
-                        kind = Trajectories if Trajectories.file in there else Rollouts
-                        require_aligned(self.table(rollouts, kind), self.table(manifest.ref, TABLES[entry.path]))
-                    except TableError as error:
-                        yield f"{self._path(manifest, entry.path)}: {error}"
+        return self.files.address(f"{attempt_of(self.manifest(ref))}/{inner}")
 
     def artifacts(self) -> list[ArtifactRef]:
-        """All committed artifacts."""
-        found = sorted(self.root.glob("artifacts/*/*/manifest.json"))
-        return [ArtifactRef(stage=path.parts[-3], identity=path.parts[-2]) for path in found]
+        """All committed artifacts, sorted."""
+        found = (stat.key.split("/") for stat in self.files.walk("artifacts") if stat.key.endswith("/manifest.json"))
+        return [ArtifactRef(stage=parts[1], identity=parts[2]) for parts in sorted(found) if len(parts) == 4]
 
-    def _folder(self, ref: ArtifactRef) -> Path:
-        return self.root / "artifacts" / ref.stage / ref.identity
+    # --- records of runs ---
 
-    def _path(self, manifest: Manifest, inner: str) -> Path:
-        attempt = self._folder(manifest.ref) / "attempts" / manifest.attempt
-        path = attempt / inner
-        if not path.resolve().is_relative_to(attempt.resolve()):
-            raise StoreError(f"{path}: leaves the artifact through a link; expected a plain file")
-        return path
+    def put(self, key: str, record: BaseModel) -> bool:
+        """Writes a record unless there is one; whether it is this one that is there now."""
+        with explained(self.files.address(key)):
+            return self.files.put_once(key, encode(record))
 
-    def _checked(self, manifest: Manifest, entry: FileEntry) -> Path:
-        path = self._path(manifest, entry.path)
-        size = path.stat().st_size if path.is_file() else None
-        self._check(path, entry, size, sha256_file(path) if size == entry.bytes else None)
-        return path
-
-    def _check(self, path: Path, entry: FileEntry, size: int | None, digest: str | None) -> None:
-        """Raises `StoreError` unless size and digest are those of the manifest; `size` none: there is no such file."""
-        if size is None:
-            wrong = f"the file is missing; the manifest lists it with {entry.bytes} bytes"
-        elif size != entry.bytes:
-            wrong = f"size: expected {entry.bytes} bytes, found {size}"
-        elif digest != entry.sha256:
-            wrong = f"sha256: expected {entry.sha256[:12]}…, found {digest[:12]}…"
-        else:
-            return
-        stage, identity = path.relative_to(self.root).parts[1:3]
-        raise StoreError(f"{path}: {wrong}; remove {self.root / 'artifacts' / stage / identity} and make it again with "
-                         f"baton stage {stage} RUN --iteration I")
+    def get(self, key: str, kind: type[M]) -> M | None:
+        """A record, none if there is none. Raises `StoreError` naming file and field if it cannot be believed."""
+        with explained(self.files.address(key)):
+            data = self.files.read(key)
+        return None if data is None else decode(data, self.files.address(key), kind)
 
 
-# --- records: JSON files that are written once ---
-
-def put_once(path: Path, record: BaseModel) -> bool:
-    """Writes `record` to `path` unless it exists: whole, synced, or not at all. Whether this call wrote it."""
-    missing = [] if path.parent.exists() else [folder for folder in path.parents if not folder.exists()]
-    if missing:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(_text(record))
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)
-        return True
-    except FileExistsError:
-        return False
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        for folder in (path.parent, *(new.parent for new in missing)):
-            _fsync(folder)
+def folder_of(ref: ArtifactRef) -> str:
+    """The key of an artifact's folder."""
+    return f"artifacts/{ref.stage}/{ref.identity}"
 
 
-def _text(record: BaseModel) -> bytes:
-    """A record as it is written."""
-    return (record.model_dump_json(indent=1) + "\n").encode()
+def attempt_of(manifest: Manifest) -> str:
+    """The key of the folder that holds a committed artifact's files."""
+    return f"{folder_of(manifest.ref)}/attempts/{manifest.attempt}"
 
 
-def read_record(path: Path, kind: type[M]) -> M:
-    """A record as it was written. Raises `StoreError` naming file and field."""
-    try:
-        data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise StoreError(f"{path}: not JSON: {error}") from None
-    version = data.get("format_version") if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
-        raise StoreError(f"{path}: format_version {version}, this Baton reads {FORMAT_VERSION}"
-                         + ("; use a newer Baton" if isinstance(version, int) and version > FORMAT_VERSION else ""))
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        finding = error.errors(include_url=False)[0]
-        raise StoreError(f"{path}: {'.'.join(str(part) for part in finding['loc'])}: {finding['msg']}") from None
+def unlisted(path: str) -> DamageError:
+    """A file in an artifact that its manifest does not list: a model would be loaded with it."""
+    return DamageError(path, "file", "no file but those the manifest lists", "this one", "remove it")
 
 
 # --- files ---
@@ -339,11 +287,23 @@ def _entry(manifest: Manifest, inner: str) -> FileEntry:
     raise StoreError(f"{manifest.ref.short}: the manifest does not list {inner}")
 
 
-def _parse(path: Path, entry: FileEntry, source: pa.BufferReader | str, kind: type[T]) -> T:
+def _wrong(path: Path, entry: FileEntry) -> tuple[str, str, str] | None:
+    """What of a file is not as it is listed: field, expected, found."""
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
+        return "file", f"{entry.bytes} bytes", "no such file"
+    if size != entry.bytes:
+        return "size", f"{entry.bytes} bytes", f"{size}"
+    digest = sha256_file(path)
+    return None if digest == entry.sha256 else ("sha256", f"{entry.sha256[:12]}…", f"{digest[:12]}…")
+
+
+def read_table(path: Path, entry: FileEntry, kind: type[T]) -> T:
+    """The table in a checked file. Raises `StoreError` if its rows or columns are not those of the entry and the kind."""
     try:
-        table = pq.ParquetFile(source).read()
+        table = pq.ParquetFile(path).read()
         if table.num_rows != entry.rows:
-            raise TableError(f"rows: expected {entry.rows}, found {table.num_rows}")
+            raise DamageError(str(path), "rows", entry.rows, table.num_rows, HINT)
         return kind.from_arrow(table)
     except (TableError, pa.ArrowInvalid) as error:
         raise StoreError(f"{path}: {error}") from None
@@ -353,11 +313,3 @@ def sha256_file(path: Path) -> str:
     """Of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

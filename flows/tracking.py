@@ -29,8 +29,8 @@ import mlflow
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from flows.runs import Run
-from flows.store import Store, read_record
+from flows.runs import Run, record_key
+from flows.store import Store
 from schemas.artifacts import Manifest, RunRecord, TrainState
 from schemas.config import parse_config
 from schemas.tables import EPISODE_FILM, Returns, Samples
@@ -78,7 +78,7 @@ class Client:
         experiment = self.client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else self._experiment(name)
         tags = {"baton.run": self.run.name, "baton.created": self.run.record.created,
-                "baton.store": str(self.run.store.root)}
+                "baton.store": self.run.store.uri}
         return self.client.create_run(experiment_id, run_name=self.run.name, tags=tags).info.run_id
 
     def _log_params(self) -> None:
@@ -140,8 +140,9 @@ class Client:
         self.client.set_registered_model_alias(name, "best", version)
 
     def _new_version(self, name: str, artifact: str, state: TrainState) -> str:
-        folder = self.run.store.place(state.actor.artifact, state.actor.folder).resolve()
-        tags = {"baton.artifact": artifact, "baton.folder": str(folder), "baton.iteration": str(state.iteration)}
+        folder = self.run.store.place(state.actor.artifact, state.actor.folder)
+        folder = folder if "://" in folder else str(Path(folder).resolve())
+        tags = {"baton.artifact": artifact, "baton.folder": folder, "baton.iteration": str(state.iteration)}
         experiment, before = self.client.get_run(self.run_id).info.experiment_id, os.environ.get("MLFLOW_TRACKING_URI")
         mlflow.set_tracking_uri(self.uri)  # the client has no call for external models, nor looks for them at its own
         try:
@@ -179,8 +180,8 @@ def main(root: str, name: str) -> int:
         lines = Lines(sys.stdin.fileno())
         told = json.loads(lines.first())
         config = parse_config(told["config"], f"run {name!r}")
-        store = Store(Path(root))
-        run = Run(store, read_record(store.root / "runs" / name / "run.json", RunRecord), config)
+        store = Store(root)
+        run = Run(store, store.get(record_key(name), RunRecord), config)
         client = Client(run, told["uri"])
         while (iteration := lines.last()) is not None:
             client.bring_to(run.state(int(iteration)))

@@ -8,18 +8,16 @@ import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from schemas.errors import ConfigError
 from schemas.settings import NAME_PATTERN, Name
 
-FORMAT_VERSION = 1
-
 
 class Record(BaseModel):
-    """Base of what is kept as JSON: immutable, unknown fields refused."""
+    """Base of what is kept as JSON (schemas/records.py says how): immutable, unknown fields refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -105,7 +103,6 @@ class Environment(Record):
 class Manifest(Record):
     """The commit point of an artifact: what it was made from, what it holds, what making it took."""
 
-    format_version: int = FORMAT_VERSION
     identity: Digest
     recipe: Recipe
     input_manifests: dict[str, Digest]
@@ -166,7 +163,6 @@ class Moments(Record):
 class TrainState(Record):
     """All that crosses an iteration: iteration i maps state i−1 to state i; state 0 is what `prepare` made."""
 
-    format_version: int = FORMAT_VERSION
     iteration: int = Field(ge=0)
     actor: ModelRef
     critic: ModelRef | None
@@ -191,11 +187,25 @@ class TrainState(Record):
     seconds: float
     """Wall time of this iteration, what lies between its stages included; differs from run to run."""
 
+    def models(self) -> list[ArtifactRef]:
+        """The artifacts that the next iteration begins with, and the evaluation it is measured against."""
+        models = (self.actor, self.critic, self.optimizer, self.reference, self.reward_model)
+        return [*(model.artifact for model in models if model), self.baseline]
+
+
+class Dropped(Record):
+    """`dropped/<part>.json` beside a manifest: a part of a checkpoint that is not kept any more."""
+
+    part: Literal["optimizer", "critic", "actor"]
+    """The folder of the artifact whose files are gone, or about to be."""
+    run: Name
+    """Whose retention it was."""
+    created: str
+
 
 class RunRecord(Record):
     """`run.json`: what a run is. Written once."""
 
-    format_version: int = FORMAT_VERSION
     name: Name
     config: dict[str, Any]
     inputs: dict[str, ArtifactRef]

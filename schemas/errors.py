@@ -14,7 +14,19 @@ class TableError(BatonError):
 
 
 class StoreError(BatonError):
-    """What is in the store is missing or not what was written."""
+    """What is in the store is missing or not what was written, or the store cannot be read or written."""
+
+
+class DamageError(StoreError):
+    """A file of the store is not what it must be: which file, what of it, what was expected, what was found, what helps."""
+
+    def __init__(self, file: str, field: str, expected: object, found: object, hint: str) -> None:
+        super().__init__(f"{file}: {field}: expected {expected}, found {found}; {hint}")
+        self.file, self.field, self.expected, self.found, self.hint = file, field, str(expected), str(found), hint
+
+
+class DroppedError(StoreError):
+    """A part of a checkpoint that retention does not keep."""
 
 
 class NonFiniteError(BatonError):
@@ -23,6 +35,10 @@ class NonFiniteError(BatonError):
 
 class RewardError(BatonError):
     """A reward source failed, or did not give one number per response."""
+
+
+class TrackingError(BatonError):
+    """MLflow could not be brought to what the store says."""
 
 
 class EnvironmentFailure(BatonError):  # noqa: N818 - an EnvironmentError is Python's OSError

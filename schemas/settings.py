@@ -6,14 +6,30 @@ Everything in a stage's class decides its result and is part of the identity of 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+def without_user_info(text: str) -> str:
+    """The text, its addresses without `user:password@`."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+
+
+def _no_user_info(uri: str) -> str:
+    if uri != without_user_info(uri):
+        raise ValueError("holds a user name or password, which would be written down with the run; the environment gives it "
+                         "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD; BATON_REWARD_TOKEN for reward servers)")
+    return uri
+
+
+Address = Annotated[str, AfterValidator(_no_user_info)]
 
 
 class Settings(BaseModel):
@@ -112,7 +128,7 @@ class RolloutConfig(Settings):
 class ComponentConfig(Settings):
     """One part of the reward."""
 
-    source: str
+    source: Address
     """`reward_model`, `file.py:function` beside the config, `package.module:function`, or an `http://…` server."""
     weight: float = 1.0
     """What its value is multiplied with in the sum."""
@@ -339,10 +355,33 @@ class TrackingConfig(Settings):
 
     enabled: bool = True
     """Whether runs are mirrored to MLflow."""
-    uri: str | None = None
+    uri: Address | None = None
     """MLflow's tracking URI; null is MLFLOW_TRACKING_URI if set, else sqlite beside the store."""
     experiment: str = "baton"
     """MLflow experiment."""
+
+
+PARTS = ("optimizer", "critic", "actor")  # of a checkpoint, what is missed least first
+
+
+class RetentionConfig(Settings):
+    """Which checkpoints are kept whole; not part of any identity. Held to after each iteration, and by `baton gc`."""
+
+    keep_last: PositiveInt | None = None
+    """Those of the last so many iterations; null keeps all."""
+    keep_every: PositiveInt | None = None
+    """Beside them that of every so-many-th iteration; null: of none."""
+    drop: Literal["optimizer", "critic", "actor"] = "optimizer"
+    """What the others lose: optimizer, critic and actor, in this order, up to this one."""
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Self:
+        if self.keep_every is not None and self.keep_last is None:
+            raise ValueError("keep_every says what is kept beside the last ones, and keep_last=null keeps all; set it")
+        return self
+
+
+FREE = ("execution", "tracking", "retention")  # sections that may differ from call to call
 
 
 class RunConfig(Settings):
@@ -356,10 +395,11 @@ class RunConfig(Settings):
     ppo: PPOConfig = PPOConfig()
     execution: ExecutionConfig = ExecutionConfig()
     tracking: TrackingConfig = TrackingConfig()
+    retention: RetentionConfig = RetentionConfig()
 
     def decides(self) -> dict[str, Any]:
-        """The settings that decide what a run's artifacts are: all but its length, speed and tracking."""
-        return self.model_dump(mode="json", exclude={"iterations", "execution", "tracking"})
+        """The settings that decide what a run's artifacts are: all but its length, speed, tracking and retention."""
+        return self.model_dump(mode="json", exclude={"iterations", *FREE})
 
     @model_validator(mode="after")
     def _agreeing(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -90,6 +91,15 @@ def _wait_for(url: str, server: subprocess.Popen) -> None:
         except httpx.HTTPError:
             time.sleep(0.2)
     pytest.fail(f"the Prefect server did not come up: {(Path(HOME) / 'server.log').read_text()[-2000:]}")
+
+
+def rewrite(path: Path, change) -> None:
+    """Changes a record's values as an attacker or a bug would, and signs it anew."""
+    data = json.loads(path.read_text()) | {"sha256": "0" * 64}
+    change(data)
+    text = json.dumps(data).encode()
+    path.unlink()
+    path.write_bytes(text.replace(b"0" * 64, hashlib.sha256(text).hexdigest().encode(), 1))
 
 
 @pytest.fixture

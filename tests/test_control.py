@@ -19,6 +19,7 @@ from test_kill import KILLED
 from test_stage import answer
 
 from flows.cli import run_command
+from flows.files import LocalFiles
 from flows.policies import save_learner, save_network
 from flows.runs import open_run
 from flows.store import Attempt, Store
@@ -54,7 +55,7 @@ def test_the_flow_through_storage_equals_the_loop_in_memory(controlled, tmp_path
     torch.set_num_threads(config(**RUNS[name]).execution.threads)
     learner, batches, returns = in_memory(config(**RUNS[name]))
     state = run.last()
-    attempt = Attempt(state.actor.artifact, tmp_path / "memory")
+    attempt = Attempt(state.actor.artifact, tmp_path / "memory", LocalFiles(tmp_path))
     save_learner(attempt, learner)
     ours = {entry.path: entry.sha256 for entry in attempt.seal()}
     assert ours == run.store.manifest(state.actor.artifact).digests()
@@ -149,8 +150,8 @@ def test_ten_lines_load_a_policy_without_baton(tmp_path):
     code = text.split("```python\n")[1].split("```")[0]
     assert len(code.strip().splitlines()) <= 10 and "baton" not in code
     actor, *_ = begun(config(**yaml.safe_load((EXAMPLE / "config.yaml").read_text(encoding="utf-8"))))
-    actor.observe(np.random.default_rng(1).normal(1, 2, (30, 3)))
-    save_network(Attempt(ArtifactRef(stage="policy", identity="0" * 64), tmp_path), "actor", actor)
+    actor.observe(np.random.default_rng(1).normal(1, 2, (30, 1, 3)))
+    save_network(Attempt(ArtifactRef(stage="policy", identity="0" * 64), tmp_path, LocalFiles(tmp_path)), "actor", actor)
     scope = {}
     exec(code.replace("ACTOR", str(tmp_path / "actor")), scope)
     observations = np.random.default_rng(0).normal(0, 3, (20, 3)).astype(np.float32)

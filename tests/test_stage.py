@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from conftest import rewrite
 
 from flows.cli import run_command
 from flows.runs import open_run
-from flows.store import Store
+from flows.store import Store, folder_of
 from schemas.artifacts import ArtifactRef
 
 STAGES = [("base_model", 0), ("sft", 0), ("reward_model", 0), ("evaluate", 0), ("rollout", 2), ("reference", 2),
@@ -98,12 +100,8 @@ def test_a_checkpoint_is_reproduced_in_a_fresh_process(copied):
 
 def test_other_bytes_are_reported_and_kept(copied, capsys):
     """A committed table that was made otherwise than its recipe says: the rerun differs and exits with 1."""
-    store, run = Store(copied[1]), open_run(Store(copied[1]), "tiny")
-    ref = run.state(2).artifacts["value"]
-    path = store._folder(ref) / "manifest.json"
-    data = json.loads(path.read_text())
-    data["files"][0]["sha256"] = "0" * 64
-    path.write_text(json.dumps(data))
+    ref = open_run(Store(copied[1]), "tiny").state(2).artifacts["value"]
+    rewrite(copied[1] / folder_of(ref) / "manifest.json", lambda data: data["files"][0].update(sha256="0" * 64))
     code, result = answer(capsys, "stage", "value", "tiny", "--iteration", 2, "--store", copied[1])
     assert (code, result["verdict"], result["different"]) == (1, "different", ["values.parquet"])
 
@@ -147,11 +145,14 @@ def test_a_damaged_artifact_is_made_again_as_the_error_says(copied, capsys):
 
     store, run = Store(copied[1]), open_run(Store(copied[1]), "tiny")
     ref = run.state(2).artifacts["value"]
-    path = store.place(ref, "values.parquet")
+    path = Path(store.place(ref, "values.parquet"))
     path.write_bytes(b"")
     assert run_command(["stage", "gae", "tiny", "--iteration", "2", "--store", str(copied[1])]) == 1
-    folder = store.root / "artifacts" / "value" / ref.identity
-    assert f"remove {folder} and make it again with baton stage value RUN" in capsys.readouterr().err
+    folder = Path(store.uri) / "artifacts" / "value" / ref.identity
+    assert "values.parquet: size: expected" in capsys.readouterr().err
+    assert run_command(["verify", "tiny", "--store", str(copied[1])]) == 1
+    hint = f"remove {folder}, then baton stage value tiny --iteration 2 makes it again"
+    assert hint in " ".join(capsys.readouterr().out.split())
     shutil.rmtree(folder)
     assert run_command(["stage", "value", "tiny", "--iteration", "2", "--store", str(copied[1]), "--quiet"]) == 0
     assert run_command(["stage", "gae", "tiny", "--iteration", "2", "--store", str(copied[1]), "--quiet"]) == 0

@@ -1,17 +1,21 @@
 """The store: commits whole or not at all, one writer wins, and nothing wrong is believed."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import rewrite
 from pydantic import ValidationError
 
 from flows.produce import environment, now
-from flows.store import Store, put_once
+from flows.store import Store, folder_of
+from flows.verify import Verifier
 from schemas.artifacts import ArtifactRef, FileEntry, Manifest, Recipe, derive_seed, sha256_json
 from schemas.errors import StoreError
 from schemas.language import LanguageConfig
@@ -40,6 +44,11 @@ def write(store, made_from, value=-1.0):
                     metrics={}, input_manifests={}, seconds=1.0, created=now(), environment=environment(CONFIG))
 
 
+def findings(store, ref):
+    """What verify says of an artifact, by another process's eyes."""
+    return [str(finding) for finding in Verifier(Store(store.uri)).artifact(ref)]
+
+
 @pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "store")
@@ -56,7 +65,7 @@ def test_what_is_committed_is_read_back(committed):
     assert store.find(manifest.ref) == manifest
     assert store.table(manifest.ref, ReferenceLogprobs).logprobs.values.tolist() == [-1] * 7
     assert json.loads((store.folder(manifest.ref, "model") / "config.json").read_text()) == {"a": 1}
-    assert list(store.verify(manifest.ref)) == []
+    assert findings(store, manifest.ref) == []
     assert store.artifacts() == [manifest.ref]
 
 
@@ -80,9 +89,9 @@ def test_of_eight_writers_one_wins_and_seven_adopt(store):
     [thread.join() for thread in threads]
     winners = {adopted for _, adopted in results}
     assert len(winners) == 1 and sum(mine == adopted for mine, adopted in results) == 1
-    attempts = store.root / "artifacts" / "reference" / recipe().ref.identity / "attempts"
+    attempts = Path(store.uri) / "artifacts" / "reference" / recipe().ref.identity / "attempts"
     assert [path.name for path in attempts.iterdir()] == list(winners)
-    assert list(store.verify(recipe().ref)) == []
+    assert findings(store, recipe().ref) == []
 
 
 def test_identity_is_all_that_decides_the_result():
@@ -95,7 +104,6 @@ def test_identity_is_all_that_decides_the_result():
 
 def test_identity_by_hand():
     """sha256 of the canonical JSON, written out."""
-    import hashlib
     text = '{"config":{"temperature":1.0},"inputs":{},"seed":1,"stage":"reference","version":1}'
     assert recipe().ref.identity == hashlib.sha256(text.encode()).hexdigest()
     with pytest.raises(ValueError):
@@ -118,41 +126,38 @@ def damage_flip(path):
     (damage_flip, "sha256: expected"),
     (lambda path: path.write_bytes(path.read_bytes()[:-1]), "size: expected"),
     (lambda path: path.write_bytes(b""), "size: expected"),
-    (lambda path: path.unlink(), "the file is missing"),
+    (lambda path: path.unlink(), "found no such file"),
 ])
 @pytest.mark.parametrize("inner", ["reference.parquet", "model/config.json"])
 def test_damage_is_noticed_on_read_and_by_verify(committed, inner, damage, message):
     store, manifest = committed
-    path = store.place(manifest.ref, inner)
+    path = Path(store.place(manifest.ref, inner))
     damage(path)
     with pytest.raises(StoreError) as error:
         store.table(manifest.ref, ReferenceLogprobs) if inner.endswith("parquet") else store.folder(manifest.ref, "model")
     assert str(path) in str(error.value) and message in str(error.value)
-    assert [message in finding for finding in store.verify(manifest.ref)] == [True]
+    assert [message in finding for finding in findings(store, manifest.ref)] == [True]
 
 
 def edit(store, manifest, change):
-    """Rewrites the manifest as an attacker or a bug would, and has it read by another process."""
-    store._own.clear()
-    path = store._folder(manifest.ref) / "manifest.json"
-    data = json.loads(path.read_text())
-    change(data)
-    path.unlink()
-    path.write_text(json.dumps(data))
+    """Rewrites the manifest as an attacker or a bug would, digest and all; the store as another process opens it."""
+    rewrite(Path(store.uri, folder_of(manifest.ref), "manifest.json"), change)
+    return Store(store.uri)
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda d: d.update(format_version=2), "format_version 2, this Baton reads 1"),
+    (lambda d: d.update(format_version=3, baton="9.1"), "format_version 3, written by Baton 9.1; .* use Baton 9.1"),
+    (lambda d: d.update(format_version=None), "format_version None"),
     (lambda d: d["files"][0].update(path="../../../../secret"), "leaves the artifact"),
     (lambda d: d["files"][0].update(path="/etc/passwd"), "leaves the artifact"),
-    (lambda d: d["recipe"]["config"].update(temperature=2.0), "recipe gives identity"),
-    (lambda d: d.update(identity="0" * 64), "identity gives identity"),
+    (lambda d: d["recipe"]["config"].update(temperature=2.0), "recipe: expected identity"),
+    (lambda d: d.update(identity="0" * 64), "identity: expected identity"),
     (lambda d: d.update(surprise=1), "surprise"),
     (lambda d: d["files"][0].update(bytes=-1), "files.0.bytes"),
 ])
 def test_a_manifest_that_cannot_be_believed_is_refused(committed, change, message):
     store, manifest = committed
-    edit(store, manifest, change)
+    store = edit(store, manifest, change)
     with pytest.raises(StoreError, match=message):
         store.manifest(manifest.ref)
 
@@ -160,14 +165,14 @@ def test_a_manifest_that_cannot_be_believed_is_refused(committed, change, messag
 def test_wrong_row_count_is_refused(committed):
     store, manifest = committed
     entry = next(i for i, e in enumerate(manifest.files) if e.path == "reference.parquet")
-    edit(store, manifest, lambda d: d["files"][entry].update(rows=99))
+    store = edit(store, manifest, lambda d: d["files"][entry].update(rows=99))
     with pytest.raises(StoreError, match="rows: expected 99, found 3"):
         store.table(manifest.ref, ReferenceLogprobs)
 
 
 def test_a_link_out_of_the_artifact_is_refused(committed, tmp_path):
     store, manifest = committed
-    path = store.place(manifest.ref, "model/config.json")
+    path = Path(store.place(manifest.ref, "model/config.json"))
     (tmp_path / "outside.json").write_bytes(path.read_bytes())
     path.unlink()
     path.symlink_to(tmp_path / "outside.json")
@@ -180,16 +185,16 @@ def test_a_changed_input_is_found_by_verify(committed):
     child = recipe(stage="value", inputs={"rollouts": source.ref})
     made = write(store, child)
     store.commit(made.model_copy(update={"input_manifests": {"rollouts": store.manifest_digest(source.ref)}}))
-    assert list(store.verify(child.ref)) == []
+    assert findings(store, child.ref) == []
     edit(store, source, lambda d: d.update(seconds=2.0))
-    assert ["another manifest" in finding for finding in store.verify(child.ref)] == [True]
+    assert ["input_manifests.rollouts: expected" in finding for finding in findings(store, child.ref)] == [True]
 
 
 def test_a_record_is_written_once(tmp_path):
-    ref = [ArtifactRef(stage=stage, identity="0" * 64) for stage in ("one", "two")]
-    assert put_once(tmp_path / "r.json", ref[0])
-    assert not put_once(tmp_path / "r.json", ref[1])
-    assert "one" in (tmp_path / "r.json").read_text()
+    store, ref = Store(tmp_path), [ArtifactRef(stage=stage, identity="0" * 64) for stage in ("one", "two")]
+    assert store.put("r.json", ref[0])
+    assert not store.put("r.json", ref[1])
+    assert store.get("r.json", ArtifactRef) == ref[0]
     assert os.listdir(tmp_path) == ["r.json"]
 
 
@@ -204,16 +209,18 @@ def test_a_file_that_cannot_be_written_whole_is_an_error(tmp_path):
     code = """
 import resource, signal, sys
 from pathlib import Path
-from flows.store import Store, put_once
+from flows.store import Store
 from schemas.artifacts import Recipe
+from schemas.errors import StoreError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 recipe = Recipe(stage="test", version=1, config={"long": "x" * 2000}, inputs={})
-attempt, failed = Store(Path(sys.argv[1])).attempt(recipe), 0
-for write in (lambda: attempt.write("file", b"x" * 2000), lambda: put_once(Path(sys.argv[1], "record.json"), recipe)):
+store, failed = Store(sys.argv[1]), 0
+attempt = store.attempt(recipe)
+for write in (lambda: attempt.write("file", b"x" * 2000), lambda: store.put("record.json", recipe)):
     try:
         write()
-    except OSError:
+    except (OSError, StoreError):
         failed += 1
 assert failed == 2 and not attempt.seal() and not Path(sys.argv[1], "record.json").exists()
 """

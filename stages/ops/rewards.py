@@ -44,12 +44,13 @@ def function_scorer(name: str, function: UserFunction) -> Scorer:
     return score
 
 
-def server_scorer(url: str, timeout: float = 60.0) -> Scorer:
-    """Scores by POST of `{"prompts": […], "responses": […]}`; the answer is `{"scores": […]}`."""
+def server_scorer(url: str, timeout: float = 60.0, *, token: str | None = None) -> Scorer:
+    """Scores by POST of `{"prompts": […], "responses": […]}`; the answer is `{"scores": […]}`. `token`: a bearer's."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     def score(rollouts: Rollouts | Texts) -> np.ndarray:
         body = {"prompts": list(rollouts.prompt), "responses": list(rollouts.response)}
-        with httpx.Client(transport=httpx.HTTPTransport(retries=2), timeout=timeout) as client:
+        with httpx.Client(transport=httpx.HTTPTransport(retries=2), timeout=timeout, headers=headers) as client:
             try:
                 answer = client.post(url, json=body).raise_for_status().json()
             except (httpx.HTTPError, ValueError) as error:

@@ -1,0 +1,72 @@
+"""Records: the JSON files of a store. How they are written, so that one wrong bit is noticed, and how they are read again.
+
+    {"format_version": 2, "baton": "0.1.0", "sha256": "…", …the fields of the record…}
+
+`sha256` is that of the file's own bytes with its 64 digits taken as zeros. Format 1 had neither it nor `baton`; it is read
+as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from functools import cache
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from schemas.errors import DamageError, StoreError
+
+FORMAT_VERSION = 2
+UNSIGNED = b"0" * 64
+HINT = "baton verify says what helps"
+M = TypeVar("M", bound=BaseModel)
+
+
+def encode(record: BaseModel) -> bytes:
+    """The record as it is written."""
+    header = f'{{\n "format_version": {FORMAT_VERSION},\n "baton": "{version()}",\n "sha256": "{UNSIGNED.decode()}",'
+    text = (header + record.model_dump_json(indent=1)[1:] + "\n").encode()
+    return text.replace(UNSIGNED, hashlib.sha256(text).hexdigest().encode(), 1)
+
+
+def decode(data: bytes, where: str, kind: type[M]) -> M:
+    """The inverse of `encode`. Raises `DamageError` naming file and field, or `StoreError` for a newer format."""
+    try:
+        values = json.loads(data)
+    except ValueError as error:
+        raise DamageError(where, "content", "JSON", f"{len(data)} bytes that are not: {error}", HINT) from None
+    if not isinstance(values, dict):
+        raise DamageError(where, "content", "an object", type(values).__name__, HINT)
+    header = {key: values.pop(key, None) for key in ("format_version", "baton", "sha256")}
+    if header["format_version"] != 1:
+        _check_digest(data, where, header["sha256"])
+        _check_version(where, header)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        finding = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in finding["loc"]) or "content"
+        raise DamageError(where, field, finding["msg"], repr(finding["input"])[:80], HINT) from None
+
+
+def _check_digest(data: bytes, where: str, signed: object) -> None:
+    if not isinstance(signed, str) or len(signed) != len(UNSIGNED):
+        raise DamageError(where, "sha256", "the digest of the file", repr(signed)[:80], HINT)
+    actual = hashlib.sha256(data.replace(signed.encode(), UNSIGNED, 1)).hexdigest()
+    if actual != signed:
+        raise DamageError(where, "sha256", f"{signed[:12]}…", f"{actual[:12]}…", HINT)
+
+
+def _check_version(where: str, header: dict) -> None:
+    found, writer = header["format_version"], header["baton"]
+    if found != FORMAT_VERSION:
+        raise StoreError(f"{where}: format_version {found}, written by Baton {writer}; this Baton ({version()}) reads up to "
+                         f"{FORMAT_VERSION}: use Baton {writer} or a newer one")
+
+
+@cache
+def version() -> str:
+    """Baton's own."""
+    return importlib.metadata.version("baton")
