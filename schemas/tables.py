@@ -267,6 +267,11 @@ class Trajectories(Table):
         """(n,) float64: the reward of each step."""
         return self.rewards.values.astype(np.float64)
 
+    def by_step(self, name: str) -> np.ndarray:
+        """(T, N, …) of a ragged column: a step of all environments after the other."""
+        values, count = getattr(self, name).values, int(self.environment.max()) + 1
+        return values.reshape(count, len(values) // count, *values.shape[1:]).swapaxes(0, 1)
+
     @property
     def ended(self) -> np.ndarray:
         """(B,) bool: the episode is over."""

@@ -1,11 +1,12 @@
 """Rollout of a control task: T steps of N environments with the actor, in one on-policy batch.
 
-a_t ~ π(· | o_t), one noise vector per (environment, step) from Philox keyed by (seed, environment). Observations, the
-policy and its moments of observations are those of the iteration's start throughout, so that logprobs and values are
-computed once, for the whole batch. A row is a piece of an episode: it ends where the episode does or where the batch does.
+a_t ~ π(· | o_t), one noise vector per (environment, step) from Philox keyed by (seed, environment). The policy is that of
+the iteration's start throughout, so that logprobs and values are computed once, for the whole batch. A row is a piece of an
+episode: it ends where the episode does or where the batch does.
 
-Rewards, if scaled: r/σ, σ that of all discounted returns Σ γ^(steps ago)·r so far, this batch's included (Gymnasium and
-CleanRL update σ at every step; Engstrom et al. 2020, https://arxiv.org/abs/2005.12729, section 3); then clipped.
+Observations, if normalised: by the moments of all seen so far, the step's own included. Rewards, if scaled: r/σ, σ that of
+all discounted returns Σ γ^(steps ago)·r so far, the step's own included; then clipped (as Gymnasium's wrappers do; Engstrom
+et al. 2020, https://arxiv.org/abs/2005.12729, section 3).
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from schemas.metrics import ControlRolloutMetrics
 from schemas.tables import Ragged, Trajectories
 from stages.ops.environments import Environments, episode_seed
 from stages.ops.finite import require_finite
-from stages.ops.moments import normalized, updated_moments
-from stages.ops.policies import Actor, Critic, ToEnvironment
+from stages.ops.moments import RunningMoments, updated_moments
+from stages.ops.policies import Actor, Critic, RunningInputs, ToEnvironment
 from stages.ops.progress import progress_bar
 
-VERSION = 1
+VERSION = 2  # 2: moments move with every step, not with every batch
 
 
 @torch.inference_mode()
@@ -68,9 +69,11 @@ def _play(actor: Actor, environments: Environments, steps: int, seed: int) -> _S
     actions = np.empty((steps, count, spaces.action_size), np.float32)
     rewards = np.empty((steps, count), np.float32)
     terminated, truncated = (np.empty((steps, count), bool) for _ in range(2))
+    running = RunningInputs(actor)
     for t in progress_bar(range(steps), "rollout"):
         observations[t] = environments.observations
-        actions[t] = actor.sample(actor.inputs(observations[t]), noise[t]).cpu().numpy()
+        inputs = torch.tensor(running.of(observations[t : t + 1])[0][0], device=actor.device)
+        actions[t] = actor.sample(inputs, noise[t]).cpu().numpy()
         reached[t], rewards[t], terminated[t], truncated[t] = environments.step(actions[t])
     return _Steps(*(a.swapaxes(0, 1) for a in (observations, actions, reached, rewards, terminated, truncated)))
 
@@ -95,16 +98,19 @@ def _rows(
                                   for column in (steps.observations, steps.actions, steps.rewards))
     discounted = raw.with_values(discounted_returns(raw, carried, gamma))
     final = steps.reached.reshape(observations.values.shape)[ends]
-    logprobs, _ = actor.score(actor.inputs(observations.values), torch.tensor(actions.values, device=actor.device))
-    values, bootstrap = (critic(critic.inputs(x)).squeeze(1).cpu().numpy() for x in (observations.values, final))
+    inputs = (x.swapaxes(0, 1).reshape(observations.values.shape) for x in RunningInputs(actor).of(
+        steps.observations.swapaxes(0, 1), steps.reached.swapaxes(0, 1)))
+    inputs, after = (torch.tensor(x, device=actor.device) for x in inputs)
+    logprobs, _ = actor.score(inputs, torch.tensor(actions.values, device=actor.device))
+    values, bootstrap = (critic(x).squeeze(1).cpu().numpy() for x in (inputs, after[ends]))
     seeds = [episode_seed(environments.seed, int(i), int(k)) for i, k in zip(environment, episode, strict=True)]
     return Trajectories(
         row_id=np.arange(len(ends)), environment=environment, episode=episode, seed=np.array(seeds), start=start,
         observations=observations, actions=actions, logprobs=raw.with_values(logprobs.cpu().numpy()),
         values=raw.with_values(values), raw_rewards=raw, discounted_returns=discounted,
-        rewards=raw.with_values(_scaled(raw, discounted, reward, moments)), terminated=steps.terminated.reshape(-1)[ends],
-        truncated=steps.truncated.reshape(-1)[ends], final_observation=final, bootstrap=bootstrap,
-        episode_return=episode_return + raw.sums())
+        rewards=raw.with_values(_scaled(raw, discounted, len(began), reward, moments)),
+        terminated=steps.terminated.reshape(-1)[ends], truncated=steps.truncated.reshape(-1)[ends],
+        final_observation=final, bootstrap=bootstrap, episode_return=episode_return + raw.sums())
 
 
 def discounted_returns(rewards: Ragged, carried: np.ndarray, gamma: float) -> np.ndarray:
@@ -114,11 +120,16 @@ def discounted_returns(rewards: Ragged, carried: np.ndarray, gamma: float) -> np
     return np.concatenate(rows).astype(np.float32)
 
 
-def _scaled(raw: Ragged, discounted: Ragged, config: ControlRewardConfig, moments: Moments) -> np.ndarray:
-    """(n,) float32: raw/σ, clipped."""
+def _scaled(
+    raw: Ragged, discounted: Ragged, environments: int, config: ControlRewardConfig, moments: Moments
+) -> np.ndarray:
+    """(N·T,) float32, as the steps lie: raw/σ_t, clipped; where σ_t is 0, at a first step, nothing is divided."""
+    rewards = raw.values.astype(np.float64)
     if config.normalize == "scale":
-        moments = updated_moments(moments, discounted.values)
-    rewards = normalized(raw.values, moments, config.normalize)
+        running = RunningMoments(moments.count, np.array([moments.mean]), np.array([moments.std**2]))
+        _, variance = running.see(discounted.values.reshape(environments, -1).T[:, :, None])  # (T, 1)
+        std = np.tile(np.sqrt(variance[:, 0]), environments)
+        rewards = rewards / np.where(std > 0, std, 1.0)
     return (rewards if config.clip is None else rewards.clip(-config.clip, config.clip)).astype(np.float32)
 
 

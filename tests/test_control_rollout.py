@@ -6,6 +6,7 @@ import time
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from control import begun, config, in_memory, make, own, play, steps_of
 from gymnasium.wrappers.utils import RunningMeanStd
 
@@ -72,24 +73,48 @@ def test_rewards_are_scaled_by_all_discounted_returns_so_far():
     c = config(environment={"id": "Pendulum-v1", "kwargs": {"max_episode_steps": 10}},
                reward={"normalize": "scale", "clip": 0.5})
     _, batches, _ = in_memory(c)
-    everything, running = [], RunningMeanStd(epsilon=0, shape=())
-    carried = np.zeros(2)
+    running, carried = RunningMeanStd(epsilon=0, shape=()), np.zeros(2)
     for batch in batches:
         raw, ended = steps_of(batch, "raw_rewards").astype(np.float64), np.zeros((2, 24), bool)
         ended.reshape(-1)[batch.logprobs.offsets[1:] - 1] = batch.ended
-        found = []
         for t in range(24):
             carried = carried * c.gae.gamma + raw[:, t]
-            found.append(carried)
+            np.testing.assert_allclose(steps_of(batch, "discounted_returns")[:, t], carried, rtol=1e-5)
+            running.update(carried)
+            expected = (raw[:, t] / np.sqrt(running.var)).clip(-0.5, 0.5)
+            np.testing.assert_allclose(steps_of(batch, "rewards")[:, t], expected, rtol=1e-4)
             carried = carried * ~ended[:, t]
-        everything.append(np.stack(found, 1))
-        np.testing.assert_allclose(steps_of(batch, "discounted_returns"), everything[-1], rtol=1e-5)
-        running.update(everything[-1].reshape(-1))
-        sigma = np.concatenate([x.reshape(-1) for x in everything]).std()
-        np.testing.assert_allclose(sigma, np.sqrt(running.var))
-        expected = (batch.raw_rewards.values / sigma).clip(-0.5, 0.5)
-        np.testing.assert_allclose(batch.rewards.values, expected, rtol=1e-5)
     assert (np.abs(batch.rewards.values) == 0.5).any() and (np.abs(batch.rewards.values) < 0.5).any()
+
+
+def test_observations_are_normalised_by_all_seen_so_far_the_steps_own_included():
+    """Two batches with the moments going on in between, against Gymnasium's running moments."""
+    c = config(environment={"id": "Pendulum-v1", "kwargs": {"max_episode_steps": 10}},
+               policy={"normalize_observations": True, "clip_observations": 1.0})
+    actor, critic, environments = begun(c)
+    running = RunningMeanStd(epsilon=0, shape=(3,))
+    for iteration in (1, 2):
+        batch = play(c, actor, critic, environments, iteration=iteration)
+        observations, inputs = steps_of(batch, "observations").astype(np.float64), np.empty((2, 24, 3))
+        reached = np.full((48, 3), np.nan)
+        reached[batch.logprobs.offsets[1:] - 1] = batch.final_observation
+        after = reached.reshape(2, 24, 3)
+        for t in range(24):
+            running.update(observations[:, t])
+            mean, std = running.mean, np.sqrt(running.var + 1e-8)
+            inputs[:, t], after[:, t] = ((x - mean) / std for x in (observations[:, t], after[:, t]))
+        x, y = (torch.tensor(z.clip(-1, 1).reshape(48, 3), dtype=torch.float32) for z in (inputs, after))
+        with torch.no_grad():
+            logprobs, _ = actor.score(x, torch.tensor(batch.actions.values))
+            values, bootstrap = critic(x)[:, 0], critic(y[~y.isnan().any(1)])[:, 0]
+        np.testing.assert_allclose(batch.logprobs.values, logprobs, atol=1e-5)
+        np.testing.assert_allclose(batch.values.values, values, atol=1e-5)
+        np.testing.assert_allclose(batch.bootstrap, bootstrap, atol=1e-5)
+        for network in (actor, critic):
+            network.observe(batch.by_step("observations"))
+    np.testing.assert_allclose(actor.observation_mean, running.mean)
+    np.testing.assert_allclose(actor.observation_variance, running.var)
+    environments.close()
 
 
 # --- episodes that go on in another process ---

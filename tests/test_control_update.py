@@ -114,7 +114,7 @@ def test_the_ratio_is_1_before_the_first_step(environment):
     c = config(environment={"id": environment}, policy={"normalize_observations": True},
                ppo={"epochs": 1, "minibatches": 1}, iterations=1)
     actor, critic, environments = begun(c)
-    actor.observe(np.random.default_rng(0).normal(0, 2, (50, actor.spaces.observation_size)))
+    actor.observe(np.random.default_rng(0).normal(0, 2, (50, 1, actor.spaces.observation_size)))
     batch = play(c, actor, critic, environments)
     metrics = ppo(ControlLearner(actor, critic, c.ppo), batch, batch, advantages_of(batch, c), c.ppo, seed=1)
     assert metrics.ratio_min == pytest.approx(1, abs=2e-6) == metrics.ratio_max

@@ -90,7 +90,7 @@ def test_moments_of_observations_are_those_of_all_that_were_seen():
     actor = Actor(BOX, PolicyConfig(hidden=(4,), normalize_observations=True, clip_observations=1.5))
     seen = np.random.default_rng(0).normal([3, -50, 0.1], [2, 0.01, 30], (500, 3)).astype(np.float32)
     for part in np.split(seen, [1, 40, 300]):
-        actor.observe(part)
+        actor.observe(part[:, None] if len(part) > 40 else part[None])
     np.testing.assert_allclose(actor.observation_mean, seen.mean(0, dtype=np.float64), rtol=1e-12)
     np.testing.assert_allclose(actor.observation_variance, seen.var(0, dtype=np.float64), rtol=1e-9)
     assert actor.observation_count == 500
@@ -104,21 +104,24 @@ def test_moments_of_observations_are_those_of_all_that_were_seen():
 def test_a_policy_that_was_not_told_to_normalise_keeps_no_moments():
     actor, _, environments = begun(config(environment=own("count")))
     before = {k: v.clone() for k, v in actor.state_dict().items()}
-    actor.observe(np.ones((3, 2), np.float32))
+    actor.observe(np.ones((3, 1, 2), np.float32))
     assert actor.state_dict().keys() == before.keys() and not any("observation" in k for k in before)
     environments.close()
 
 
 def test_stored_logprobs_and_values_are_those_computed_again():
     """One by one, in the order of time, as somebody would who has only the table."""
-    c = config(environment={"id": "Pendulum-v1"}, policy={"normalize_observations": True})
+    c = config(environment={"id": "Pendulum-v1"}, policy={"normalize_observations": True}, rollout={"num_envs": 1})
     actor, critic, environments = begun(c)
-    actor.observe(np.random.default_rng(1).normal(0, 3, (100, 3)).astype(np.float32))
+    for network in (actor, critic):
+        network.observe(np.random.default_rng(1).normal(0, 3, (100, 1, 3)).astype(np.float32))
     batch = play(c, actor, critic, environments)
     with torch.no_grad():
         for o, a, logprob, value in zip(batch.observations.values, batch.actions.values, batch.logprobs.values,
                                         batch.values.values, strict=True):
             a = torch.tensor(a)[None]
+            for network in (actor, critic):
+                network.observe(o[None, None])
             torch.testing.assert_close(actor.score(actor.inputs(o[None]), a)[0].item(), float(logprob), atol=2e-6, rtol=1e-5)
             torch.testing.assert_close(critic(critic.inputs(o[None])).item(), float(value), atol=2e-6, rtol=1e-5)
         for o, value in zip(batch.final_observation, batch.bootstrap, strict=True):

@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 from schemas.settings import PPOConfig
 from schemas.tables import Trajectories
 from stages.ops.learner import Prediction
-from stages.ops.policies import Actor, Critic, Network
+from stages.ops.policies import Actor, Critic, Network, RunningInputs
 
 ALIGNED = 16  # numbers of 4 bytes
 
@@ -53,8 +53,10 @@ class ControlLearner:
         return self.actor.device
 
     def units(self, rollouts: Trajectories) -> Steps:
-        inputs = self.actor.inputs(rollouts.observations.values)  # the critic's too: their moments are the same
-        return Steps(np.arange(len(inputs)), inputs, torch.tensor(rollouts.actions.values, device=self.device))
+        inputs, _ = RunningInputs(self.actor).of(rollouts.by_step("observations"))  # the critic's moments are the same
+        inputs = inputs.swapaxes(0, 1).reshape(len(rollouts.actions.values), -1)
+        actions = torch.tensor(rollouts.actions.values, device=self.device)
+        return Steps(np.arange(len(inputs)), torch.tensor(inputs, device=self.device), actions)
 
     def predict(
         self, batch: Steps, *, policy: bool = True, critic: bool = True, entropy_gradient: bool = False
@@ -98,7 +100,7 @@ class ControlLearner:
     def observe(self, batch: Trajectories) -> None:
         """After an update: the batch's observations join the moments that the next policy normalises by."""
         for network in self.networks.values():
-            network.observe(batch.observations.values)
+            network.observe(batch.by_step("observations"))
 
 
 class FlatParameters:

@@ -1,4 +1,4 @@
-"""Running moments of scores or of discounted returns, and what is normalised by them."""
+"""Running moments: of scores and discounted returns, and of observations step by step; and what is normalised by them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,31 @@ def updated_moments(moments: Moments, values: np.ndarray) -> Moments:
     total, shift = moments.count + count, mean - moments.mean
     spread = moments.std**2 * moments.count + variance * count + shift**2 * moments.count * count / total
     return Moments(count=total, mean=moments.mean + shift * count / total, std=float(np.sqrt(spread / total)))
+
+
+class RunningMoments:
+    """μ and σ² (÷ count) of D numbers, of those seen before and of each step's as it comes.
+
+    n_t = n + N·t,   μ_t = c + S_t/n_t,   σ²_t = Q_t/n_t − (S_t/n_t)²,   S and Q sums of (x − c) and (x − c)², c near to them
+    """
+
+    def __init__(self, count: float, mean: np.ndarray, variance: np.ndarray) -> None:
+        """`mean`, `variance`: (D,) float64, of what was seen before."""
+        self.count, self.near = count, mean
+        self.sums = np.stack([np.zeros_like(mean), variance * count])  # (2, D) of S and Q
+
+    def see(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(T, N, D), N at each step, to (T, D) mean and (T, D) variance after each step, its own N included."""
+        if not self.count:
+            self.near = x[0, 0].astype(np.float64)
+        away = x - self.near
+        sums = np.stack([away.sum(1), (away * away).sum(1)], 1)  # (T, 2, D)
+        sums[0] += self.sums
+        sums = np.cumsum(sums, 0)
+        counts = self.count + x.shape[1] * np.arange(1.0, len(x) + 1)[:, None]  # (T, 1)
+        self.count, self.sums = float(counts[-1, 0]), sums[-1]
+        shift = sums[:, 0] / counts
+        return self.near + shift, np.maximum(sums[:, 1] / counts - shift * shift, 0.0)
 
 
 def normalized(values: np.ndarray, moments: Moments, how: str) -> np.ndarray:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from schemas.control import PolicyConfig, Spaces
+from stages.ops.moments import RunningMoments
 
 EPSILON = 1e-8
 LOG_STD_RANGE = (-20.0, 2.0)  # of a state-dependent log σ, as in Haarnoja et al. 2018
@@ -43,15 +44,19 @@ class Network(nn.Module):
             self.register_buffer("observation_variance", torch.ones(spaces.observation_size, dtype=torch.float64))
 
     def inputs(self, observations: np.ndarray) -> Tensor:
-        """(n, D) observations as `forward` takes them: normalised, if the config says so, float32, where the network is.
+        """(n, D) observations as `forward` takes them: normalised, if the config says so, by moments that stay as they are.
 
         Always a copy in torch's own memory: the last bits of a product depend on how its factors are aligned.
         """
         if self.config.normalize_observations:  # in NumPy, since calls of torch take several times as long on one state
             mean, variance = self.observation_mean.cpu().numpy(), self.observation_variance.cpu().numpy()
-            x, limit = (observations - mean) * (1 / np.sqrt(variance + EPSILON)), self.config.clip_observations
-            observations = np.minimum(np.maximum(x, -limit), limit).astype(np.float32)
+            observations = self.normalize(observations, mean, variance)
         return torch.tensor(observations, device=self.device)
+
+    def normalize(self, observations: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+        """clip((o − μ)/√(σ² + ε), ±c), float32, of the observations' shape."""
+        x, limit = (observations - mean) * (1 / np.sqrt(variance + EPSILON)), self.config.clip_observations
+        return np.minimum(np.maximum(x, -limit), limit).astype(np.float32)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(n, D) to (n, outputs)."""
@@ -66,17 +71,31 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def observe(self, observations: np.ndarray) -> None:
-        """Adds (n, D) observations to the moments (Chan et al. 1979, the pairwise update)."""
-        if not self.config.normalize_observations:
-            return
-        new = torch.tensor(observations).to(self.observation_mean)
-        before, count = float(self.observation_count), len(new)
-        mean, variance, total = new.mean(0), new.var(0, correction=0), before + count
-        shift = mean - self.observation_mean if before else mean
-        spread = self.observation_variance * before + variance * count + shift**2 * before * count / total
-        self.observation_mean.copy_(mean - shift * before / total)
-        self.observation_variance.copy_(spread / total)
-        self.observation_count.fill_(total)
+        """Adds (T, N, D) observations, a step after the other, to the moments."""
+        if self.config.normalize_observations:
+            seen = RunningInputs(self)
+            mean, variance = seen.moments.see(observations)
+            self.observation_mean.copy_(torch.from_numpy(mean[-1]))
+            self.observation_variance.copy_(torch.from_numpy(variance[-1]))
+            self.observation_count.fill_(seen.moments.count)
+
+
+class RunningInputs:
+    """Observations as the networks take them while they are gathered: normalised, if the config says so, by the moments of
+    all seen so far, the step's own included, as Gymnasium's NormalizeObservation does."""
+
+    def __init__(self, network: Network) -> None:
+        self.network, self.moments = network, None
+        if network.config.normalize_observations:
+            self.moments = RunningMoments(float(network.observation_count), network.observation_mean.cpu().numpy().copy(),
+                                          network.observation_variance.cpu().numpy().copy())
+
+    def of(self, observations: np.ndarray, reached: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+        """(T, N, D) float32, and of `reached`, what each step led to, by the same moments."""
+        if self.moments is None:
+            return observations, reached
+        mean, variance = (moment[:, None] for moment in self.moments.see(observations))
+        return tuple(None if x is None else self.network.normalize(x, mean, variance) for x in (observations, reached))
 
 
 class Critic(Network):
