@@ -85,7 +85,7 @@ def write(store: Store, config: RunConfig, recipe: Recipe, make: Callable[[Attem
         metrics = _finite(recipe, made.metrics.flat() if made.metrics else {})
         return attempt, Manifest(
             identity=recipe.ref.identity, recipe=recipe, attempt=attempt.name, files=files, tokens=made.tokens,
-            input_manifests={role: store.manifest_digest(ref) for role, ref in recipe.inputs.items()}, metrics=metrics,
+            input_contents={role: store.manifest(ref).content for role, ref in recipe.inputs.items()}, metrics=metrics,
             environment=environment(config), created=now(), seconds=time.perf_counter() - started)
     except BaseException:
         with contextlib.suppress(OSError):  # of a disk that is the reason why we are here

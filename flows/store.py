@@ -106,7 +106,6 @@ class _Known:
     """An artifact whose manifest this process has read, or committed with these tables."""
 
     manifest: Manifest
-    digest: str  # of the manifest's bytes
     tables: dict[type[Table], Table]
 
 
@@ -116,7 +115,7 @@ class Store:
     def __init__(self, root: str | Path) -> None:
         self.files = open_files(root)
         self.uri = self.files.uri
-        self._manifests: OrderedDict[ArtifactRef, _Known] = OrderedDict()
+        self._known: OrderedDict[ArtifactRef, _Known] = OrderedDict()
 
     # --- writing ---
 
@@ -131,12 +130,10 @@ class Store:
 
         The last manifests and `tables` that were published here are kept in memory: the next stage need not read them.
         """
-        data = encode(manifest)
         with explained(self.uri):
             self.files.publish(attempt_of(manifest))
-            won = self.files.put_once(f"{folder_of(manifest.ref)}/manifest.json", data)
-        if won:
-            self._keep(manifest.ref, _Known(manifest, hashlib.sha256(data).hexdigest(), dict(tables or {})))
+        if self.put(f"{folder_of(manifest.ref)}/manifest.json", manifest):
+            self._keep(manifest, tables or {})
             return manifest
         self.files.remove(attempt_of(manifest))
         return self.manifest(manifest.ref)
@@ -148,54 +145,43 @@ class Store:
     # --- artifacts ---
 
     def find(self, ref: ArtifactRef) -> Manifest | None:
-        """The artifact's manifest, or none if it was never committed. Raises `StoreError` if it cannot be believed."""
-        known = self._known(ref)
-        return known.manifest if known else None
+        """The artifact's manifest, or none if it was never committed; read once, since it does not change.
 
-    def manifest(self, ref: ArtifactRef) -> Manifest:
-        """As `find`; raises `StoreError` if there is none."""
-        return self._there(ref).manifest
-
-    def manifest_digest(self, ref: ArtifactRef) -> str:
-        """sha256 of the manifest's bytes."""
-        return self._there(ref).digest
-
-    def _there(self, ref: ArtifactRef) -> _Known:
-        known = self._known(ref)
-        if known is None:
-            raise StoreError(f"{ref.short} is not in {self.uri}; baton stage {ref.stage} RUN --iteration I makes it again")
-        return known
-
-    def _known(self, ref: ArtifactRef) -> _Known | None:
-        """Manifests do not change: each is read once."""
-        if ref not in self._manifests:
+        Raises `StoreError` if it cannot be believed.
+        """
+        if ref not in self._known:
             key = f"{folder_of(ref)}/manifest.json"
-            with explained(self.files.address(key)):
-                data = self.files.read(key)
-            if data is None:
+            manifest = self.get(key, Manifest)
+            if manifest is None:
                 return None
-            manifest = decode(data, self.files.address(key), Manifest)
             for name, found in (("recipe", manifest.recipe.ref.identity), ("identity", manifest.identity)):
                 if found != ref.identity:
                     raise DamageError(self.files.address(key), name, f"identity {ref.identity}", found, HINT)
-            self._keep(ref, _Known(manifest, hashlib.sha256(data).hexdigest(), {}))
-        return self._manifests[ref]
+            self._keep(manifest, {})
+        return self._known[ref].manifest
 
-    def _keep(self, ref: ArtifactRef, known: _Known) -> None:
-        self._manifests[ref] = known
-        if len(self._manifests) > KNOWN:
-            self._manifests.popitem(last=False)
-        own = [other for other in self._manifests.values() if other.tables]
+    def manifest(self, ref: ArtifactRef) -> Manifest:
+        """As `find`; raises `StoreError` if there is none."""
+        manifest = self.find(ref)
+        if manifest is None:
+            raise StoreError(f"{ref.short} is not in {self.uri}; baton stage {ref.stage} RUN --iteration I makes it again")
+        return manifest
+
+    def _keep(self, manifest: Manifest, tables: Mapping[type[Table], Table]) -> None:
+        self._known[manifest.ref] = _Known(manifest, dict(tables))
+        if len(self._known) > KNOWN:
+            self._known.popitem(last=False)
+        own = [known for known in self._known.values() if known.tables]
         for old in own[:-TABLES_KEPT]:
             old.tables.clear()
 
     def table(self, ref: ArtifactRef, kind: type[T]) -> T:
         """A table of the artifact, its size, digest, schema and row count checked."""
-        known = self._there(ref)
-        if kind in known.tables:
-            return known.tables[kind]
-        entry = _entry(known.manifest, kind.file)
-        return read_table(self.checked(known.manifest, entry), entry, kind)
+        manifest = self.manifest(ref)
+        if kind in self._known[ref].tables:
+            return self._known[ref].tables[kind]
+        entry = _entry(manifest, kind.file)
+        return read_table(self.checked(manifest, entry), entry, kind)
 
     def file(self, ref: ArtifactRef, inner: str) -> Path:
         """A file of the artifact, its size and digest checked."""

@@ -41,6 +41,7 @@ class Verifier:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.users: dict[ArtifactRef, str] = {}  # the command that makes it again
+        self.blind = False  # whether a record could not be read, so that who refers to what is not known
 
     def run(self, name: str) -> Iterator[Finding]:
         """The records of a run. What they refer to is in `users` afterwards."""
@@ -53,6 +54,7 @@ class Verifier:
             if record.name != name:
                 raise DamageError(self.store.files.address(record_key(name)), "name", name, record.name, "")
         except StoreError as error:
+            self.blind = True
             yield _as_finding(error, f"baton rm {name}, then make the run again: its artifacts are found")
         names = self.store.files.names(f"runs/{name}/iterations")
         for number, file in enumerate(file for file in names if file.endswith(".json")):
@@ -64,6 +66,7 @@ class Verifier:
         try:
             state = self.store.get(key, TrainState)
         except StoreError as error:
+            self.blind = True
             yield _as_finding(error, hint)
             return
         if not key.endswith(f"/{number:06d}.json"):
@@ -80,6 +83,8 @@ class Verifier:
         folder = self.store.files.address(folder_of(ref))
         again = self.users.get(ref)
         hint = f"remove {folder}, then {again}" if again else "no run refers to it: baton gc removes it"
+        if self.blind and not again:
+            hint = "mend the records first, then baton verify again"
         try:
             manifest = self.store.find(ref)
         except StoreError as error:
@@ -116,16 +121,18 @@ class Verifier:
             yield error
 
     def _lineage(self, manifest: Manifest, folder: str, hint: str) -> Iterator[Finding]:
-        """Inputs that are missing, or have another manifest than the one it was made from."""
-        for role, digest in manifest.input_manifests.items():
-            source = manifest.recipe.inputs[role]
+        """Inputs that are missing, or hold other bytes than it was made from."""
+        for role, source in manifest.recipe.inputs.items():
+            expected = (manifest.input_contents or {}).get(role)
             try:
-                found = self.store.manifest_digest(source)
+                found = self.store.manifest(source).content
             except StoreError:
-                found = "none that can be read"
-            if found != digest:
-                yield Finding(f"{folder}/manifest.json", f"input_manifests.{role}", f"{source.short} with {digest[:12]}…",
-                              found if " " in found else f"{found[:12]}…", hint)
+                yield Finding(f"{folder}/manifest.json", f"recipe.inputs.{role}", source.short, "none that can be read",
+                              self.users.get(source, hint))
+                continue
+            if expected not in (None, found):
+                yield Finding(f"{folder}/manifest.json", f"input_contents.{role}", f"{source.short} with {expected[:12]}…",
+                              f"{found[:12]}…", hint)
 
     def _misaligned(self, manifest: Manifest, hint: str) -> Iterator[Finding]:
         """Tables that do not have the rows of the rollouts they describe."""

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from schemas.errors import ConfigError
 from schemas.settings import NAME_PATTERN, Name
@@ -105,8 +105,8 @@ class Manifest(Record):
 
     identity: Digest
     recipe: Recipe
-    input_manifests: dict[str, Digest]
-    """Role → sha256 of the input's manifest.json."""
+    input_contents: dict[str, Digest] | None
+    """Role → `content` of the input; none in format 1."""
     attempt: Name
     """The folder below `attempts/` that holds the files."""
     files: tuple[FileEntry, ...]
@@ -119,9 +119,22 @@ class Manifest(Record):
     created: str
     """UTC, ISO 8601."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_format_1(cls, values: Any) -> Any:
+        """It had the sha256 of the input's manifest, which is another one when the same bytes are made again."""
+        if isinstance(values, dict) and "input_manifests" in values:
+            return {key: value for key, value in values.items() if key != "input_manifests"} | {"input_contents": None}
+        return values
+
     @property
     def ref(self) -> ArtifactRef:
         return ArtifactRef(stage=self.recipe.stage, identity=self.identity)
+
+    @cached_property
+    def content(self) -> str:
+        """sha256 of all files: of their digests by path, as canonical JSON."""
+        return sha256_json(self.digests())
 
     @property
     def bytes(self) -> int:

@@ -41,7 +41,7 @@ def write(store, made_from, value=-1.0):
     attempt.table(table(value))
     attempt.path("model/config.json").write_text('{"a": 1}')
     return Manifest(identity=made_from.ref.identity, recipe=made_from, attempt=attempt.name, files=attempt.seal(),
-                    metrics={}, input_manifests={}, seconds=1.0, created=now(), environment=environment(CONFIG))
+                    metrics={}, input_contents={}, seconds=1.0, created=now(), environment=environment(CONFIG))
 
 
 def findings(store, ref):
@@ -184,10 +184,10 @@ def test_a_changed_input_is_found_by_verify(committed):
     store, source = committed
     child = recipe(stage="value", inputs={"rollouts": source.ref})
     made = write(store, child)
-    store.commit(made.model_copy(update={"input_manifests": {"rollouts": store.manifest_digest(source.ref)}}))
+    store.commit(made.model_copy(update={"input_contents": {"rollouts": source.content}}))
     assert findings(store, child.ref) == []
-    edit(store, source, lambda d: d.update(seconds=2.0))
-    assert ["input_manifests.rollouts: expected" in finding for finding in findings(store, child.ref)] == [True]
+    edit(store, source, lambda d: d["files"][0].update(sha256="1" * 64))
+    assert ["input_contents.rollouts: expected" in finding for finding in findings(store, child.ref)] == [True]
 
 
 def test_a_record_is_written_once(tmp_path):

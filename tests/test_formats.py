@@ -1,0 +1,83 @@
+"""Stores of every format there has been are read, checked and gone on with: tests/formats has one of each."""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import rewrite
+from test_verify import files_of
+
+from flows.cli import run_command
+from flows.runs import open_run, references
+from flows.store import Store
+from flows.verify import verify
+from schemas.errors import StoreError
+from schemas.records import FORMAT_VERSION, version
+from schemas.tables import TABLES
+
+FORMATS = Path(__file__).parent / "formats"
+
+
+@pytest.fixture
+def store_of(tmp_path):
+    def unpack(number):
+        with tarfile.open(FORMATS / f"{number}.tar.gz") as packed:
+            packed.extractall(tmp_path, filter="data")
+        return tmp_path / "store"
+
+    return unpack
+
+
+def test_there_is_one_of_each():
+    assert sorted(path.name for path in FORMATS.iterdir()) == [f"{n}.tar.gz" for n in range(1, FORMAT_VERSION + 1)]
+
+
+@pytest.mark.parametrize("number", range(1, FORMAT_VERSION + 1))
+def test_everything_in_it_is_read(store_of, number):
+    root = store_of(number)
+    assert verify(Store(root), None) == (26, [])
+    for name, iterations in (("language", 1), ("control", 2)):
+        store = Store(root)
+        run = open_run(store, name)
+        assert run.last().iteration == iterations
+        kinds = {entry.path: store.table(ref, TABLES[entry.path]) for ref in references(run)
+                 for entry in store.manifest(ref).files if entry.path in TABLES}
+        assert len(kinds) == {"language": 6, "control": 3}[name] and all(len(table) for table in kinds.values())
+        run.models.actor(run.last().actor)
+        run.close()
+
+
+@pytest.mark.parametrize("number", range(1, FORMAT_VERSION + 1))
+def test_a_run_in_it_goes_on(store_of, number, prefect_server):
+    root = store_of(number)
+    assert run_command(["train", "--run", "control", "--iterations", "3", "--store", str(root), "--quiet"]) == 0
+    assert open_run(Store(root), "control").last().iteration == 3 and verify(Store(root), None)[1] == []
+
+
+def test_every_record_of_a_newer_format_is_refused_with_the_version_that_reads_it(copied):
+    """By whatever opens it, and nothing is changed."""
+    root = copied[1]
+    for path in files_of(root):
+        if (path.suffix == ".json" and path.parent.name in ("tiny", "iterations")) or path.name == "manifest.json":
+            kept = path.read_bytes()
+            rewrite(path, lambda data: data.update(format_version=FORMAT_VERSION + 1, baton="7.0.1", marvel=[1]))
+            message = (f"{path}: format_version {FORMAT_VERSION + 1}, written by Baton 7.0.1; this Baton ({version()}) reads "
+                       f"up to {FORMAT_VERSION}: use Baton 7.0.1 or a newer one")
+            with pytest.raises(StoreError) as error:
+                store = Store(root)
+                run = open_run(store, "tiny")
+                for ref in references(run):
+                    store.manifest(ref)
+            assert str(error.value) == message
+            assert any("use Baton 7.0.1" in finding.found for finding in verify(Store(root), None)[1])
+            path.write_bytes(kept)
+    assert verify(Store(root), None)[1] == []
+
+
+def test_a_rerun_refuses_it_in_one_line(copied, capsys):
+    rewrite(copied[1] / "runs/tiny/run.json", lambda data: data.update(format_version=9, baton="7.0.1"))
+    for arguments in (["show", "tiny"], ["runs"], ["train", str(copied[0])], ["stage", "gae", "tiny", "--iteration", "1"],
+                      ["gc"], ["fork", "tiny", "--at", "1", "--run", "x"]):
+        assert run_command([*arguments, "--store", str(copied[1])]) == 1
+        assert "use Baton 7.0.1 or a newer one" in (error := capsys.readouterr().err) and error.count("\n") == 1
+    assert sorted(path.name for path in (copied[1] / "runs").iterdir()) == ["tiny"]
