@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: install train smollm2 test lint bench bench-learning clean
+.PHONY: install train smollm2 test lint bench bench-learning torture clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +34,9 @@ bench-learning: install ## does it learn? some hours; ONLY="bandit walks" for so
 bench: install          ## how fast, beside Stable-Baselines3; ONLY="cartpole" for one task
 	$(PIP) install --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python tests/benchmarks/speed.py $(ONLY)
+
+torture: install        ## break everything and count; an hour and more; ONLY="random bits" for some of it
+	$(BIN)/python tests/benchmarks/torture.py $(ONLY)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,187 @@
+"""Breaks things, all of them, and counts: `make torture`, or `make torture ONLY="kills bits"`. Minutes to an hour each.
+
+kills       SIGKILL before, in the middle of and after every call that changes the store, in every stage of a language
+            model's and a control task's run; then the same command: every state and file as in the undisturbed run
+random      200 SIGKILLs at random moments of data/reviews, 6 iterations
+full_disk   ENOSPC at every call of a whole run that needs space, and from then on; then the same command with space again
+bits        every file of a finished run: cut at every length and one bit of every byte flipped where it is small, 1,000 of
+            each where it is large; noticed on read, under its name
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from conftest import write_example  # noqa: E402
+from control import write_control  # noqa: E402
+from faults import HARMLESS_TO_A_FULL_DISK, Faults, Point, contents, same_as_reference  # noqa: E402
+
+from flows.runs import open_run, references  # noqa: E402
+from flows.store import Store, read_table  # noqa: E402
+from flows.verify import verify  # noqa: E402
+from schemas.artifacts import Manifest, RunRecord, TrainState  # noqa: E402
+from schemas.errors import BatonError  # noqa: E402
+from schemas.records import decode  # noqa: E402
+from schemas.tables import TABLES  # noqa: E402
+
+SMALL = 4096  # bytes
+
+
+def language(folder: Path) -> Path:
+    """One iteration of a tiny language model, with the stages that are off by default."""
+    example = write_example(folder / "tiny")
+    config = yaml.safe_load((example / "config.yaml").read_text())
+    config |= {"iterations": 1, "reward": {"center_on_demonstrations": True, "components": {"reward_model": {
+        "source": "reward_model"}}}}
+    (example / "config.yaml").write_text(yaml.safe_dump(config))
+    return example
+
+
+def control(folder: Path) -> Path:
+    """Two iterations of CartPole with all that goes from one to the next."""
+    return write_control(folder / "small", iterations=2, rollout={"num_steps": 8}, reward={"normalize": "scale"},
+                         policy={"hidden": [4], "normalize_observations": True}, tracking={"enabled": False},
+                         evaluate={"every": 1})
+
+
+def at_all_points(work: Path, hows: Callable[[Point], tuple[str, ...]], code: int) -> Iterator[str]:
+    """Disturbs the run at each point in each of these ways, and goes on; a line for each example."""
+    for make in (control, language):
+        folder = work / make.__name__
+        folder.mkdir()
+        faults = Faults(make(folder), folder)
+        points, done = faults.record(), Counter()
+        for number, point in enumerate(points):
+            for how in hows(point):
+                said = faults.at(point, how)
+                assert said["code"] == code, (point, how, said)
+                assert verify(Store(faults.store), None)[1] == [] or not (faults.store / "runs").exists()
+                assert faults.go_on()["code"] == 0, (point, how)
+                same_as_reference(faults)
+                done[how] += 1
+            if number % 50 == 0:
+                print(f"  {make.__name__}: {number} of {len(points)} points", file=sys.stderr, flush=True)
+        stages = len({point.label.partition("/")[0] for point in points if "/" in point.label})
+        faults.close()
+        yield (f"{make.__name__}: {len(points)} points, {stages} kinds of artifacts; "
+               f"{', '.join(f'{n} × {how}' for how, n in done.items())}: the same bytes each time")
+
+
+def kills(work: Path) -> Iterator[str]:
+    ways = lambda point: ("before", "half", "after") if point.name == "write" else ("before", "after")  # noqa: E731
+    return at_all_points(work, ways, -9)
+
+
+def full_disk(work: Path) -> Iterator[str]:
+    return at_all_points(work, lambda point: () if point.name in HARMLESS_TO_A_FULL_DISK else ("ENOSPC",), 1)
+
+
+def random_(work: Path, kills: int = 200) -> Iterator[str]:
+    """A life lasts up to `longest` seconds, which grows while nothing is committed: what is committed is never lost."""
+    example = work / "reviews"
+    shutil.copytree(ROOT / "data/reviews", example)
+    config = yaml.safe_load((example / "config.yaml").read_text())
+    config |= {"iterations": 6, "tracking": {"enabled": False}, "execution": {"threads": 1}}
+    (example / "config.yaml").write_text(yaml.safe_dump(config))
+    faults, rng, killed, runs, longest, before = Faults(example, work), random.Random(0), 0, 0, 1.0, -1
+    faults.record()
+    reference = contents(work / "reference")
+    while killed < kills:
+        if faults.go_on(rng.uniform(0, longest))["code"] == 0:
+            assert contents(faults.store) == reference and verify(Store(faults.store), None)[1] == []
+            shutil.rmtree(faults.store)
+            runs, longest = runs + 1, 1.0
+            continue
+        killed += 1
+        there = len(Store(faults.store).artifacts()) if faults.store.exists() else 0
+        longest, before = (1.0 if there > before else longest * 1.5), there
+        print(f"  {killed} killed, {there} artifacts, {runs} runs whole", file=sys.stderr, flush=True)
+    assert faults.go_on()["code"] == 0 and contents(faults.store) == reference
+    assert verify(Store(faults.store), None)[1] == []
+    faults.close()
+    yield f"data/reviews, 6 iterations: {killed} kills, {runs + 1} runs that ended, each in the same bytes"
+
+
+def bits(work: Path) -> Iterator[str]:
+    """In memory where a record is decoded from its bytes, else in the file, as the store reads it."""
+    example, rng, counts = language(work), random.Random(0), Counter()
+    faults = Faults(example, work)
+    faults.record()
+    faults.close()
+    store = Store(work / "reference")
+    run = open_run(store, "tiny")
+    records = {Path(store.files.address(f"runs/tiny/{name}")): kind for name, kind in (
+        ("run.json", RunRecord), ("iterations/000000.json", TrainState), ("iterations/000001.json", TrainState))}
+    for ref in references(run):
+        manifest = store.manifest(ref)
+        records[Path(store.uri, "artifacts", ref.stage, ref.identity, "manifest.json")] = Manifest
+        for entry in manifest.files:
+            path = Path(store.place(ref, entry.path))
+
+            def read(manifest=manifest, entry=entry):
+                there = store.checked(manifest, entry)
+                return read_table(there, entry, TABLES[entry.path]) if entry.path in TABLES else there.read_bytes()
+
+            for damaged in _damaged(path.read_bytes(), rng):
+                kept = path.read_bytes()
+                path.write_bytes(damaged)
+                _require(path, read)
+                path.write_bytes(kept)
+                counts["files"] += 1
+        counts["of artifacts"] += len(manifest.files)
+    for path, kind in records.items():
+        for damaged in _damaged(path.read_bytes(), rng):
+            _require(path, lambda damaged=damaged, path=path, kind=kind: decode(damaged, str(path), kind))
+            counts["records"] += 1
+    yield (f"{counts['of artifacts']} files in {counts['files']:,} damaged versions, {len(records)} records in "
+           f"{counts['records']:,}: all noticed")
+
+
+def _damaged(data: bytes, rng: random.Random) -> Iterator[bytes]:
+    lengths = range(len(data)) if len(data) <= SMALL else [0, len(data) - 1, *rng.sample(range(len(data)), 1000)]
+    yield from (data[:length] for length in lengths)
+    for place in range(len(data)) if len(data) <= SMALL else rng.sample(range(len(data)), 1000):
+        changed = bytearray(data)
+        changed[place] ^= 1 << rng.randrange(8)
+        yield bytes(changed)
+
+
+def _require(path: Path, read: Callable[[], object]) -> None:
+    try:
+        read()
+    except BatonError as error:
+        assert path.name in str(error), (path, error)
+    else:
+        raise AssertionError(f"{path}: damage went unnoticed")
+
+
+CHECKS = {"kills": kills, "random": random_, "full_disk": full_disk, "bits": bits}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"some of {', '.join(CHECKS)}; all if none is named")
+    given = parser.parse_args()
+    if unknown := set(given.checks) - set(CHECKS):
+        parser.error(f"no check {sorted(unknown)[0]!r}; there are {', '.join(CHECKS)}")
+    for name in given.checks or CHECKS:
+        with tempfile.TemporaryDirectory() as work:
+            for line in CHECKS[name](Path(work)):
+                print(f"{name:<10} {line}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
