@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from schemas.errors import BatonError, ConfigError
+from schemas.errors import BatonError, ConfigError, PrefectError
 from schemas.settings import without_user_info
 
 if TYPE_CHECKING:
@@ -121,8 +121,24 @@ def tagged(flow: Callable[..., Any], name: str, *arguments: Any) -> Any:
 
     if PREFECT_API_URL.value() is None:  # the server that Prefect starts for this command has nobody to show tasks to
         EventsWorker.set_client_override(NullEventsClient)
-    with tags("baton", name):
-        return flow(name, *arguments)
+    try:
+        with tags("baton", name):
+            return flow(name, *arguments)
+    except Exception as error:
+        if not _is_of_prefect(error):
+            raise
+        where = PREFECT_API_URL.value() or "its own server"
+        raise PrefectError(f"Prefect at {where}: {error}; what was committed is whole: see to it or to PREFECT_API_URL, "
+                           "then the same command goes on") from error
+
+
+def _is_of_prefect(error: Exception) -> bool:
+    """Whether it is about reaching Prefect's server rather than about training."""
+    import httpx
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    return (isinstance(error, (httpx.TransportError, PrefectHTTPStatusError))
+            or (isinstance(error, RuntimeError) and "reach API" in str(error)))
 
 
 # --- commands ---

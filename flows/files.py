@@ -266,7 +266,7 @@ def explained(uri: str) -> Iterator[None]:
 def _errno(error: Exception) -> int | None:
     """Of an error of the operating system, also where a library has wrapped its number into a text."""
     if isinstance(error, OSError):
-        return error.errno or errno.EIO
+        return errno.ETIMEDOUT if isinstance(error, TimeoutError) else error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None
 

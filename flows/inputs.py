@@ -218,6 +218,10 @@ def model_files(source: str, folder: Path) -> list[Path]:
         if not any(path.match(needed) for path in files):
             raise ConfigError(f"base_model.source: {place} has no {needed}; expected a Hugging Face folder with "
                               "safetensors weights (pickled weights are not read)")
+    for file in ("config.json", "tokenizer_config.json"):
+        if (place / file).is_file() and b'"auto_map"' in (place / file).read_bytes():
+            raise ConfigError(f"base_model.source: {place / file} names code to be run (auto_map), which is never run here; "
+                              "take a model that transformers has itself, and leave auto_map out")
     return files
 
 

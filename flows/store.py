@@ -33,6 +33,7 @@ from stages.ops.progress import progress_bar
 
 KNOWN, TABLES_KEPT = 256, 8  # artifacts whose manifests, and whose tables, are kept in memory: an iteration makes fewer
 SYNCED_AT_ONCE = 4  # files and folders: both waiting for the disk and hashing leave the interpreter to others
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 T = TypeVar("T", bound=Table)
 M = TypeVar("M", bound=BaseModel)
 
@@ -195,6 +196,8 @@ class Store:
         if not entries:
             raise StoreError(f"{ref.short}: the manifest lists nothing below {inner}/")
         for entry in progress_bar(entries, f"{ref.stage}: read"):
+            if entry.path.endswith(PICKLED):
+                raise StoreError(f"{ref.short}: {entry.path} may hold a pickle, which can run anything; it is never read")
             self.checked(manifest, entry)
         folder = self.files.local(attempt_of(manifest), inner)
         there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}

@@ -176,6 +176,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def main(root: str, name: str) -> int:
     """Brings MLflow to each state it is told of, several at once where they come fast, until its input ends."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # MLflow prints there too
     try:
         lines = Lines(sys.stdin.fileno())
         told = json.loads(lines.first())
@@ -186,7 +187,7 @@ def main(root: str, name: str) -> int:
         while (iteration := lines.last()) is not None:
             client.bring_to(run.state(int(iteration)))
     except Exception as error:  # whatever a tracking server does, the training goes on
-        print((str(error).strip().splitlines() or [type(error).__name__])[0][:200], flush=True)
+        print((str(error).strip().splitlines() or [type(error).__name__])[0][:200], file=answers, flush=True)
         return 1
     return 0
 

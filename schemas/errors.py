@@ -41,5 +41,9 @@ class TrackingError(BatonError):
     """MLflow could not be brought to what the store says."""
 
 
+class PrefectError(BatonError):
+    """Prefect's server could not be reached, or refused what it was told."""
+
+
 class EnvironmentFailure(BatonError):  # noqa: N818 - an EnvironmentError is Python's OSError
     """An environment raised, hung, or gave what is not a finite number."""

@@ -165,6 +165,19 @@ def test_a_model_folder_with_pickled_weights(refused, tmp_path):
         "--set", f"base_model={{source: {folder}}}", "--set", "sft=null")
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_model_folder_that_brings_its_own_code(refused, tmp_path, file):
+    folder = tmp_path / "remote"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (folder / file).write_text('{"auto_map": {"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.Tokenizer", null]}}')
+    error = refused("--set", f"base_model={{source: {folder}}}", "--set", "sft=null")
+    assert f"{file} names code to be run (auto_map)" in error
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("body, message", [
     ("import sys\nsys.exit(3)\n", "cannot be run: SystemExit: 3"),
     ("raise ValueError('one\\ntwo')\n", "cannot be run: ValueError: one two"),

@@ -180,6 +180,17 @@ def test_a_link_out_of_the_artifact_is_refused(committed, tmp_path):
         store.folder(manifest.ref, "model")
 
 
+def test_a_pickle_is_never_read(store):
+    """Whoever has put it into a manifest."""
+    made = write(store, recipe())
+    attempt = store.attempt(recipe())
+    attempt.write("actor/config.json", b"{}")
+    attempt.write("actor/pytorch_model.bin", b"cos\nsystem\n(S'true'\ntR.")
+    store.commit(made.model_copy(update={"attempt": attempt.name, "files": attempt.seal()}))
+    with pytest.raises(StoreError, match=r"actor/pytorch_model.bin may hold a pickle, which can run anything"):
+        store.folder(made.ref, "actor")
+
+
 def test_a_changed_input_is_found_by_verify(committed):
     store, source = committed
     child = recipe(stage="value", inputs={"rollouts": source.ref})

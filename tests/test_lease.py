@@ -1,0 +1,159 @@
+"""Several at once on one run, signals, servers that are away: one run's worth of work, and nothing lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import TRACKED
+from control import write_control
+from s3 import free_port
+from test_tracking import client_of, only_run, points
+
+from flows.cli import run_command
+from flows.runs import open_run
+from flows.store import Store
+from flows.verify import verify
+
+
+def started(*arguments, **environment):
+    """A command in a process of its own."""
+    return subprocess.Popen([sys.executable, "-m", "flows.cli", *map(str, arguments)], env=os.environ | environment,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_two_trains_of_one_run_and_one_from_another_view_of_the_store(trained, tmp_path, prefect_server):
+    """The others wait, and find everything: each artifact was attempted once, and its bytes are those of one alone."""
+    example, reference = trained
+    (tmp_path / "store").mkdir()
+    (tmp_path / "view").symlink_to(tmp_path / "store", target_is_directory=True)
+    commands = [started("train", example, "--store", tmp_path / place, "--set", "tracking.enabled=false")
+                for place in ("store", "store", "view")]
+    said = [command.communicate(timeout=300) for command in commands]
+    assert [command.returncode for command in commands] == [0, 0, 0], said
+    assert sum("is being worked on by process" in out for out, _ in said) == 2
+    ours, theirs = open_run(Store(tmp_path / "store"), "tiny"), open_run(Store(reference), "tiny")
+    for mine, other in zip(ours.states(), theirs.states(), strict=True):
+        assert mine.model_copy(update={"seconds": 0}) == other.model_copy(update={"seconds": 0})
+        for ref in mine.artifacts.values():
+            assert ours.store.manifest(ref).digests() == theirs.store.manifest(ref).digests()
+    made = {*ours.store.artifacts()} - {*ours.inputs.values()}
+    for ref in made:
+        assert len(ours.store.files.names(f"artifacts/{ref.stage}/{ref.identity}/attempts")) == 1
+    assert verify(Store(tmp_path / "store"), None)[1] == []
+
+
+def test_two_that_work_all_the_same_end_well(trained, tmp_path, prefect_server):
+    """Without the lease, as where a network's disk knows no locks: whoever commits second adopts."""
+    code = ("import contextlib, sys\nfrom flows import files\n"
+            "files.LocalFiles.exclusive = lambda *_: contextlib.nullcontext()\n"
+            "from flows.cli import run_command\nsys.exit(run_command(sys.argv[1:]))\n")
+    arguments = ["train", str(trained[0]), "--store", str(tmp_path / "store"), "--set", "tracking.enabled=false"]
+    both = [subprocess.Popen([sys.executable, "-c", code, *arguments], env=os.environ, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [one.communicate(timeout=300) for one in both]
+    assert [one.returncode for one in both] == [0, 0], said
+    assert not any("OTHER BYTES" in out for out, _ in said)
+    ours, theirs = Store(tmp_path / "store"), Store(trained[1])
+    assert verify(ours, None)[1] == [] and open_run(ours, "tiny").last().actor == open_run(theirs, "tiny").last().actor
+    actor = open_run(ours, "tiny").last().actor.artifact
+    assert ours.manifest(actor).digests() == theirs.manifest(actor).digests()
+
+
+def test_sigterm_takes_what_the_stage_has_written_with_it(tmp_path, prefect_server):
+    """In the middle of a rollout: no attempt, no record half written; then the same command goes on."""
+    example = write_control(tmp_path / "small", environment={"id": "Pendulum-v1"}, iterations=1, tracking={"enabled": False},
+                            rollout={"num_envs": 1, "num_steps": 50_000}, ppo={"minibatches": 1, "epochs": 1})
+    store = tmp_path / "store"
+    training = started("train", example, "--store", store)
+    deadline = time.monotonic() + 120
+    while not list(store.glob("artifacts/rollout/*/attempts/*")) and time.monotonic() < deadline and training.poll() is None:
+        time.sleep(0.05)
+    training.send_signal(signal.SIGTERM)
+    _, error = training.communicate(timeout=60)
+    assert training.returncode == 143 and "Traceback" not in error
+    assert "terminated; what was committed is whole, the same command goes on from here" in error
+    assert not list(store.glob("artifacts/rollout/*/attempts/*")) and not list(store.rglob("*.tmp"))
+    assert open_run(Store(store), "small").last().iteration == 0 and verify(Store(store), None)[1] == []
+    assert run_command(["train", str(example), "--store", str(store), "--quiet"]) == 0
+
+
+def test_prefects_server_that_is_away_is_said_in_one_line(trained, tmp_path):
+    """Nothing is computed, nothing is lost; with a server the same command trains."""
+    command = started("train", trained[0], "--store", tmp_path / "store", PREFECT_API_URL="http://127.0.0.1:9/api")
+    _, error = command.communicate(timeout=120)
+    assert command.returncode == 1 and "Traceback" not in error
+    assert "Prefect at http://127.0.0.1:9/api: " in error and "see to it or to PREFECT_API_URL, then the same command goes on" in error
+    assert {ref.stage.partition(".")[0] for ref in Store(tmp_path / "store").artifacts()} == {"input"}
+
+
+# --- MLflow ---
+
+@pytest.fixture
+def mlflow_server(tmp_path):
+    """A way to start MLflow's own server; and its address."""
+    port, servers = free_port(), []
+    uri = f"http://127.0.0.1:{port}"
+
+    def start():
+        with (tmp_path / "mlflow.log").open("w") as log:
+            servers.append(subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", "--backend-store-uri",
+                 f"sqlite:///{tmp_path / 'served.db'}", "--artifacts-destination", str(tmp_path / "served")], stdout=log,
+                stderr=log, start_new_session=True))
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                if httpx.get(f"{uri}/health", timeout=2).is_success:
+                    return
+            except httpx.HTTPError:
+                time.sleep(0.3)
+            assert time.monotonic() < deadline, (tmp_path / "mlflow.log").read_text()
+
+    yield uri, start
+    for server in servers:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def test_mlflow_sync_brings_a_server_that_was_away_to_what_the_store_says(copied, mlflow_server, capsys):
+    """Away: the error, by its name. Back again: every point once, however often it is asked for."""
+    import mlflow
+
+    example, root = copied
+    uri, start = mlflow_server
+    there = [f"--set=tracking.uri={uri}", "--store", str(root)]
+    assert run_command(["train", str(example), "--iterations", "3", *TRACKED, "--set", "iterations=3", *there]) == 0
+    assert "training goes on without it, baton mlflow-sync tiny completes it" in capsys.readouterr().out
+    assert run_command(["mlflow-sync", "tiny", *there]) == 1
+    assert f"MLflow at {uri}: " in (error := capsys.readouterr().err) and error.count("\n") == 1
+    start()
+    for _ in range(2):
+        assert run_command(["mlflow-sync", "tiny", *there]) == 0
+        assert "MLflow has its 4 states" in capsys.readouterr().out
+        client = mlflow.MlflowClient(uri)
+        found = points(client, only_run(client))
+        assert [step for step, _ in found["gae/kl"]] == [1, 2, 3] and [step for step, _ in found["evaluate/gold"]][:1] == [0]
+    assert all(len({step for step, _ in of}) == len(of) for of in found.values())
+
+
+def test_a_tracking_server_that_never_answers_is_waited_for_no_longer_than_said(copied, monkeypatch, capsys):
+    """It takes the connection and says nothing: training ends, and says so."""
+    import socket
+
+    from flows import mirror
+
+    monkeypatch.setattr(mirror, "PATIENCE", 2.0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(8)
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert run_command(["train", "--run", "tiny", "--iterations", "3", *TRACKED, f"--set=tracking.uri={uri}", "--store",
+                            str(copied[1])]) == 0
+    assert "it did not answer in time" in (out := capsys.readouterr().out) or "timed out" in out
+    assert open_run(Store(copied[1]), "tiny").last().iteration == 3
+    assert not Path(copied[1], "mlruns").exists() and client_of(copied[1])
