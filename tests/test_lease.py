@@ -87,7 +87,8 @@ def test_prefects_server_that_is_away_is_said_in_one_line(trained, tmp_path):
     command = started("train", trained[0], "--store", tmp_path / "store", PREFECT_API_URL="http://127.0.0.1:9/api")
     _, error = command.communicate(timeout=120)
     assert command.returncode == 1 and "Traceback" not in error
-    assert "Prefect at http://127.0.0.1:9/api: " in error and "see to it or to PREFECT_API_URL, then the same command goes on" in error
+    assert "Prefect at http://127.0.0.1:9/api: " in error
+    assert "see to it or to PREFECT_API_URL, then the same command goes on" in error
     assert {ref.stage.partition(".")[0] for ref in Store(tmp_path / "store").artifacts()} == {"input"}
 
 
