@@ -22,7 +22,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
+KILLS = ("before", "half", "after")
 HARMLESS_TO_A_FULL_DISK = ("unlink", "rmdir", "chmod", "close")
 
 
@@ -58,6 +60,10 @@ class Faults:
         """Begins where the store was at the point's label. `how`: `before`, `half` or `after`, or an errno's name."""
         shutil.rmtree(self.store, ignore_errors=True)
         shutil.copytree(self.snapshots / point.label.replace("/", "_"), self.store)
+        return self.again_at(point, how)
+
+    def again_at(self, point: Point, how: str) -> dict:
+        """Goes on in the store as it is; killed at the point, or, where the label has fewer calls, when the next begins."""
         return self._ask(store=self.store, point=asdict(point), how=how)
 
     def go_on(self, seconds: float | None = None) -> dict:
@@ -116,7 +122,7 @@ def _fork(asked: dict) -> dict:
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         with os.fdopen(write, "w") as answer:
-            json.dump(_train(asked), answer)
+            json.dump(_train(asked, answer), answer)
         os._exit(0)
     os.close(write)
     if asked.get("seconds") is not None and not select.select([read], [], [], asked["seconds"])[0]:
@@ -127,12 +133,12 @@ def _fork(asked: dict) -> dict:
     return json.loads(said) if said else {"code": os.waitstatus_to_exitcode(status)}
 
 
-def _train(asked: dict) -> dict:
+def _train(asked: dict, said: TextIO) -> dict:
     from flows.start import start
     from flows.train import train_flow
     from schemas.errors import BatonError
 
-    watch = Watch(asked)
+    watch = Watch(asked, said)
     try:
         watch.begin("record of the run")
         with watch:
@@ -148,7 +154,8 @@ def _train(asked: dict) -> dict:
 class Watch:
     """Counts the calls below a store, and makes one of them fatal, or it and all later ones that need space fail."""
 
-    def __init__(self, asked: dict) -> None:
+    def __init__(self, asked: dict, said: TextIO) -> None:
+        self.said = said
         self.root, self.snapshots = os.path.abspath(asked["store"]), asked.get("snapshots")
         self.fatal, self.how = asked.get("point"), asked.get("how")
         self.points: list[Point] = []
@@ -156,6 +163,8 @@ class Watch:
 
     def begin(self, label: str) -> None:
         """What follows is about this artifact or record."""
+        if self.fatal and self.label == self.fatal["label"] and self.how in KILLS:
+            os.kill(os.getpid(), signal.SIGKILL)
         self.label, self.call = label, 0
         if self.snapshots:
             Path(self.root).mkdir(exist_ok=True)
@@ -207,10 +216,10 @@ class Watch:
         here = self.fatal and (self.label, self.call) == (self.fatal["label"], self.fatal["call"])
         self.call += 1
         if here and self.how == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
+            self._die(name)
         if here and self.how == "half" and half:
             half()
-            os.kill(os.getpid(), signal.SIGKILL)
+            self._die(name)
         if (here or self.failing) and self.how and self.how.startswith("E"):
             self.failing = True
             if name not in HARMLESS_TO_A_FULL_DISK or self.how in ("EROFS", "EIO"):
@@ -218,12 +227,16 @@ class Watch:
                 raise OSError(getattr(errno, self.how), os.strerror(getattr(errno, self.how)), path)
         self.inside = True
         try:
-            result = call()
+            return call()
         finally:
             self.inside = False
-        if here and self.how == "after":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+            if here and self.how == "after":
+                self._die(name)
+
+    def _die(self, name: str) -> None:
+        json.dump({"code": -9, "call": name}, self.said)
+        self.said.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class File:

@@ -41,7 +41,7 @@ def test_killed_before_each_call_and_in_the_middle_of_each_write(faults):
     assert len(points) > 35 and {"open", "write", "fsync", "link", "unlink", "mkdir"} <= {point.name for point in points}
     for point in points:
         for how in ("before", "half") if point.name == "write" else ("before",):
-            assert faults.at(point, how) == {"code": -9}, (point, how)
+            assert faults.at(point, how) == {"code": -9, "call": point.name}, (point, how)
             assert faults.go_on()["code"] == 0
             same_as_reference(faults)
 

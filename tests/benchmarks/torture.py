@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import write_example  # noqa: E402
 from control import write_control  # noqa: E402
-from faults import HARMLESS_TO_A_FULL_DISK, Faults, Point, contents, same_as_reference  # noqa: E402
+from faults import HARMLESS_TO_A_FULL_DISK, KILLS, Faults, Point, contents, same_as_reference  # noqa: E402
 
 from flows.runs import open_run, references  # noqa: E402
 from flows.store import Store, read_table  # noqa: E402
@@ -56,36 +56,66 @@ def control(folder: Path) -> Path:
                          evaluate={"every": 1})
 
 
-def at_all_points(work: Path, hows: Callable[[Point], tuple[str, ...]], code: int) -> Iterator[str]:
-    """Disturbs the run at each point in each of these ways, and goes on; a line for each example."""
+def recorded(work: Path) -> Iterator[tuple[str, Faults, list[Point]]]:
+    """Each example with its fault points."""
     for make in (control, language):
         folder = work / make.__name__
         folder.mkdir()
         faults = Faults(make(folder), folder)
-        points, done = faults.record(), Counter()
-        for number, point in enumerate(points):
-            for how in hows(point):
-                said = faults.at(point, how)
-                assert said["code"] == code, (point, how, said)
-                assert verify(Store(faults.store), None)[1] == [] or not (faults.store / "runs").exists()
-                assert faults.go_on()["code"] == 0, (point, how)
-                same_as_reference(faults)
-                done[how] += 1
-            if number % 50 == 0:
-                print(f"  {make.__name__}: {number} of {len(points)} points", file=sys.stderr, flush=True)
-        stages = len({point.label.partition("/")[0] for point in points if "/" in point.label})
+        yield make.__name__, faults, faults.record()
         faults.close()
-        yield (f"{make.__name__}: {len(points)} points, {stages} kinds of artifacts; "
-               f"{', '.join(f'{n} × {how}' for how, n in done.items())}: the same bytes each time")
+
+
+def ways(name: str) -> tuple[str, ...]:
+    return ("before", "half", "after") if name == "write" else ("before", "after")
 
 
 def kills(work: Path) -> Iterator[str]:
-    ways = lambda point: ("before", "half", "after") if point.name == "write" else ("before", "after")  # noqa: E731
-    return at_all_points(work, ways, -9)
+    """Up to a label's commit in one store, kill after kill, as what a kill leaves takes nothing from the next; from the link
+    on, when there is but one chance, each from the store as it was at the label's beginning."""
+    for name, faults, points in recorded(work):
+        labels, done = list(dict.fromkeys(point.label for point in points)), Counter()
+        chain = work / name / "chain"
+        for number, label in enumerate(labels):
+            print(f"  {name}: {label}, {number} of {len(labels)}, {done.total()} kills", file=sys.stderr, flush=True)
+            own = [point for point in points if point.label == label]
+            link = next(point.call for point in own if point.name == "link")
+            for point in own[link:]:
+                for how in ways(point.name):
+                    assert faults.at(point, how) == {"code": -9, "call": point.name}, (point, how)
+                    assert faults.go_on()["code"] == 0, (point, how)
+                    same_as_reference(faults)
+                    done[how] += 1
+            faults.store, call, linked = chain, 0, False
+            while not linked:
+                said = {"call": "write"}
+                for how in KILLS:
+                    if how in ways(said["call"]) and not linked:
+                        said = faults.again_at(Point(label, call, "", ""), how)
+                        linked = said.get("call", "link") == "link"
+                        done[how] += "call" in said
+                        assert said["code"] == -9, (label, call, how, said)
+                call += 1
+            faults.store = work / name / "store"
+        faults.store = chain
+        assert faults.go_on()["code"] == 0
+        same_as_reference(faults)
+        stages = len({label.partition("/")[0] for label in labels if "/" in label})
+        yield (f"{name}: {len(points)} calls for {len(labels)} artifacts and records, {stages} kinds; {done.total()} kills "
+               f"({', '.join(f'{n} {how}' for how, n in done.items())}): the same bytes each time")
 
 
 def full_disk(work: Path) -> Iterator[str]:
-    return at_all_points(work, lambda point: () if point.name in HARMLESS_TO_A_FULL_DISK else ("ENOSPC",), 1)
+    for name, faults, points in recorded(work):
+        needing = [point for point in points if point.name not in HARMLESS_TO_A_FULL_DISK]
+        for number, point in enumerate(needing):
+            said = faults.at(point, "ENOSPC")
+            assert said["code"] == 1 and "No space left on device" in said["error"], (point, said)
+            assert faults.go_on()["code"] == 0, point
+            same_as_reference(faults)
+            if number % 20 == 0:
+                print(f"  {name}: {number} of {len(needing)} calls", file=sys.stderr, flush=True)
+        yield f"{name}: full at each of {len(needing)} calls: said each time, and the same bytes afterwards"
 
 
 def random_(work: Path, kills: int = 200) -> Iterator[str]:
