@@ -16,6 +16,7 @@ from schemas.errors import EnvironmentFailure
 from schemas.tables import Trajectories
 from stages.control_rollout import metrics
 from stages.ops.environments import Environments, actions_since_reset, episode_seed
+from stages.ops.moments import RunningMoments
 
 
 def test_rows_are_pieces_of_episodes_and_no_step_leads_over_a_reset():
@@ -85,6 +86,19 @@ def test_rewards_are_scaled_by_all_discounted_returns_so_far():
             np.testing.assert_allclose(steps_of(batch, "rewards")[:, t], expected, rtol=1e-4)
             carried = carried * ~ended[:, t]
     assert (np.abs(batch.rewards.values) == 0.5).any() and (np.abs(batch.rewards.values) < 0.5).any()
+
+
+@pytest.mark.parametrize("environments", [1, 3])
+def test_moments_of_many_steps_at_once_are_those_of_one_after_the_other(environments):
+    """To the bit: what an action was sampled with is what its logprob is of."""
+    x = np.random.default_rng(0).normal([3, -50], [2, 0.01], (40, environments, 2)).astype(np.float32)
+    before = (17.0, np.array([3.0, -50.0]), np.array([4.0, 0.0001]))
+    for start in (before, (0.0, np.zeros(2), np.ones(2))):
+        at_once, one_by_one = RunningMoments(*start), RunningMoments(*start)
+        mean, variance = at_once.see(x)
+        for t in range(40):
+            for found, expected in zip(one_by_one.see(x[t : t + 1]), (mean, variance), strict=True):
+                np.testing.assert_array_equal(found[0], expected[t])
 
 
 def test_observations_are_normalised_by_all_seen_so_far_the_steps_own_included():

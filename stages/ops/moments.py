@@ -30,6 +30,8 @@ class RunningMoments:
         """(T, N, D), N at each step, to (T, D) mean and (T, D) variance after each step, its own N included."""
         if not self.count:
             self.near = x[0, 0].astype(np.float64)
+        if len(x) == 1:
+            return self._see_one(x[0])
         away = x - self.near
         sums = np.stack([away.sum(1), (away * away).sum(1)], 1)  # (T, 2, D)
         sums[0] += self.sums
@@ -38,6 +40,15 @@ class RunningMoments:
         self.count, self.sums = float(counts[-1, 0]), sums[-1]
         shift = sums[:, 0] / counts
         return self.near + shift, np.maximum(sums[:, 1] / counts - shift * shift, 0.0)
+
+    def _see_one(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N, D), the same in fewer calls: it is a part of every step of an environment."""
+        away = x - self.near
+        self.sums = self.sums + (np.array([away[0], (away * away)[0]]) if len(x) == 1 else
+                                 np.array([away.sum(0), (away * away).sum(0)]))
+        self.count += len(x)
+        shift, spread = self.sums / self.count
+        return (self.near + shift)[None], np.maximum(spread - shift * shift, 0.0)[None]
 
 
 def normalized(values: np.ndarray, moments: Moments, how: str) -> np.ndarray:
