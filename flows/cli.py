@@ -204,7 +204,7 @@ def iterate(run: str, root: str) -> Answer:
               help="0 for base_model, sft, reward_model, policy and the first evaluate.")
 @SETTINGS
 def stage_command(stage: str, run: str, iteration: int, settings: tuple[str, ...], root: str) -> Answer:
-    """STAGE of an iteration of RUN again, from saved artifacts; the run is left alone."""
+    """A STAGE of RUN again, from saved artifacts. The run is left alone."""
     from flows import display
 
     opened(root, run, settings).recorded(stage, iteration)  # a mistake is said before Prefect starts
@@ -234,7 +234,7 @@ def runs(root: str) -> Answer:
 @click.argument("run")
 @click.option("--iteration", type=click.IntRange(min=0), help="Every metric of one iteration.")
 def show(run: str, iteration: int | None, root: str) -> Answer:
-    """The iterations of RUN, and where the time of the last, or of one, went."""
+    """The iterations of RUN. And where the time of the last, or of one, went."""
     from flows import display
     from flows.runs import time_spent
 
@@ -275,7 +275,7 @@ def verify(run: str | None, root: str) -> Answer:
 @click.option("--run", "name", required=True, help="The new run's name.")
 @SETTINGS
 def fork(run: str, at: int, name: str, settings: tuple[str, ...], root: str) -> Answer:
-    """A new run that goes on from an iteration of RUN, with other settings or the same."""
+    """A new run from an iteration of RUN. With other settings or the same; what came before is shared."""
     from flows.fork import fork as fork_run
 
     made = fork_run(opened(root, run), at, name, settings)
@@ -288,7 +288,7 @@ def fork(run: str, at: int, name: str, settings: tuple[str, ...], root: str) -> 
 @click.argument("a")
 @click.argument("b")
 def diff(a: str, b: str, root: str) -> Answer:
-    """Where the runs A and B part: the first iteration, stage, row and column."""
+    """Where the runs A and B part. The first iteration, stage, row and column, and the setting it comes from."""
     from dataclasses import asdict
 
     from flows import display
@@ -302,7 +302,7 @@ def diff(a: str, b: str, root: str) -> Answer:
 @command
 @click.argument("run")
 def rm(run: str, root: str) -> Answer:
-    """Remove RUN; its artifacts stay until baton gc finds that no other run needs them."""
+    """Remove RUN. Its artifacts stay until baton gc finds that no other run needs them."""
     from flows.lease import holder_of
     from flows.runs import remove_run
     from flows.store import Store
@@ -322,7 +322,7 @@ def rm(run: str, root: str) -> Answer:
 @click.option("--older-than", "hours", type=click.FloatRange(min=0), default=24.0, show_default=True, metavar="HOURS",
               help="Leave what is younger: somebody may still be making it.")
 def gc(dry_run: bool, hours: float, root: str) -> Answer:
-    """Remove what no run refers to, what broken-off attempts have left, and what retention does not keep."""
+    """Remove what nothing needs. What no run refers to, broken-off attempts, and what retention does not keep."""
     from flows import collect, display
     from flows.store import Store
 
@@ -339,7 +339,7 @@ def gc(dry_run: bool, hours: float, root: str) -> Answer:
 @click.argument("run")
 @SETTINGS
 def mlflow_sync(run: str, settings: tuple[str, ...], root: str) -> Answer:
-    """Bring MLflow to what the store says of RUN; nothing is logged twice. Settings: tracking.uri=…, for another server."""
+    """Bring MLflow to what the store says. Nothing is logged twice; --set tracking.uri=… names another server."""
     from flows.mirror import how_to_open, sync
 
     what = opened(root, run, settings)
