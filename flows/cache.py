@@ -17,6 +17,7 @@ from pathlib import Path
 from schemas.errors import ConfigError, StoreError
 
 IN_USE = 600.0  # seconds after which somebody else's copy may go
+ABANDONED = 7 * 86400.0  # after which what is half made has nobody who makes it
 
 
 class Cache:
@@ -34,17 +35,27 @@ class Cache:
         folder = self.folder / key
         if not (folder / inner).resolve().is_relative_to(folder.resolve()):
             raise StoreError(f"{key}/{inner}: leaves the artifact; expected a path within it")
-        if folder not in self._used and folder.is_dir():
-            self._used.add(folder)
+        self._used.add(folder)
+        with contextlib.suppress(FileNotFoundError):
             os.utime(folder)
         return folder / inner
 
     def begin(self, key: str) -> Path:
-        """A fresh folder for an attempt."""
-        folder = self.folder / key
+        """A fresh folder for an attempt; what is being made is no copy, and is not let go of."""
+        folder = self.making(key)
         folder.mkdir(parents=True)
-        self._used.add(folder)
         return folder
+
+    def making(self, key: str) -> Path:
+        """Where an attempt is being made."""
+        return self.folder / "making" / key
+
+    def keep(self, key: str) -> None:
+        """What was made and has been uploaded becomes a copy."""
+        place = self.path(key, ".")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(self.making(key), place)
+        self.make_room()
 
     @contextlib.contextmanager
     def arriving(self, path: Path) -> Iterator[Path]:
@@ -63,29 +74,52 @@ class Cache:
 
     def remove(self, key: str) -> None:
         """Lets go of a file or folder."""
-        path = self.folder / key
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        for path in (self.folder / key, self.making(key)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def make_room(self) -> None:
-        """Lets go of the attempts used longest ago, of all stores, until the rest is within the limit."""
-        self._arrived = 0
-        folders = list(self.root.glob("*/artifacts/*/*/attempts/*"))
-        sizes = {folder: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in folders}
-        over = sum(sizes.values()) - self.limit
-        for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime):
-            if over <= 0:
-                return
-            if folder not in self._used and time.time() - folder.stat().st_mtime > IN_USE:
+        """Lets go of the attempts used longest ago, of all stores, until the rest is within the limit; and of what processes
+        that are gone have left half made."""
+        self._arrived, now = 0, time.time()
+        for left in (*self.root.glob("*/arriving/*"), *self.root.glob("*/making/artifacts/*/*/attempts/*")):
+            if now - _newest(left) > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        folders = {folder: (_used_last(folder), _size(folder)) for folder in self.root.glob("*/artifacts/*/*/attempts/*")}
+        over = sum(size for _, size in folders.values()) - self.limit
+        for folder, (used, size) in sorted(folders.items(), key=lambda item: item[1][0]):
+            if over > 0 and folder not in self._used and now - used > IN_USE:
                 shutil.rmtree(folder, ignore_errors=True)
-                over -= sizes[folder]
+                over -= size
+
+
+def _used_last(folder: Path) -> float:
+    """When a copy was used last; now, if another process has just let go of it."""
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
+
+
+def _newest(path: Path) -> float:
+    return max([_used_last(path), *(_used_last(inner) for inner in path.rglob("*"))])
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _limit() -> float:
     text = os.environ.get("BATON_CACHE_GB", "20")
     try:
+        if not 0 < float(text) < float("inf"):
+            raise ValueError
         return float(text) * 1e9
     except ValueError:
         raise ConfigError(f"BATON_CACHE_GB={text}: expected a number of gigabytes") from None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from flows.files import MENDED
 from schemas.errors import BatonError, ConfigError, PrefectError
 from schemas.settings import without_user_info
 
@@ -304,11 +305,11 @@ def diff(a: str, b: str, root: str) -> Answer:
 def rm(run: str, root: str) -> Answer:
     """Remove RUN. Its artifacts stay until baton gc finds that no other run needs them."""
     from flows.lease import holder_of
-    from flows.runs import remove_run
+    from flows.runs import remove_run, run_folders
     from flows.store import Store
 
     store = Store(root)
-    if run not in (there := store.files.names("runs")):
+    if run not in (there := run_folders(store)):
         raise ConfigError(f"no run {run!r} in {store.uri}; runs there: {', '.join(there) or 'none'}")
     if holder := holder_of(store, run):
         raise ConfigError(f"run {run!r} is being worked on by {holder}; end that first")
@@ -358,6 +359,10 @@ def run_command(arguments: list[str] | None = None) -> int:
         return _complain(f"{error.format_message()} (baton --help lists what there is)", 2)
     except BatonError as error:
         return _complain(str(error), 2 if isinstance(error, ConfigError) else 1)
+    except OSError as error:
+        if error.errno not in MENDED:
+            raise
+        return _complain(f"{error.filename or 'the store'}: {error.strerror}; {MENDED[error.errno]}", 1)
     except (click.Abort, KeyboardInterrupt):
         return _complain("interrupted; the same command goes on from here", 130)
     except TerminatedError:

@@ -1,12 +1,13 @@
 """`baton gc`: what may go. Artifacts that no run refers to, attempts without a manifest, unfinished records and uploads; and
 what retention does not keep.
 
-A running or broken-off iteration has committed what no state names yet. So nothing goes that is younger than an age, or than
-the last state of a run that is being worked on.
+A running or broken-off iteration has committed, or found, what no state names yet. So nothing goes that is younger than an
+age, and while a run is being worked on no artifact goes, however old, nor an attempt younger than the run's last state.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 from flows.files import Stat
 from flows.lease import holder_of
 from flows.retention import Part, drop, droppable
-from flows.runs import open_run, record_key, references, run_names
+from flows.runs import open_run, record_key, references, run_folders, run_names
 from flows.store import Store, folder_of
 from schemas.artifacts import ArtifactRef
 from schemas.errors import StoreError
+from schemas.settings import NAME_PATTERN
 from stages.ops.progress import progress_bar
 
 
@@ -35,9 +37,11 @@ class Garbage:
 
 def garbage(store: Store, hours: float) -> list[Garbage]:
     """All that may go and is older than so many hours. Raises `StoreError` if what the runs refer to cannot be told."""
-    before = min([time.time() - 3600 * hours, *_being_worked_on(store)])
+    working = list(_being_worked_on(store))
+    before = min([time.time() - 3600 * hours, *working])
     live = _live(store)
-    found = [*_artifacts(store, live), *_unfinished(store, before)]
+    found = [one for one in _artifacts(store, live) if not working or one.kind != "artifact"]
+    found += _unfinished(store, before)
     parts = [part for name in run_names(store) for part in droppable(open_run(store, name))]
     dropped = [Garbage(part.name, f"{part.ref.short}, iteration {part.iteration} of run {part.run}", part.bytes, 0, part)
                for part in parts]
@@ -60,14 +64,14 @@ def remove(store: Store, found: Iterable[Garbage]) -> None:
 
 def _being_worked_on(store: Store) -> Iterator[float]:
     """When the last state of each such run was written; 0 where there is none."""
-    for name in store.files.names("runs"):
+    for name in run_folders(store):
         if holder_of(store, name):
             yield max((stat.modified for stat in store.files.walk(f"runs/{name}/iterations")), default=0.0)
 
 
 def _live(store: Store) -> set[ArtifactRef]:
-    """What the runs refer to, and what that was made from."""
-    for name in store.files.names("runs"):
+    """What the runs refer to, and what that was made from. Raises `StoreError` if some of that is missing."""
+    for name in run_folders(store):
         if store.files.names(f"runs/{name}/iterations") and not store.files.exists(record_key(name)):
             raise StoreError(f"{store.files.address(record_key(name))}: is missing, so that nobody can tell what the run "
                              f"needs; nothing was removed: baton verify {name}")
@@ -77,8 +81,7 @@ def _live(store: Store) -> set[ArtifactRef]:
         ref = todo.pop()
         if ref not in live:
             live.add(ref)
-            manifest = store.find(ref)
-            todo += manifest.recipe.inputs.values() if manifest else ()
+            todo += store.manifest(ref).recipe.inputs.values()
     return live
 
 
@@ -87,7 +90,7 @@ def _artifacts(store: Store, live: set[ArtifactRef]) -> Iterator[Garbage]:
     files: dict[ArtifactRef, list[Stat]] = defaultdict(list)
     for stat in store.files.walk("artifacts"):
         _, stage, identity, *_ = [*stat.key.split("/"), "", ""]
-        if len(identity) == 64:
+        if re.fullmatch("[0-9a-f]{64}", identity) and re.fullmatch(NAME_PATTERN, stage):
             files[ArtifactRef(stage=stage, identity=identity)].append(stat)
     for ref, stats in files.items():
         folder = folder_of(ref)

@@ -29,6 +29,10 @@ MENDED = {
 }
 
 
+OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a network's disk without them: nobody is kept waiting
+
+
 @dataclass(frozen=True)
 class Stat:
     """A file below the root."""
@@ -135,6 +139,7 @@ class LocalFiles:
 
     def walk(self, key: str) -> Iterator[Stat]:
         for folder, folders, files in os.walk(self.root / key):
+            files += [name for name in folders if Path(folder, name).is_symlink()]
             if not folders and not files:
                 yield Stat(f"{Path(folder).relative_to(self.root).as_posix()}/", 0, Path(folder).lstat().st_mtime)
             for name in sorted(files):
@@ -144,9 +149,9 @@ class LocalFiles:
                     yield Stat(path.relative_to(self.root).as_posix(), found.st_size, found.st_mtime)
 
     def local(self, key: str, inner: str) -> Path:
-        folder = self.root / key
-        path = folder / inner
-        if not path.resolve().is_relative_to(folder.resolve()):
+        top, _, rest = key.partition("/")  # artifacts/ may lie on another disk; below it nothing is a link
+        path = self.root / key / inner
+        if path.resolve() != (self.root / top).resolve() / rest / inner:
             raise StoreError(f"{path}: leaves the artifact through a link; expected a plain file")
         return path
 
@@ -207,9 +212,12 @@ class LocalFiles:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            self.sync(path.parent)
 
     def unfinished(self, before: float) -> list[Stat]:
-        return [stat for stat in self.walk(".") if stat.key.endswith(".tmp") and stat.modified < before]
+        return [stat for part in ("artifacts", "runs") for stat in self.walk(part)
+                if re.search(r"\.[0-9a-f]{32}\.tmp$", stat.key) and stat.modified < before]
 
     def abort(self, unfinished: Stat) -> None:
         self.remove(unfinished.key)
@@ -232,6 +240,9 @@ class LocalFiles:
                 file.seek(0)
                 waiting(file.read())
                 fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
             file.truncate(0)
             file.write(holder)
             file.flush()
@@ -242,20 +253,24 @@ class LocalFiles:
             with (self.root / key).open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return None
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except BlockingIOError:
             return self.read(key)
 
 
 @contextlib.contextmanager
-def explained(uri: str) -> Iterator[None]:
-    """Turns what the system says about a disk or a bucket into a `StoreError` that says what helps."""
+def explained(uri: str, below: Path | None = None) -> Iterator[None]:
+    """Turns what the system says about a disk or a bucket into a `StoreError` that says what helps.
+
+    `below`: only what it says of this folder, or of a disk as such.
+    """
     try:
         yield
     except Exception as error:
         number = _errno(error)
-        if number is None:
+        named = str(getattr(error, "filename", None) or "")
+        if number is None or not (below is None or number in OF_DISKS or named.startswith(str(below))):
             raise
         where = getattr(error, "filename", None) or uri
         helps = MENDED.get(number, "see to the disk or the network")

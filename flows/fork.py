@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from flows.chains import chain
-from flows.produce import now
+from flows.lease import lease
+from flows.produce import now as time_now
 from flows.runs import Run, open_run, record_key, remove_run, run_names
 from flows.stage import use_new_functions
-from flows.store import attempt_of
+from flows.store import Store, attempt_of
 from schemas.artifacts import ModelRef, RunRecord, TrainState, check_name
 from schemas.errors import ConfigError
 
@@ -24,19 +25,34 @@ def fork(parent: Run, at: int, name: str, settings: Iterable[str]) -> Run:
     state = parent.state(at)
     run = open_run(store, parent.name, settings=settings)
     for section in BEFORE:
-        if getattr(run.config, section, None) != getattr(parent.config, section, None):
+        now, then = (getattr(config, section, None) for config in (run.config, parent.config))
+        if now != then and not (section == "value" and now is None):
             raise ConfigError(f"--set {section}…: it was decided before the first iteration; make another run with it")
     use_new_functions(run, parent)
     _require_kept(state, run)
     changed = chain(run).forked(run, parent, state)
-    run.record = RunRecord(name=name, config=run.config.model_dump(mode="json"), inputs=run.inputs,
-                           parent=f"{parent.name}@{at}", created=now())
-    remove_run(store, name)  # what an interrupted fork has left
-    for iteration in parent.iterations():
-        if iteration <= at:
-            run.save(changed if iteration == at else parent.state(iteration))
-    store.put(record_key(name), run.record)  # last: with it the run is there
+    record = RunRecord(name=name, config=run.config.model_dump(mode="json"), inputs=run.inputs,
+                           parent=f"{parent.name}@{at}", created=time_now())
+    with lease(store, name):
+        if name in run_names(store):
+            raise ConfigError(f"run {name!r} exists by now; choose another name with --run")
+        _remove_states(store, name)  # what an interrupted fork has left
+        run.record = record
+        for iteration in parent.iterations():
+            if iteration <= at:
+                run.save(changed if iteration == at else parent.state(iteration))
+        store.put(record_key(name), record)  # last: with it the run is there, and retention keeps what it needs
+        try:
+            _require_kept(state, run)
+        except ConfigError:
+            remove_run(store, name)
+            raise
     return open_run(store, name)
+
+
+def _remove_states(store: Store, name: str) -> None:
+    for state in store.files.names(f"runs/{name}/iterations"):
+        store.files.remove(f"runs/{name}/iterations/{state}")
 
 
 def _require_kept(state: TrainState, run: Run) -> None:

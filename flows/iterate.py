@@ -46,7 +46,7 @@ def _say(run: Run, state: TrainState, last: int, found: list[ArtifactRef]) -> No
 def iterate_flow(name: str, store: str, overrides: dict[str, Any] | None = None) -> TrainState:
     """The next iteration of the run `name`. Raises `ConfigError` when it is finished or not prepared."""
     run = open_run(Store(store), name, overrides)
-    with untagged(), lease(run), closing(run), Mirror(run) as mirror:
+    with untagged(), lease(run.store, name), closing(run), Mirror(run) as mirror:
         state = run.to_iterate()
         mirror.push(state)
         after = run_iteration(run, state, run.config.iterations)

@@ -132,6 +132,10 @@ def forked(run: Run, recorded: Run, state: TrainState) -> TrainState:
     """The state that a fork with the settings of `run` begins from. Raises `ConfigError` where it cannot."""
     if run.config.gae.has_critic and not state.critic:
         raise ConfigError(f"gae.estimator={run.config.gae.estimator}: it needs a critic, and run {recorded.name!r} has none")
+    judged = lambda config: config.evaluate.judge or _raw(config.reward)  # noqa: E731 - what gold is
+    if judged(run.config) != judged(recorded.config):
+        raise ConfigError("evaluate.judge: wins are over what the starting actor got from the judge of the run, "
+                          "or from its reward where there is none; make another run")
     changed = run.config.kl.coef != recorded.config.kl.coef
     return state.model_copy(update={
         "critic": state.critic if run.config.gae.has_critic else None,

@@ -9,27 +9,26 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from flows.files import explained
 from flows.produce import now
-from flows.runs import Run
 from flows.store import Store
 
 log = logging.getLogger("baton")
 
 
 @contextmanager
-def lease(run: Run) -> Iterator[None]:
-    """Holds the run's lease, after waiting for who holds it."""
+def lease(store: Store, name: str) -> Iterator[None]:
+    """Holds the lease of the run `name`, after waiting for who holds it."""
     holder = f"process {os.getpid()} on {socket.gethostname()}, since {now()}"
 
     def waiting(other: bytes) -> None:
-        log.warning("run %s is being worked on by %s; waiting for it", run.name, other.decode() or "another process")
+        log.warning("run %s is being worked on by %s; waiting for it", name, other.decode() or "another process")
 
-    with explained(run.store.uri):
-        held = run.store.files.exclusive(_key(run.name), holder.encode(), waiting)
-    with held:
+    with ExitStack() as stack:
+        with explained(store.uri):
+            stack.enter_context(store.files.exclusive(_key(name), holder.encode(), waiting))
         yield
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 
+from flows.lease import lease
 from flows.runs import Run
 from schemas.artifacts import TrainState
 from schemas.errors import ConfigError, TrackingError
@@ -40,7 +41,7 @@ def sync(run: Run) -> int:
     last = run.last()
     if last is None:
         raise ConfigError(f"run {run.name!r} is not prepared yet; go on with baton train")
-    with Mirror(run, in_earnest=True) as mirror:
+    with lease(run.store, run.name), Mirror(run, in_earnest=True) as mirror:  # beside a training both would log
         mirror.push(last)
     if mirror.wrong:
         raise TrackingError(f"MLflow at {without_user_info(tracking_uri(run))}: {'; '.join(mirror.wrong)}")

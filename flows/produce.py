@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from flows.files import explained
 from flows.store import Attempt, Store
 from schemas.artifacts import ArtifactRef, Environment, Manifest, Recipe
-from schemas.errors import NonFiniteError
+from schemas.errors import NonFiniteError, StoreError
 from schemas.metrics import Metrics
 from schemas.settings import RunConfig
 from schemas.tables import EPISODE_FILM
@@ -79,7 +79,7 @@ def write(store: Store, config: RunConfig, recipe: Recipe, make: Callable[[Attem
     """A sealed attempt and its manifest, not committed; nothing is left behind if that fails."""
     attempt, started = store.attempt(recipe), time.perf_counter()
     try:
-        with explained(store.uri):
+        with explained(store.uri, attempt.folder):
             made = make(attempt)
             files = attempt.seal()
         metrics = _finite(recipe, made.metrics.flat() if made.metrics else {})
@@ -88,7 +88,7 @@ def write(store: Store, config: RunConfig, recipe: Recipe, make: Callable[[Attem
             input_contents={role: store.manifest(ref).content for role, ref in recipe.inputs.items()}, metrics=metrics,
             environment=environment(config), created=now(), seconds=time.perf_counter() - started)
     except BaseException:
-        with contextlib.suppress(OSError):  # of a disk that is the reason why we are here
+        with contextlib.suppress(OSError, StoreError):  # of a disk that is the reason why we are here
             store.discard(attempt)
         raise
 
@@ -101,7 +101,13 @@ def _finite(recipe: Recipe, metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _commit(run: Run, ours: Manifest, attempt: Attempt) -> None:
-    theirs = run.store.commit(ours, attempt.tables)
+    try:
+        theirs = run.store.commit(ours, attempt.tables)
+    except BaseException:
+        with contextlib.suppress(OSError, StoreError):
+            if run.store.find(ours.ref) is None:  # or somebody else's, or ours after all
+                run.store.discard(attempt)
+        raise
     if theirs.attempt == ours.attempt:
         return
     same = theirs.digests() == ours.digests()

@@ -16,6 +16,7 @@ from flows.produce import now
 from flows.runs import Run, open_run, run_names
 from flows.store import Store, attempt_of, folder_of
 from schemas.artifacts import ArtifactRef, Dropped
+from schemas.errors import BatonError
 from schemas.settings import PARTS, RetentionConfig
 
 
@@ -77,9 +78,12 @@ def _kept_elsewhere(run: Run, ref: ArtifactRef, iteration: int) -> bool:
     for name in run_names(run.store):
         if name == run.name:
             continue
-        other = open_run(run.store, name)
-        there = other.iterations()
-        if (iteration in there and other.state(iteration).artifacts.get("ppo") == ref
-                and kept_whole(other.config.retention, iteration, there[-1])):
+        try:
+            other = open_run(run.store, name)
+            there = other.iterations()
+            if (iteration in there and other.state(iteration).artifacts.get("ppo") == ref
+                    and kept_whole(other.config.retention, iteration, there[-1])):
+                return True
+        except BatonError:  # who cannot be asked keeps everything
             return True
     return False

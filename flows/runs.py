@@ -179,6 +179,12 @@ def run_names(store: Store) -> list[str]:
             if re.fullmatch(NAME_PATTERN, name) and store.files.exists(record_key(name))]
 
 
+def run_folders(store: Store) -> list[str]:
+    """Names of all folders of runs, whole or not, in order."""
+    return [name for name in store.files.names("runs") if re.fullmatch(NAME_PATTERN, name)
+            and store.files.names(f"runs/{name}")]
+
+
 def record_key(name: str) -> str:
     """Where a run's record lies in the store."""
     return f"runs/{name}/run.json"

@@ -48,7 +48,7 @@ class S3Files:
         self.cache = Cache(sha256(f"{endpoint} {self.uri}".encode()).hexdigest()[:16])
         self.beside = self.cache.folder
         self._probed = False
-        with self._explained("bucket"), contextlib.suppress(PermissionError):  # of which nothing can be told
+        with self._explained("bucket"):
             self.fs.call_s3("head_bucket", Bucket=self.bucket)
 
     # --- reading ---
@@ -101,13 +101,16 @@ class S3Files:
     def _put_once(self, key: str, data: bytes) -> bool:
         """A put that failed may have arrived, and its repetition then finds itself: what counts is whose bytes are there."""
         with self._explained(key):
-            try:
-                self.fs.pipe_file(self._path(key), data, mode="create")
-                return True
-            except OSError as error:
-                if not _exists_already(error):
-                    raise
-            return self.fs.cat_file(self._path(key)) == data
+            for wait in (0.1, 0.2, 0.5, 1, 2, 5, None):
+                try:
+                    self.fs.pipe_file(self._path(key), data, mode="create")
+                    return True
+                except OSError as error:
+                    if _code(error) in ("PreconditionFailed", "412") or isinstance(error, FileExistsError):
+                        return self.fs.cat_file(self._path(key)) == data
+                    if _code(error) not in ("ConditionalRequestConflict", "409") or wait is None:
+                        raise
+                time.sleep(wait)  # somebody is just putting it, and may yet fail
 
     def probe(self) -> None:
         """Raises `StoreError` unless the store refuses to put a second time what is there: without that nothing is safe."""
@@ -131,7 +134,7 @@ class S3Files:
 
     def publish(self, key: str) -> None:
         self.probe()
-        folder = self.cache.path(key, ".")
+        folder = self.cache.making(key)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
         def upload(path: Path) -> None:
@@ -141,7 +144,7 @@ class S3Files:
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(progress_bar(pool.map(upload, files), "upload", total=len(files)))
-        self.cache.make_room()
+        self.cache.keep(key)
 
     def remove(self, key: str) -> None:
         with self._explained(key):
@@ -179,7 +182,8 @@ class S3Files:
         finally:
             over.set()
             beats.join()
-            self._put_once(f"{key}/{term:06d}.end", b"")
+            with contextlib.suppress(StoreError, OSError):  # it will lapse
+                self._put_once(f"{key}/{term:06d}.end", b"")
 
     def _win(self, key: str, holder: bytes, waiting: Callable[[bytes], None]) -> int:
         self.probe()
@@ -220,9 +224,18 @@ class S3Files:
     def holder(self, key: str) -> bytes | None:
         last, ended = self._last_term(key)
         signs = [] if ended else [stat.modified for stat in self.walk(key) if stat.key.startswith(f"{key}/{last:06d}")]
-        if not signs or time.time() - max(signs) > LAPSE:
+        if not signs or self._now() - max(signs) > LAPSE:
             return None
         return (self.read(f"{key}/{last:06d}") or b"").rpartition(b"\n")[0]
+
+    def _now(self) -> float:
+        """By the server's clock."""
+        key = f"probes/{uuid.uuid4().hex}"
+        self._put_once(key, b"")
+        try:
+            return next(iter(self.walk(key))).modified
+        finally:
+            self.remove(key)
 
     # --- names and errors ---
 
@@ -242,6 +255,10 @@ class S3Files:
         except BotoCoreError as error:
             raise StoreError(f"{self.address(what)}: {' '.join(str(error).split())}; see to AWS_ACCESS_KEY_ID, AWS_SECRET_"
                              "ACCESS_KEY, BATON_S3_ENDPOINT and the network, then the same command goes on") from error
+        except PermissionError as error:
+            said = " ".join(str(error).split())
+            raise ConfigError(f"--store {self.uri}: the server refuses these credentials ({said}); see to "
+                              "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do in the bucket") from None
         except FileNotFoundError as error:
             if what == "bucket" or "NoSuchBucket" in str(error.__cause__):
                 raise ConfigError(f"--store {self.uri}: there is no bucket {self.bucket!r}; make it first") from None
@@ -260,8 +277,6 @@ def _filesystem():
                              skip_instance_cache=True, config_kwargs=client)
 
 
-def _exists_already(error: OSError) -> bool:
-    """Whether a put was refused since there is something, or somebody is just putting it."""
-    answer = getattr(error.__cause__, "response", None) or {}
-    code = answer.get("Error", {}).get("Code", "")
-    return isinstance(error, FileExistsError) or code in ("PreconditionFailed", "412")
+def _code(error: OSError) -> str:
+    """The server's own code of an error."""
+    return (getattr(error.__cause__, "response", None) or {}).get("Error", {}).get("Code", "")

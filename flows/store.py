@@ -12,6 +12,7 @@ one exists already, so that of two writers the first wins and the second adopts 
 from __future__ import annotations
 
 import hashlib
+import re
 import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from flows.files import Files, explained, open_files
 from schemas.artifacts import ArtifactRef, Dropped, FileEntry, Manifest, Recipe
 from schemas.errors import DamageError, DroppedError, StoreError, TableError
 from schemas.records import HINT, decode, encode
+from schemas.settings import NAME_PATTERN
 from schemas.tables import Table
 from stages.ops.progress import progress_bar
 
@@ -198,9 +200,9 @@ class Store:
         for entry in progress_bar(entries, f"{ref.stage}: read"):
             if entry.path.endswith(PICKLED):
                 raise StoreError(f"{ref.short}: {entry.path} may hold a pickle, which can run anything; it is never read")
-            self.checked(manifest, entry)
-        folder = self.files.local(attempt_of(manifest), inner)
-        there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+            path = self.checked(manifest, entry)
+        folder = path.parents[entry.path.removeprefix(f"{inner}/").count("/")]
+        there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
         if more := there - {entry.path.removeprefix(f"{inner}/") for entry in entries}:
             raise unlisted(str(folder / min(more)))
         return folder
@@ -236,7 +238,8 @@ class Store:
     def artifacts(self) -> list[ArtifactRef]:
         """All committed artifacts, sorted."""
         found = (stat.key.split("/") for stat in self.files.walk("artifacts") if stat.key.endswith("/manifest.json"))
-        return [ArtifactRef(stage=parts[1], identity=parts[2]) for parts in sorted(found) if len(parts) == 4]
+        return [ArtifactRef(stage=parts[1], identity=parts[2]) for parts in sorted(found)
+                if len(parts) == 4 and re.fullmatch("[0-9a-f]{64}", parts[2]) and re.fullmatch(NAME_PATTERN, parts[1])]
 
     # --- records of runs ---
 

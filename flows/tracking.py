@@ -33,6 +33,7 @@ from flows.runs import Run, record_key
 from flows.store import Store
 from schemas.artifacts import Manifest, RunRecord, TrainState
 from schemas.config import parse_config
+from schemas.settings import without_user_info
 from schemas.tables import EPISODE_FILM, Returns, Samples
 
 SAMPLES_SHOWN = 32  # rows of the table of samples
@@ -187,7 +188,8 @@ def main(root: str, name: str) -> int:
         while (iteration := lines.last()) is not None:
             client.bring_to(run.state(int(iteration)))
     except Exception as error:  # whatever a tracking server does, the training goes on
-        print((str(error).strip().splitlines() or [type(error).__name__])[0][:200], file=answers, flush=True)
+        said = without_user_info(str(error)).strip().splitlines() or [type(error).__name__]
+        print(said[0][:200], file=answers, flush=True)
         return 1
     return 0
 

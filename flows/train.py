@@ -23,7 +23,7 @@ from schemas.artifacts import TrainState
 def train_flow(name: str, store: str, overrides: dict[str, Any] | None = None) -> TrainState:
     """The last state of the run `name`. Goes on where it stopped: what is committed is found, not computed again."""
     run = open_run(Store(store), name, overrides)
-    with untagged(), lease(run), closing(run), Mirror(run) as mirror:
+    with untagged(), lease(run.store, name), closing(run), Mirror(run) as mirror:
         state = run.last() or chain(run).prepare(run)
         mirror.push(state)
         retain(run)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from flows.runs import record_key
+from flows.runs import record_key, run_folders
 from flows.store import Store, attempt_of, folder_of, read_table, unlisted
 from schemas.artifacts import ArtifactRef, Manifest, RunRecord, TrainState
-from schemas.errors import ConfigError, DamageError, DroppedError, StoreError, TableError
+from schemas.errors import ConfigError, DamageError, DroppedError, NewerFormatError, StoreError, TableError
+from schemas.records import HINT
 from schemas.tables import TABLES, Rollouts, Trajectories, require_aligned
 from stages.ops.progress import progress_bar
 
@@ -104,6 +105,7 @@ class Verifier:
     def _damages(self, manifest: Manifest) -> Iterator[StoreError]:
         for entry in manifest.files:
             try:
+                self.store.files.forget(attempt_of(manifest), entry.path)  # a copy would say nothing of the file itself
                 path = self.store.checked(manifest, entry)
                 if entry.path in TABLES:
                     read_table(path, entry, TABLES[entry.path])
@@ -151,7 +153,7 @@ class Verifier:
 
 def verify(store: Store, name: str | None) -> tuple[int, list[Finding]]:
     """How many artifacts were checked of a run, or of the whole store, and what was found. Raises `ConfigError`."""
-    there = store.files.names("runs")
+    there = run_folders(store)
     if name is not None and name not in there:
         raise ConfigError(f"no run {name!r} in {store.uri}; runs there: {', '.join(there) or 'none'}")
     verifier = Verifier(store)
@@ -168,6 +170,10 @@ def verify(store: Store, name: str | None) -> tuple[int, list[Finding]]:
 
 
 def _as_finding(error: StoreError, hint: str) -> Finding:
+    if isinstance(error, NewerFormatError):
+        return Finding(error.file, "format_version", error.expected, error.found, error.hint)
+    if isinstance(error, DamageError) and error.hint != HINT:
+        return Finding(error.file, error.field, error.expected, error.found, error.hint)
     if isinstance(error, DamageError):
         return Finding(error.file, error.field, error.expected, error.found, hint)
     where, _, what = str(error).partition(": ")

@@ -3,7 +3,7 @@
     {"format_version": 2, "baton": "0.1.0", "sha256": "…", …the fields of the record…}
 
 `sha256` is that of the file's own bytes with its 64 digits taken as zeros. Format 1 had neither it nor `baton`; it is read
-as it is.
+as it is. These three fields are those of every format to come, so that a newer one can be told from a damaged one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from schemas.errors import DamageError, StoreError
+from schemas.errors import DamageError, NewerFormatError
 
 FORMAT_VERSION = 2
 UNSIGNED = b"0" * 64
@@ -32,7 +32,7 @@ def encode(record: BaseModel) -> bytes:
 
 
 def decode(data: bytes, where: str, kind: type[M]) -> M:
-    """The inverse of `encode`. Raises `DamageError` naming file and field, or `StoreError` for a newer format."""
+    """The inverse of `encode`. Raises `DamageError` naming file and field; `NewerFormatError` is one."""
     try:
         values = json.loads(data)
     except ValueError as error:
@@ -40,7 +40,7 @@ def decode(data: bytes, where: str, kind: type[M]) -> M:
     if not isinstance(values, dict):
         raise DamageError(where, "content", "an object", type(values).__name__, HINT)
     header = {key: values.pop(key, None) for key in ("format_version", "baton", "sha256")}
-    if header["format_version"] != 1:
+    if header["format_version"] != 1 or header["sha256"] or header["baton"]:
         _check_digest(data, where, header["sha256"])
         _check_version(where, header)
     try:
@@ -62,8 +62,7 @@ def _check_digest(data: bytes, where: str, signed: object) -> None:
 def _check_version(where: str, header: dict) -> None:
     found, writer = header["format_version"], header["baton"]
     if found != FORMAT_VERSION:
-        raise StoreError(f"{where}: format_version {found}, written by Baton {writer}; this Baton ({version()}) reads up to "
-                         f"{FORMAT_VERSION}: use Baton {writer} or a newer one")
+        raise NewerFormatError(where, found, writer, version(), FORMAT_VERSION)
 
 
 @cache

@@ -18,8 +18,9 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 def without_user_info(text: str) -> str:
-    """The text, its addresses without `user:password@`."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+    """The text, its addresses without `user:password@`, whatever a password holds, and without what a query keeps secret."""
+    text = re.sub(r"(?<=://)[^\s'\"]+@", "", text)
+    return re.sub(r"(?i)([?&][\w-]*(?:passw|token|secret|api[-_]?key|access[-_]?key)[\w-]*=)[^&\s'\"]+", r"\1…", text)
 
 
 def _no_user_info(uri: str) -> str:

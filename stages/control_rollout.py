@@ -27,6 +27,7 @@ from stages.ops.moments import RunningMoments, updated_moments
 from stages.ops.policies import Actor, Critic, RunningInputs, ToEnvironment
 from stages.ops.progress import progress_bar
 
+EPSILON = 1e-8
 VERSION = 2  # 2: moments move with every step, not with every batch
 
 
@@ -123,13 +124,13 @@ def discounted_returns(rewards: Ragged, carried: np.ndarray, gamma: float) -> np
 def _scaled(
     raw: Ragged, discounted: Ragged, environments: int, config: ControlRewardConfig, moments: Moments
 ) -> np.ndarray:
-    """(N·T,) float32, as the steps lie: raw/σ_t, clipped; where σ_t is 0, at a first step, nothing is divided."""
+    """(N·T,) float32, as the steps lie: raw/σ_t, clipped; where σ_t is nearly 0, at a first step, nothing is divided."""
     rewards = raw.values.astype(np.float64)
     if config.normalize == "scale":
         running = RunningMoments(moments.count, np.array([moments.mean]), np.array([moments.std**2]))
         _, variance = running.see(discounted.values.reshape(environments, -1).T[:, :, None])  # (T, 1)
-        std = np.tile(np.sqrt(variance[:, 0]), environments)
-        rewards = rewards / np.where(std > 0, std, 1.0)
+        variance = np.tile(variance[:, 0], environments)
+        rewards = rewards / np.sqrt(np.where(variance > EPSILON, variance, 1.0))
     return (rewards if config.clip is None else rewards.clip(-config.clip, config.clip)).astype(np.float32)
 
 

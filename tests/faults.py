@@ -104,12 +104,13 @@ def main() -> None:
     prefect.utilities.annotations.quote = lambda value: value
     prefect.flow = prefect.task = lambda function=None, **_: function if function else lambda wrapped: wrapped
     import torch
+    from trl import RewardTrainer, SFTTrainer  # noqa: F401 - imported once, for all children
 
+    from flows import control, language, start, store, train  # noqa: F401
     from stages.ops import trainer  # noqa: F401
 
     torch.set_num_threads(1)
-    import trl  # noqa: F401
-    from trl import RewardTrainer, SFTTrainer  # noqa: F401
+    store.SYNCED_AT_ONCE = 1  # so that calls come in the same order each time
 
     for line in sys.stdin:
         print(json.dumps(_fork(json.loads(line))), flush=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 BUCKET = "bucket"
+CODES = {"500": "InternalError", "409": "ConditionalRequestConflict", "403": "AccessDenied"}
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -61,9 +62,9 @@ class Proxy(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = type(self).fault(self.command, self.path)
-        if fault == "500":
-            self._answer(500, [("Content-Type", "application/xml")],
-                         b"<Error><Code>InternalError</Code><Message>injected</Message></Error>")
+        if fault in CODES:
+            self._answer(int(fault), [("Content-Type", "application/xml")],
+                         f"<Error><Code>{CODES[fault]}</Code><Message>injected</Message></Error>".encode())
             return
         if fault and fault.startswith("slow"):
             time.sleep(float(fault[4:]))
@@ -98,8 +99,8 @@ class Proxy(BaseHTTPRequestHandler):
 
 @contextmanager
 def proxy(target: int, fault: Callable[[str, str], str | None]) -> Iterator[str]:
-    """The address of a proxy before that port. `fault(method, path)`: `500`, `lost`, `slow<seconds>`, `unconditional` or
-    nothing."""
+    """The address of a proxy before that port. `fault(method, path)` is one of CODES, `lost`, `slow<seconds>`,
+    `unconditional` or nothing."""
     handler = type("Failing", (Proxy,), {"target": target, "fault": staticmethod(fault)})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True

@@ -61,15 +61,15 @@ def test_every_record_of_a_newer_format_is_refused_with_the_version_that_reads_i
         if (path.suffix == ".json" and path.parent.name in ("tiny", "iterations")) or path.name == "manifest.json":
             kept = path.read_bytes()
             rewrite(path, lambda data: data.update(format_version=FORMAT_VERSION + 1, baton="7.0.1", marvel=[1]))
-            message = (f"{path}: format_version {FORMAT_VERSION + 1}, written by Baton 7.0.1; this Baton ({version()}) "
-                       f"reads up to {FORMAT_VERSION}: use Baton 7.0.1 or a newer one")
+            message = (f"{path}: format_version: expected at most {FORMAT_VERSION}, for Baton {version()}, found "
+                       f"{FORMAT_VERSION + 1}, written by Baton 7.0.1; use Baton 7.0.1 or a newer one")
             with pytest.raises(StoreError) as error:
                 store = Store(root)
                 run = open_run(store, "tiny")
                 for ref in references(run):
                     store.manifest(ref)
             assert str(error.value) == message
-            assert any("use Baton 7.0.1" in finding.found for finding in verify(Store(root), None)[1])
+            assert any(finding.hint == "use Baton 7.0.1 or a newer one" for finding in verify(Store(root), None)[1])
             path.write_bytes(kept)
     assert verify(Store(root), None)[1] == []
 

@@ -53,7 +53,7 @@ def test_gc_removes_what_nothing_refers_to_and_nothing_else(own, capsys):
     broken.mkdir()
     (broken / "half.parquet").write_bytes(b"x" * 100)
     (root / folder_of(references(open_run(Store(root), "small"))[0]) / "attempts" / "empty").mkdir()
-    (root / "runs/small/iterations/000006.json.abc.tmp").write_bytes(b"{")
+    (root / f"runs/small/iterations/000006.json.{'a' * 32}.tmp").write_bytes(b"{")
     full = bytes_of(root)
     capsys.readouterr()
 
@@ -85,17 +85,39 @@ def test_gc_leaves_what_a_running_iteration_has_committed(own):
     with store.files.exclusive("runs/small/lease", b"somebody", lambda _: None):
         assert baton(root, "gc", "--quiet") == 0
         assert {*Store(root).artifacts()} >= unsaved and len(unsaved) == 4
+        for ref in unsaved:  # and if they are old: a run that goes on may just have found them
+            for path in (root / folder_of(ref)).rglob("*"):
+                os.utime(path, (time.time() - 20 * 86400,) * 2)
+        assert baton(root, "gc", "--quiet", "--older-than", "0") == 0
+        assert {*Store(root).artifacts()} >= unsaved
         assert baton(root, "rm", "small") == 2
     assert baton(root, "gc", "--quiet") == 0
     assert not {*Store(root).artifacts()} & unsaved
+
+
+def test_gc_removes_nothing_where_it_cannot_tell_what_is_needed(own, capsys):
+    """A manifest that a run refers to is gone: its files are all there is of the artifact. A stray file is no run."""
+    _, root = own
+    (root / "runs" / "notes.txt").write_text("mine")
+    (root / "mine.tmp").write_text("mine")
+    (root / "artifacts" / "gae" / ("z" * 64)).mkdir()
+    assert baton(root, "gc", "--older-than", "0") == 0 and (root / "mine.tmp").exists()
+    ref = open_run(Store(root), "small").state(2).artifacts["rollout"]
+    (root / folder_of(ref) / "manifest.json").unlink()
+    before = bytes_of(root)
+    assert baton(root, "gc", "--older-than", "0") == 1 and bytes_of(root) == before
+    assert f"{ref.short} is not in" in capsys.readouterr().err
+    assert baton(root, "rm", "notes.txt") == 2 and "no run 'notes.txt'" in capsys.readouterr().err
+    assert baton(root, "verify") == 1
 
 
 def test_rm_and_gc_leave_what_another_run_shares(own, capsys):
     folder, root = own
     assert baton(root, "fork", "small", "--at", "3", "--run", "other") == 0
     assert baton(root, "rm", "small") == 0
+    before = {*references(open_run(Store(root), "other"))}
     assert baton(root, "gc", "--older-than", "0") == 0
-    assert "2 things" not in capsys.readouterr().out and verify(Store(root), None)[1] == []
+    assert {*Store(root).artifacts()} == before and verify(Store(root), None)[1] == []
     assert baton(root, "train", "--run", "other", "--quiet") == 0
     assert baton(root, "rm", "other") == 0 and baton(root, "gc", "--older-than", "0") == 0
     assert Store(root).artifacts() == [] and baton(root, "train", folder, "--quiet") == 0
@@ -216,12 +238,21 @@ def test_a_language_models_fork_takes_the_new_beta(copied, capsys):
     assert "kl_coef: 0.05 → 0.5" in said["settings"]
 
 
+def test_a_fork_may_do_without_the_critic(copied):
+    settings = [f"--set={one}" for one in ("gae.estimator=reinforce++", "value=null")]
+    assert baton(copied[1], "fork", "tiny", "--at", "1", "--run", "plain", *settings) == 0
+    assert open_run(Store(copied[1]), "plain").state(1).critic is None
+    assert baton(copied[1], "train", "--run", "plain", "--quiet") == 0
+    assert "value" not in open_run(Store(copied[1]), "plain").last().artifacts
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--at", "9", "--run", "x"], "run 'tiny' has no iteration 9; it has 0…2"),
     (["--at", "1", "--run", "tiny"], "run 'tiny' exists; choose another name with --run, or baton rm tiny"),
     (["--at", "1", "--run", "../x"], "run name '../x'"),
     (["--at", "1", "--run", "x", "--set", "base_model.layers=2"], "base_model…: it belongs to the run as a whole"),
     (["--at", "1", "--run", "x", "--set", "sft.epochs=2"], "sft…: it was decided before the first iteration"),
+    (["--at", "1", "--run", "x", "--set", "evaluate.judge=null"], "wins are over what the starting actor got"),
     (["--at", "1", "--run", "x", "--set", "ppo.epoch=2"], "ppo.epoch: unknown key; did you mean 'epochs'?"),
     (["--at", "1", "--run", "x", "--set", "reward.normalize=scale"], "reward.normalize: the run kept no running moments"),
 ])

@@ -97,6 +97,36 @@ def test_a_manifest_whose_reply_is_lost_is_ours(uri, server, monkeypatch):
         assert findings(store, made.ref) == []
 
 
+def test_a_put_that_meets_another_is_tried_again(uri, server, monkeypatch):
+    """As AWS answers where two are put at one time, of which neither is there yet."""
+    faults = Faults("409", every=1, path="manifest.json")
+    with proxy(server, lambda method, path: faults(method, path) if faults.made < 2 else None) as address:
+        through(monkeypatch, address)
+        store = Store(uri)
+        made = write(store, recipe())
+        assert store.commit(made) == made and faults.made == 2
+
+
+def test_credentials_that_are_refused_are_said(uri, server, monkeypatch, capsys):
+    with proxy(server, lambda method, path: "403") as address:
+        through(monkeypatch, address)
+        assert run_command(["runs", "--store", uri]) == 2
+    error = capsys.readouterr().err
+    assert "the server refuses these credentials" in error and error.count("\n") == 1
+
+
+def test_what_is_being_made_is_never_let_go_of(uri, monkeypatch):
+    """By another process that is over its limit, however long the making takes."""
+    monkeypatch.setenv("BATON_CACHE_GB", "1e-9")
+    store = Store(uri)
+    attempt = store.attempt(recipe())
+    attempt.write("data", bytes(1000))
+    for path in (attempt.folder, attempt.folder / "data"):
+        os.utime(path, (time.time() - 86400,) * 2)
+    Store(uri).files.cache.make_room()
+    assert (attempt.folder / "data").stat().st_size == 1000
+
+
 def test_a_checkpoint_goes_up_in_parts_some_of_which_fail(uri, server, monkeypatch):
     """A file of three parts: one refused, one slow, one whose reply is lost."""
     monkeypatch.setattr(s3, "PART", 5 * 2**20)
@@ -133,6 +163,7 @@ def test_a_damaged_object_is_noticed_and_a_damaged_copy_fetched_again(uri):
     assert copy.read_bytes() == stored(uri, key)
 
     store.files.fs.pipe_file(store.files._path(key), stored(uri, key)[:-1])
+    assert len(findings(store, made.ref)) == 1  # whatever lies in the cache
     store.files.cache.remove(key)
     with pytest.raises(StoreError, match=f"{uri}/{key}: size: expected"):
         Store(uri).table(made.ref, ReferenceLogprobs)

@@ -79,6 +79,9 @@ def test_no_secret_is_in_anything_that_was_written(tmp_path, reward_server, pref
 
 @pytest.mark.parametrize("setting, field", [
     (f"tracking.uri=http://me:{CANARY}@example.org", "tracking.uri"),
+    (f"tracking.uri=http://me:p@{CANARY}@example.org", "tracking.uri"),
+    (f"tracking.uri=postgresql://me:pa/{CANARY}@db/mlflow", "tracking.uri"),
+    (f"tracking.uri=postgresql://db/mlflow?password={CANARY}", "tracking.uri"),
     (f"reward.components={{a: {{source: 'https://me:{CANARY}@example.org/score'}}}}", "reward.components.a.source"),
 ])
 def test_a_password_in_a_setting_is_refused_and_not_repeated(example, tmp_path, setting, field, capsys):

@@ -75,7 +75,7 @@ def require_noticed(root: Path, path: Path) -> None:
     try:
         read_everything(root, "tiny")
     except Exception as error:
-        assert path.name in str(error) or not path.exists(), (path, error)
+        assert str(path) in str(error) or not path.exists(), (path, error)
     else:
         raise AssertionError(f"{path}: read as if nothing were wrong")
     found = verify(Store(root), "tiny")[1]

@@ -56,9 +56,12 @@ def control(folder: Path) -> Path:
                          evaluate={"every": 1})
 
 
+EXAMPLES = [control, language]
+
+
 def recorded(work: Path) -> Iterator[tuple[str, Faults, list[Point]]]:
     """Each example with its fault points."""
-    for make in (control, language):
+    for make in EXAMPLES:
         folder = work / make.__name__
         folder.mkdir()
         faults = Faults(make(folder), folder)
