@@ -79,7 +79,7 @@ def write(store: Store, config: RunConfig, recipe: Recipe, make: Callable[[Attem
     """A sealed attempt and its manifest, not committed; nothing is left behind if that fails."""
     attempt, started = store.attempt(recipe), time.perf_counter()
     try:
-        with explained(store.uri, attempt.folder):
+        with explained(store.uri, attempt.folder.parent):
             made = make(attempt)
             files = attempt.seal()
         metrics = _finite(recipe, made.metrics.flat() if made.metrics else {})
