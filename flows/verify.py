@@ -47,13 +47,14 @@ class Verifier:
     def run(self, name: str) -> Iterator[Finding]:
         """The records of a run. What they refer to is in `users` afterwards."""
         again = f"the command that made the run (baton train CONFIG --run {name}) imports it again"
+        place = self.store.files.address(record_key(name))
         try:
             record = self.store.get(record_key(name), RunRecord)
             if record is None:
-                raise DamageError(self.store.files.address(record_key(name)), "file", "the run's record", "no such file", "")
+                raise DamageError(place, "file", "the run's record", "no such file", HINT)
             self.users |= dict.fromkeys(record.inputs.values(), again)
             if record.name != name:
-                raise DamageError(self.store.files.address(record_key(name)), "name", name, record.name, "")
+                raise DamageError(place, "name", name, record.name, HINT)
         except StoreError as error:
             self.blind = True
             yield _as_finding(error, f"baton rm {name}, then make the run again: its artifacts are found")
