@@ -10,15 +10,15 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
 from flows.files import MENDED
+from schemas.addresses import without_user_info
 from schemas.errors import BatonError, ConfigError, PrefectError
-from schemas.settings import without_user_info
 
 if TYPE_CHECKING:
     from flows.runs import Run
@@ -266,7 +266,7 @@ def verify(run: str | None, root: str) -> Answer:
             console.print(str(finding), soft_wrap=True, markup=False, highlight=False)
         console.print(f"{artifacts} artifacts checked, {len(findings)} findings", highlight=False)
 
-    return Answer({"artifacts": artifacts, "findings": [finding.flat() for finding in findings]}, print_all,
+    return Answer({"artifacts": artifacts, "findings": [asdict(finding) for finding in findings]}, print_all,
                   1 if findings else 0)
 
 
@@ -290,8 +290,6 @@ def fork(run: str, at: int, name: str, settings: tuple[str, ...], root: str) -> 
 @click.argument("b")
 def diff(a: str, b: str, root: str) -> Answer:
     """Where the runs A and B part. The first iteration, stage, row and column, and the setting it comes from."""
-    from dataclasses import asdict
-
     from flows import display
     from flows.diff import first_parting
 

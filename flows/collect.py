@@ -41,7 +41,7 @@ def garbage(store: Store, hours: float) -> list[Garbage]:
     before = min([time.time() - 3600 * hours, *working])
     live = _live(store)
     found = [one for one in _artifacts(store, live) if not working or one.kind != "artifact"]
-    found += _unfinished(store, before)
+    found += (_one("unfinished", stat.key, [stat], stat) for stat in store.files.unfinished())
     parts = [part for name in run_names(store) for part in droppable(open_run(store, name))]
     dropped = [Garbage(part.name, f"{part.ref.short}, iteration {part.iteration} of run {part.run}", part.bytes, 0, part)
                for part in parts]
@@ -106,11 +106,6 @@ def _artifacts(store: Store, live: set[ArtifactRef]) -> Iterator[Garbage]:
                 attempts[below.partition("/")[0]].append(stat)
         for name, of in attempts.items():
             yield _one("attempt", f"{ref.short}, attempt {name[:12]}", of, f"{folder}/attempts/{name}")
-
-
-def _unfinished(store: Store, before: float) -> Iterator[Garbage]:
-    for stat in store.files.unfinished(before):
-        yield _one("unfinished", stat.key, [stat], stat)
 
 
 def _one(kind: str, what: str, stats: list[Stat], of: ArtifactRef | str | Stat) -> Garbage:

@@ -83,8 +83,8 @@ class Files(Protocol):
     def forget(self, key: str, inner: str) -> bool:
         """Lets go of a local copy, so that it is fetched again; False if the local file is the only one."""
 
-    def unfinished(self, before: float) -> list[Stat]:
-        """What writers that are gone have left half done before that time, outside of attempts."""
+    def unfinished(self) -> list[Stat]:
+        """What writers that may be gone have left half done, outside of attempts."""
 
     def abort(self, unfinished: Stat) -> None:
         """Removes one of these."""
@@ -215,9 +215,9 @@ class LocalFiles:
         if path.parent.is_dir():
             self.sync(path.parent)
 
-    def unfinished(self, before: float) -> list[Stat]:
+    def unfinished(self) -> list[Stat]:
         return [stat for part in ("artifacts", "runs") for stat in self.walk(part)
-                if re.search(r"\.[0-9a-f]{32}\.tmp$", stat.key) and stat.modified < before]
+                if re.search(r"\.[0-9a-f]{32}\.tmp$", stat.key)]
 
     def abort(self, unfinished: Stat) -> None:
         self.remove(unfinished.key)
@@ -287,5 +287,4 @@ def _errno(error: Exception) -> int | None:
 
 
 def _reason(error: Exception, number: int) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or (
-        os.strerror(number) if not isinstance(error, OSError) else str(error))
+    return getattr(error, "strerror", None) or os.strerror(number)

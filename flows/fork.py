@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from flows.chains import chain
 from flows.lease import lease
-from flows.produce import now as time_now
-from flows.runs import Run, open_run, record_key, remove_run, run_names
+from flows.produce import now
+from flows.runs import Run, open_run, record_key, remove_run, remove_states, run_names
 from flows.stage import use_new_functions
-from flows.store import Store, attempt_of
+from flows.store import attempt_of
 from schemas.artifacts import ModelRef, RunRecord, TrainState, check_name
 from schemas.errors import ConfigError
 
@@ -25,18 +25,18 @@ def fork(parent: Run, at: int, name: str, settings: Iterable[str]) -> Run:
     state = parent.state(at)
     run = open_run(store, parent.name, settings=settings)
     for section in BEFORE:
-        now, then = (getattr(config, section, None) for config in (run.config, parent.config))
-        if now != then and not (section == "value" and now is None):
+        new, old = (getattr(config, section, None) for config in (run.config, parent.config))
+        if new != old and not (section == "value" and new is None):
             raise ConfigError(f"--set {section}…: it was decided before the first iteration; make another run with it")
     use_new_functions(run, parent)
     _require_kept(state, run)
     changed = chain(run).forked(run, parent, state)
     record = RunRecord(name=name, config=run.config.model_dump(mode="json"), inputs=run.inputs,
-                           parent=f"{parent.name}@{at}", created=time_now())
+                       parent=f"{parent.name}@{at}", created=now())
     with lease(store, name):
         if name in run_names(store):
             raise ConfigError(f"run {name!r} exists by now; choose another name with --run")
-        _remove_states(store, name)  # what an interrupted fork has left
+        remove_states(store, name)  # what an interrupted fork has left
         run.record = record
         for iteration in parent.iterations():
             if iteration <= at:
@@ -48,11 +48,6 @@ def fork(parent: Run, at: int, name: str, settings: Iterable[str]) -> Run:
             remove_run(store, name)
             raise
     return open_run(store, name)
-
-
-def _remove_states(store: Store, name: str) -> None:
-    for state in store.files.names(f"runs/{name}/iterations"):
-        store.files.remove(f"runs/{name}/iterations/{state}")
 
 
 def _require_kept(state: TrainState, run: Run) -> None:

@@ -127,7 +127,6 @@ def saved(stage: str, run: Run, recorded: Run, iteration: int) -> dict[str, Call
     }
 
 
-
 def forked(run: Run, recorded: Run, state: TrainState) -> TrainState:
     """The state that a fork with the settings of `run` begins from. Raises `ConfigError` where it cannot."""
     if run.config.gae.has_critic and not state.critic:

@@ -16,9 +16,9 @@ import threading
 
 from flows.lease import lease
 from flows.runs import Run
+from schemas.addresses import without_user_info
 from schemas.artifacts import TrainState
 from schemas.errors import ConfigError, TrackingError
-from schemas.settings import without_user_info
 
 log = logging.getLogger("baton")
 PATIENCE = 30.0  # seconds that the end of a run waits for the mirror

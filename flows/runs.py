@@ -138,7 +138,7 @@ class Run:
 def create_or_open(store: Store, name: str, config: RunConfig, inputs: Mapping[str, ArtifactRef]) -> Run:
     """The run of that name, made if there is none. Raises `ConfigError` saying what differs from what it was made with."""
     record = RunRecord(name=name, config=_settled(config).model_dump(mode="json"), inputs=dict(inputs), created=now())
-    if store.get(record_key(name), RunRecord) is None and store.files.names(f"runs/{name}/iterations"):
+    if not store.files.exists(record_key(name)) and store.files.names(f"runs/{name}/iterations"):
         raise ConfigError(f"run {name!r} is not whole, a fork or removal of it was interrupted; baton rm {name}, then again")
     store.put(record_key(name), record)
     run = open_run(store, name)
@@ -203,12 +203,16 @@ def _cores() -> int:
 
 
 def remove_run(store: Store, name: str) -> None:
-    """Its records, the last state first; its artifacts stay until `baton gc`."""
-    folder = f"runs/{name}"
-    for state in reversed(store.files.names(f"{folder}/iterations")):
-        store.files.remove(f"{folder}/iterations/{state}")
+    """Its records; its artifacts stay until `baton gc`."""
+    remove_states(store, name)
     store.files.remove(record_key(name))
-    store.files.remove(folder)
+    store.files.remove(f"runs/{name}")
+
+
+def remove_states(store: Store, name: str) -> None:
+    """The last first, so that at any moment the run is one that is not as far."""
+    for state in reversed(store.files.names(f"runs/{name}/iterations")):
+        store.files.remove(f"runs/{name}/iterations/{state}")
 
 
 # --- what can be said of a run ---

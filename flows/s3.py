@@ -153,12 +153,12 @@ class S3Files:
                 self.fs.rm(paths)
         self.cache.remove(key)
 
-    def unfinished(self, before: float) -> list[Stat]:
+    def unfinished(self) -> list[Stat]:
         with self._explained("uploads"):
             found = self.fs.call_s3("list_multipart_uploads", Bucket=self.bucket, Prefix=self._object("artifacts/"))
         prefix = self._object("")
-        return [Stat(f"{upload['Key'].removeprefix(prefix)}?uploadId={upload['UploadId']}", 0, at)
-                for upload in found.get("Uploads", ()) if (at := upload["Initiated"].timestamp()) < before]
+        return [Stat(f"{one['Key'].removeprefix(prefix)}?uploadId={one['UploadId']}", 0, one["Initiated"].timestamp())
+                for one in found.get("Uploads", ())]
 
     def abort(self, unfinished: Stat) -> None:
         key, _, upload = unfinished.key.partition("?uploadId=")

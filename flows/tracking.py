@@ -31,9 +31,9 @@ from mlflow.exceptions import MlflowException
 
 from flows.runs import Run, record_key
 from flows.store import Store
+from schemas.addresses import without_user_info
 from schemas.artifacts import Manifest, RunRecord, TrainState
 from schemas.config import parse_config
-from schemas.settings import without_user_info
 from schemas.tables import EPISODE_FILM, Returns, Samples
 
 SAMPLES_SHOWN = 32  # rows of the table of samples

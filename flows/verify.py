@@ -7,12 +7,12 @@ table schemas, rows that line up with the rollouts they describe, inputs that ar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from flows.runs import record_key, run_folders
 from flows.store import Store, attempt_of, folder_of, read_table, unlisted
 from schemas.artifacts import ArtifactRef, Manifest, RunRecord, TrainState
-from schemas.errors import ConfigError, DamageError, DroppedError, NewerFormatError, StoreError, TableError
+from schemas.errors import ConfigError, DamageError, DroppedError, StoreError, TableError
 from schemas.records import HINT
 from schemas.tables import TABLES, Rollouts, Trajectories, require_aligned
 from stages.ops.progress import progress_bar
@@ -30,10 +30,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.file}: {self.field}: expected {self.expected}, found {self.found}; {self.hint}"
-
-    def flat(self) -> dict[str, str]:
-        """For --json."""
-        return asdict(self)
 
 
 class Verifier:
@@ -158,24 +154,16 @@ def verify(store: Store, name: str | None) -> tuple[int, list[Finding]]:
     if name is not None and name not in there:
         raise ConfigError(f"no run {name!r} in {store.uri}; runs there: {', '.join(there) or 'none'}")
     verifier = Verifier(store)
-    findings = [finding for run in there for finding in verifier.run(run) if name in (None, run)]
-    if name is None:
-        refs = list(dict.fromkeys([*verifier.users, *store.artifacts()]))
-    else:
-        one = Verifier(store)
-        list(one.run(name))
-        refs = list(one.users)
+    findings = [finding for run in (there if name is None else [name]) for finding in verifier.run(run)]
+    refs = list(dict.fromkeys([*verifier.users, *(store.artifacts() if name is None else ())]))
     for ref in progress_bar(refs, "verify"):
         findings += verifier.artifact(ref)
     return len(refs), findings
 
 
 def _as_finding(error: StoreError, hint: str) -> Finding:
-    if isinstance(error, NewerFormatError):
-        return Finding(error.file, "format_version", error.expected, error.found, error.hint)
-    if isinstance(error, DamageError) and error.hint != HINT:
-        return Finding(error.file, error.field, error.expected, error.found, error.hint)
     if isinstance(error, DamageError):
-        return Finding(error.file, error.field, error.expected, error.found, hint)
+        own = hint if error.hint == HINT else error.hint  # an error that knows better what helps
+        return Finding(error.file, error.field, error.expected, error.found, own)
     where, _, what = str(error).partition(": ")
     return Finding(where, "content", "what a store holds", what, hint)

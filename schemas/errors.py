@@ -25,14 +25,6 @@ class DamageError(StoreError):
         self.file, self.field, self.expected, self.found, self.hint = file, field, str(expected), str(found), hint
 
 
-class NewerFormatError(DamageError):
-    """A record of a format that only a newer Baton reads. Nothing is wrong with it."""
-
-    def __init__(self, file: str, found: object, writer: object, own: str, read: int) -> None:
-        super().__init__(file, "format_version", f"at most {read}, for Baton {own}", f"{found}, written by Baton {writer}",
-                         f"use Baton {writer} or a newer one")
-
-
 class DroppedError(StoreError):
     """A part of a checkpoint that retention does not keep."""
 

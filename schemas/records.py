@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from schemas.errors import DamageError, NewerFormatError
+from schemas.errors import DamageError
 
 FORMAT_VERSION = 2
 UNSIGNED = b"0" * 64
@@ -32,7 +32,7 @@ def encode(record: BaseModel) -> bytes:
 
 
 def decode(data: bytes, where: str, kind: type[M]) -> M:
-    """The inverse of `encode`. Raises `DamageError` naming file and field; `NewerFormatError` is one."""
+    """The inverse of `encode`. Raises `DamageError` naming file and field."""
     try:
         values = json.loads(data)
     except ValueError as error:
@@ -62,7 +62,8 @@ def _check_digest(data: bytes, where: str, signed: object) -> None:
 def _check_version(where: str, header: dict) -> None:
     found, writer = header["format_version"], header["baton"]
     if found != FORMAT_VERSION:
-        raise NewerFormatError(where, found, writer, version(), FORMAT_VERSION)
+        raise DamageError(where, "format_version", f"at most {FORMAT_VERSION}, for Baton {version()}",
+                          f"{found}, written by Baton {writer}", f"use Baton {writer} or a newer one")
 
 
 @cache

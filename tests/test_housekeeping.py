@@ -14,6 +14,7 @@ from flows.cli import run_command
 from flows.runs import open_run, references
 from flows.store import Store, attempt_of, folder_of
 from flows.verify import verify
+from schemas.tables import Advantages
 
 
 def baton(store, *arguments):
@@ -211,19 +212,13 @@ def test_diff_names_the_first_stage_and_column_that_part(own, capsys, setting, s
     assert (said["iteration"], said["stage"], said["file"], said["column"]) == (3, stage, file, column)
     assert named in said["settings"] and said["inputs"] == [] and said["a"] != said["b"]
     if stage == "gae":
-        tables = [Store(root).table(open_run(Store(root), name).state(3).artifacts["gae"], _advantages())
+        tables = [Store(root).table(open_run(Store(root), name).state(3).artifacts["gae"], Advantages)
                   for name in ("small", "other")]
         a, b = (table.raw_advantages[said["row"]][said["place"]] for table in tables)
         assert (str(a), str(b)) == (said["a"], said["b"])
     assert baton(root, "diff", "small", "other") == 0
     shown = capsys.readouterr().out
     assert f"part in iteration 3, stage {stage}: {file}" in shown and f"setting {named}" in shown
-
-
-def _advantages():
-    from schemas.tables import Advantages
-
-    return Advantages
 
 
 def test_a_language_models_fork_takes_the_new_beta(copied, capsys):

@@ -5,14 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import httpx
 import pytest
 from conftest import TRACKED
 from control import write_control
 from s3 import free_port
-from test_tracking import client_of, only_run, points
+from test_tracking import only_run, points
 
 from flows.cli import run_command
 from flows.runs import open_run
@@ -157,4 +156,3 @@ def test_a_tracking_server_that_never_answers_is_waited_for_no_longer_than_said(
                             str(copied[1])]) == 0
     assert "it did not answer in time" in (out := capsys.readouterr().out) or "timed out" in out
     assert open_run(Store(copied[1]), "tiny").last().iteration == 3
-    assert not Path(copied[1], "mlruns").exists() and client_of(copied[1])

@@ -76,10 +76,12 @@ def test_nothing_exists_before_the_manifest(store):
         store.manifest(made.ref)
 
 
-def test_of_eight_writers_one_wins_and_seven_adopt(store):
+def eight_writers(uri):
+    """Each with other bytes, all at once: one wins, seven adopt, and nothing else is left."""
     barrier, results = threading.Barrier(8), []
 
     def commit(value):
+        store = Store(uri)
         made = write(store, recipe(), float(value))
         barrier.wait()
         results.append((made.attempt, store.commit(made).attempt))
@@ -88,10 +90,14 @@ def test_of_eight_writers_one_wins_and_seven_adopt(store):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     winners = {adopted for _, adopted in results}
-    assert len(winners) == 1 and sum(mine == adopted for mine, adopted in results) == 1
-    attempts = Path(store.uri) / "artifacts" / "reference" / recipe().ref.identity / "attempts"
-    assert [path.name for path in attempts.iterdir()] == list(winners)
+    assert len(results) == 8 and len(winners) == 1 and sum(mine == adopted for mine, adopted in results) == 1
+    store = Store(uri)
+    assert store.files.names(f"{folder_of(recipe().ref)}/attempts") == list(winners)
     assert findings(store, recipe().ref) == []
+
+
+def test_of_eight_writers_one_wins_and_seven_adopt(tmp_path):
+    eight_writers(tmp_path / "store")
 
 
 def test_identity_is_all_that_decides_the_result():

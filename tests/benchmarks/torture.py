@@ -11,6 +11,7 @@ bits        every file of a finished run: cut at every length and one bit of eve
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import shutil
 import sys
@@ -70,7 +71,7 @@ def recorded(work: Path) -> Iterator[tuple[str, Faults, list[Point]]]:
 
 
 def ways(name: str) -> tuple[str, ...]:
-    return ("before", "half", "after") if name == "write" else ("before", "after")
+    return KILLS if name == "write" else ("before", "after")
 
 
 def kills(work: Path) -> Iterator[str]:
@@ -89,23 +90,31 @@ def kills(work: Path) -> Iterator[str]:
                     assert faults.go_on()["code"] == 0, (point, how)
                     same_as_reference(faults)
                     done[how] += 1
-            faults.store, call, linked = chain, 0, False
-            while not linked:
-                said = {"call": "write"}
-                for how in KILLS:
-                    if how in ways(said["call"]) and not linked:
-                        said = faults.again_at(Point(label, call, "", ""), how)
-                        linked = said.get("call", "link") == "link"
-                        done[how] += "call" in said
-                        assert said["code"] == -9, (label, call, how, said)
-                call += 1
-            faults.store = work / name / "store"
+            faults.store, store = chain, faults.store
+            done += _until_it_is_linked(faults, label)
+            faults.store = store
         faults.store = chain
         assert faults.go_on()["code"] == 0
         same_as_reference(faults)
         stages = len({label.partition("/")[0] for label in labels if "/" in label})
         yield (f"{name}: {len(points)} calls for {len(labels)} artifacts and records, {stages} kinds; {done.total()} kills "
                f"({', '.join(f'{n} {how}' for how, n in done.items())}): the same bytes each time")
+
+
+def _until_it_is_linked(faults: Faults, label: str) -> Counter:
+    """Kills at call after call of the label, in the store as each kill leaves it, until it is committed; how many."""
+    done = Counter()
+    for call in itertools.count():
+        name = "write"  # until the first kill says which call it was
+        for how in KILLS:
+            if how not in ways(name):
+                continue
+            said = faults.again_at(Point(label, call, "", ""), how)
+            assert said["code"] == -9, (label, call, how, said)
+            name = said.get("call", "link")  # none: it was committed before
+            done[how] += "call" in said
+            if name == "link":
+                return done
 
 
 def full_disk(work: Path) -> Iterator[str]:
