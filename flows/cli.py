@@ -85,6 +85,7 @@ def settle(as_json: bool, quiet: bool, verbose: bool) -> None:
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments are drawn into arrays, on no screen
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "baton")
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # what flows/automations.py listens for
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")  # a busy machine needs more than 20
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -113,18 +114,15 @@ def opened(root: str, name: str, settings: tuple[str, ...] = ()) -> Run:
     return open_run(Store(root), name, settings=settings)
 
 
-def tagged(flow: Callable[..., Any], name: str, *arguments: Any) -> Any:
+def tagged(flow: Callable[..., Any], name: str, **parameters: Any) -> Any:
     """Runs the flow, which is found on Prefect's page by the tags `baton` and the run's name."""
     from prefect import tags
-    from prefect.events.clients import NullEventsClient
-    from prefect.events.worker import EventsWorker
-    from prefect.settings import PREFECT_API_URL
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-    if PREFECT_API_URL.value() is None:  # the server that Prefect starts for this command has nobody to show tasks to
-        EventsWorker.set_client_override(NullEventsClient)
+    alone = PREFECT_API_URL.value() is None  # nobody looks for a heart that beats, and its end takes a second
     try:
-        with tags("baton", name):
-            return flow(name, *arguments)
+        with tags("baton", name), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None} if alone else {}):
+            return flow(name, **parameters)
     except Exception as error:
         if not _is_of_prefect(error):
             raise
@@ -147,22 +145,35 @@ def _is_of_prefect(error: Exception) -> bool:
 @command
 @click.argument("config", required=False)
 @click.option("--run", "name", help="The run's name; the name of the config's folder by default.")
-@click.option("--iterations", type=click.IntRange(min=1), help="How far to train in this call, instead of the config's.")
+@click.option("--iterations", type=click.IntRange(min=0), help="How far to train in this call, instead of the config's; 0 "
+              "makes the run, its inputs in the store, and trains nothing.")
 @SETTINGS
 def train(config: str | None, name: str | None, iterations: int | None, settings: tuple[str, ...], root: str) -> Answer:
     """Make a run, or go on with one. CONFIG is an example's folder or a YAML file; a run that is there needs none."""
     from flows.start import resume, start
+    from schemas.settings import NO_OVERRIDES, Overrides
 
     if config is None and name is None:
         raise ConfigError("train: name a CONFIG, for example data/reviews, or a run that is there with --run")
-    run, overrides = start(config, name, settings, iterations, root) if config else resume(name, settings, iterations, root)
+    said = Overrides(iterations=iterations) if iterations else NO_OVERRIDES
+    run, overrides = start(config, name, settings, said, root) if config else resume(name, settings, said, root)
+    if iterations == 0:
+        return _made(run)
     if run.finished:
         return _nothing_to_do(run)
     log.info(f"run {run.name} in {root}: {run.progress}")
     from flows.train import train_flow
 
-    tagged(train_flow, run.name, run.store.uri, overrides)
+    tagged(train_flow, run.name, overrides=overrides, store=run.store.uri)
     return _finished(run, [])
+
+
+def _made(run: Run) -> Answer:
+    last = run.last()
+    data = {"run": run.name, "iteration": last and last.iteration}
+    return Answer(data, lambda console: console.print(
+        f"run {run.name} is made: {run.progress}; baton train --run {run.name}, or baton iterate {run.name}, goes on",
+        highlight=False))
 
 
 def _nothing_to_do(run: Run) -> Answer:
@@ -190,11 +201,11 @@ def _finished(run: Run, found: list[str]) -> Answer:
 @command
 @click.argument("run")
 def iterate(run: str, root: str) -> Answer:
-    """Exactly the next iteration of RUN."""
-    opened(root, run).to_iterate()  # a mistake is said before Prefect starts
+    """Exactly the next iteration of RUN. The first one prepares it."""
+    opened(root, run).require_unfinished()  # a mistake is said before Prefect starts
     from flows.iterate import iterate_flow
 
-    state = tagged(iterate_flow, run, root)
+    state = tagged(iterate_flow, run, store=root)
     return Answer(state.model_dump(mode="json"), lambda console: None)
 
 
@@ -211,7 +222,7 @@ def stage_command(stage: str, run: str, iteration: int, settings: tuple[str, ...
     opened(root, run, settings).recorded(stage, iteration)  # a mistake is said before Prefect starts
     from flows.stage import stage_flow
 
-    result = tagged(stage_flow, run, root, stage, iteration, settings)
+    result = tagged(stage_flow, run, stage=stage, iteration=iteration, settings=list(settings), store=root)
     rows = display.stage_metrics(opened(root, run), result)
     data = {"recorded": str(result.recorded), "artifact": str(result.ref), "verdict": result.verdict,
             "models_loaded": result.models_loaded, "metrics": rows,

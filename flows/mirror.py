@@ -7,6 +7,7 @@ would take them from the training.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import json
 import logging
 import os
@@ -57,6 +58,7 @@ class Mirror:
     def __init__(self, run: Run, in_earnest: bool = False) -> None:
         self.run, self.in_earnest = run, in_earnest
         self.wrong: list[str] = []
+        self.address: str | None = None  # of the run's page, once it is known, where MLflow is a server
         self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> Mirror:
@@ -65,7 +67,8 @@ class Mirror:
                 [sys.executable, "-P", "-m", "flows.tracking", self.run.store.uri, self.run.name], text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 start_new_session=True)  # Ctrl-C is not for it
-            self._ears = threading.Thread(target=self._listen, name="mlflow", daemon=True)
+            here = contextvars.copy_context()  # in which Prefect's log knows the flow run
+            self._ears = threading.Thread(target=here.run, args=(self._listen,), name="mlflow", daemon=True)
             self._ears.start()
             told = {"uri": tracking_uri(self.run), "config": self.run.config.model_dump(mode="json")}
             self._tell(json.dumps(told))  # not as an argument: an address may hold a password
@@ -96,9 +99,13 @@ class Mirror:
                 print(line, file=self._process.stdin, flush=True)
 
     def _listen(self) -> None:
-        """What it says is what went wrong."""
+        """`page …` says where the run is, on a server; `wrong …` what went wrong."""
         for line in self._process.stdout:
-            self._warn(line.strip())
+            word, _, what = line.strip().partition(" ")
+            if word == "page":
+                self.address = what
+            else:
+                self._warn(what)
 
     def _warn(self, what: str) -> None:
         self.wrong.append(without_user_info(what))

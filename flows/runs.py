@@ -99,15 +99,11 @@ class Run:
                               f"it has {', '.join(artifacts)}")
         return artifacts[stage]
 
-    def to_iterate(self) -> TrainState:
-        """The state the next iteration begins from. Raises `ConfigError` when the run is finished or not prepared."""
-        state = self.last()
-        if state is None:
-            raise ConfigError(f"run {self.name!r} is not prepared yet; start it with baton train")
-        if state.iteration >= self.config.iterations:
-            raise ConfigError(f"run {self.name!r} is finished: {state.iteration} of {self.config.iterations} iterations; "
-                              "baton train CONFIG --iterations N trains on")
-        return state
+    def require_unfinished(self) -> None:
+        """Raises `ConfigError` when all iterations are there."""
+        if self.finished:
+            raise ConfigError(f"run {self.name!r} is finished: {self.last().iteration} of {self.config.iterations} "
+                              f"iterations; baton train --run {self.name} --iterations N trains on")
 
     def save(self, state: TrainState) -> None:
         """Commits the state of an iteration; one that is there already stays."""

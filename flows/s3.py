@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from flows.cache import Cache
 from flows.files import Stat
-from schemas.errors import ConfigError, StoreError
+from schemas.errors import ConfigError, StoreError, UnreachableStoreError
 from stages.ops.progress import progress_bar
 
 PART = 32 * 2**20  # bytes of an upload's part
@@ -247,14 +247,16 @@ class S3Files:
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        """Turns botocore's own exceptions, which are no OSErrors, into `StoreError`; a missing bucket into `ConfigError`."""
-        from botocore.exceptions import BotoCoreError, ClientError
+        """Turns botocore's own exceptions, which are no OSErrors, into `StoreError`, transient where network or server is in
+        trouble; a missing bucket, or one that is not ours, into `ConfigError`."""
+        from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 
         try:
             yield
         except BotoCoreError as error:
-            raise StoreError(f"{self.address(what)}: {' '.join(str(error).split())}; see to AWS_ACCESS_KEY_ID, AWS_SECRET_"
-                             "ACCESS_KEY, BATON_S3_ENDPOINT and the network, then the same command goes on") from error
+            kind = UnreachableStoreError if isinstance(error, (ConnectionError, HTTPClientError)) else StoreError
+            raise kind(f"{self.address(what)}: {' '.join(str(error).split())}; see to AWS_ACCESS_KEY_ID, AWS_SECRET_"
+                       "ACCESS_KEY, BATON_S3_ENDPOINT and the network, then the same command goes on") from error
         except PermissionError as error:
             said = " ".join(str(error).split())
             raise ConfigError(f"--store {self.uri}: the server refuses these credentials ({said}); see to "
@@ -263,6 +265,12 @@ class S3Files:
             if what == "bucket" or "NoSuchBucket" in str(error.__cause__):
                 raise ConfigError(f"--store {self.uri}: there is no bucket {self.bucket!r}; make it first") from None
             raise
+        except OSError as error:
+            if not isinstance(error, TimeoutError) and _status(error) < 500:
+                raise
+            said = " ".join(str(error).split())
+            raise UnreachableStoreError(f"{self.address(what)}: {said}; what was committed before is whole: see to the "
+                                        "server, then the same command goes on") from error
         except ClientError as error:
             raise StoreError(f"{self.address(what)}: {error}") from error
 
@@ -275,6 +283,11 @@ def _filesystem():
     client = {"retries": {"mode": "standard", "max_attempts": TRIES}, "connect_timeout": 10, "read_timeout": TIMEOUT}
     return s3fs.S3FileSystem(endpoint_url=os.environ.get("BATON_S3_ENDPOINT"), use_listings_cache=False,
                              skip_instance_cache=True, config_kwargs=client)
+
+
+def _status(error: OSError) -> int:
+    """The HTTP status that the server answered with; 0 where it did not."""
+    return (getattr(error.__cause__, "response", None) or {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
 
 
 def _code(error: OSError) -> str:

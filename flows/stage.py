@@ -6,18 +6,25 @@ import inspect
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prefect import flow
+from pydantic import NonNegativeInt
 
+from flows import page
 from flows.chains import chain
 from flows.inputs import check_function, functions_of, import_files, recipes_of
 from flows.produce import Reproduction
 from flows.runs import Run, open_run
+from flows.start import reachable
 from flows.store import Store
 from flows.tasks import untagged
 from schemas.artifacts import ArtifactRef
 from schemas.errors import ConfigError
+from schemas.settings import Name
+
+StageName = Literal["base_model", "sft", "reward_model", "reward_bias", "policy", "rollout", "reference", "reward", "value",
+                    "gae", "ppo", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -37,21 +44,30 @@ class StageResult:
         return "different" if self.reproduction.different else "same"
 
 
-@flow(name="stage", flow_run_name="{name}-{stage}-{iteration}", persist_result=False)
+@flow(name="stage", flow_run_name="{run}-{stage}-{iteration}", persist_result=False)
 def stage_flow(
-    name: str, store: str, stage: str, iteration: int, settings: tuple[str, ...] = ()
+    run: Name, stage: StageName, iteration: NonNegativeInt, settings: list[str] | None = None, store: str | None = None
 ) -> StageResult:
-    """That stage of that iteration, computed again; the run itself is left alone. Raises `ConfigError`.
+    """One stage of one iteration again, from saved artifacts. The run itself is left alone.
 
-    `settings`: `a.b=value`, what to change of the run's config.
+    With the settings it was made with it must give the same bytes; with others it makes a new artifact.
+
+    Args:
+        run: The run's name.
+        stage: Which stage.
+        iteration: Of which iteration; 0 for base_model, sft, reward_model, policy and the first evaluate.
+        settings: What to change of the run's config, each as key=value, for example gae.gae_lambda=0.9.
+        store: Where artifacts and runs are kept, a folder or s3://bucket/prefix; BATON_STORE of the worker by default.
     """
-    recorded_run = open_run(Store(store), name)
-    run = open_run(recorded_run.store, name, _as_recorded(recorded_run, stage, iteration), settings)
-    use_new_functions(run, recorded_run)
-    run.rerun = stage
-    with untagged(), closing(run):
-        ref = chain(run).STAGES[stage](run, iteration, **arguments(run, recorded_run, stage, iteration))
-        return StageResult(run.recorded(stage, iteration), ref, run.reproduction, run.models.loaded)
+    recorded_run = open_run(Store(reachable(store)), run)
+    what = open_run(recorded_run.store, run, _as_recorded(recorded_run, stage, iteration), settings or ())
+    use_new_functions(what, recorded_run)
+    what.rerun = stage
+    with untagged(), closing(what):
+        ref = chain(what).STAGES[stage](what, iteration, **arguments(what, recorded_run, stage, iteration))
+        result = StageResult(what.recorded(stage, iteration), ref, what.reproduction, what.models.loaded)
+    page.compare(what, stage, iteration, result)
+    return result
 
 
 def _as_recorded(run: Run, stage: str, iteration: int) -> dict[str, Any]:

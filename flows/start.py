@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from flows.inputs import check_inputs, import_files, load_function, read_config, read_lines, recipes_of
 from flows.runs import Run, create_or_open, open_run, require_same, run_names
@@ -15,57 +16,83 @@ from schemas.control import ControlConfig
 from schemas.errors import ConfigError
 from schemas.language import LanguageConfig
 from schemas.presets import merged
-from schemas.settings import FREE, RunConfig
+from schemas.settings import FREE, Overrides, RunConfig
+
+Source = str | LanguageConfig | ControlConfig  # an example's folder, a YAML file, or what such a file holds
 
 
 def start(
-    source: str, name: str | None, settings: Iterable[str], iterations: int | None, root: str
-) -> tuple[Run, dict[str, Any]]:
-    """The run, made or opened, its inputs imported; and the settings that hold for this call only.
+    source: Source, name: str | None, settings: Iterable[str], overrides: Overrides, root: str
+) -> tuple[Run, Overrides]:
+    """The run, made or opened, its inputs imported; and all that holds for this call only.
 
-    `iterations`: how far to train in this call, instead of what the config says. Raises `ConfigError`, and then leaves
-    no run behind.
+    `overrides`: what holds for this call instead of what the config says. Raises `ConfigError`, and then leaves no run
+    behind.
     """
-    config, folder = read_config(source, settings)
+    config, folder = read_config(source, settings) if isinstance(source, str) else (source, Path.cwd())
     name = check_name(folder.resolve().name if name is None else name, "run name")
     store, files = Store(root), check_inputs(config, folder)
     recipes = recipes_of(files)
     inputs = {role: recipe.ref for role, recipe in recipes.items()}
-    check_device(config.execution.device)
+    overrides = _of_this_call(config, overrides)
+    check_device(config, overrides)
     if name in run_names(store):
         require_same(open_run(store, name), config, inputs)
     elif isinstance(config, ControlConfig):
         check_environment(config, files)
     else:
         check_lengths(config, files)
-    overrides = _of_this_call(config, iterations)
     check_writable(store)
     import_files(store, config, files, recipes)
     create_or_open(store, name, config, inputs)
-    return open_run(store, name, overrides), overrides
+    return open_run(store, name, overrides.given()), overrides
 
 
-def _of_this_call(config: RunConfig, iterations: int | None) -> dict[str, Any]:
-    """The settings that hold for this call, whatever the run was made with. Raises `ConfigError` if they do not fit it."""
-    overrides = {"iterations": iterations or config.iterations,
-                 **{section: getattr(config, section).model_dump(mode="json") for section in FREE}}
-    if overrides["execution"]["threads"] is None:
-        del overrides["execution"]["threads"]  # as the run has them
-    parse_config(merged(config.model_dump(mode="json"), overrides), "--iterations")
-    return overrides
-
-
-def resume(name: str, settings: Iterable[str], iterations: int | None, root: str) -> tuple[Run, dict[str, Any]]:
+def resume(name: str, settings: Iterable[str], overrides: Overrides, root: str) -> tuple[Run, Overrides]:
     """As `start`, for a run that is there, as it was made; settings may change what is not part of that."""
     store = Store(root)
     run, changed = open_run(store, name), open_run(store, name, settings=settings)
     if lines := differences(run.config.decides(), changed.config.decides()):
         raise ConfigError(f"--set: run {name!r} was made with another config ({'; '.join(lines)}); baton fork {name} --at I "
                           "--run NEW --set … makes one that goes on with yours")
-    overrides = _of_this_call(changed.config, iterations)
-    check_device(changed.config.execution.device)
+    overrides = _of_this_call(changed.config, overrides)
+    check_device(changed.config, overrides)
     check_writable(store)
-    return open_run(store, name, overrides), overrides
+    return open_run(store, name, overrides.given()), overrides
+
+
+def requested(name: str, config: Source | None, overrides: Overrides, root: str | None) -> Run:
+    """The run that a flow is asked for: made from `config` if there is one, else one that is there.
+
+    `root`: where the store is; none: where BATON_STORE says. Raises `ConfigError`.
+    """
+    root = reachable(root)
+    run, _ = resume(name, (), overrides, root) if config is None else start(config, name, (), overrides, root)
+    return run
+
+
+def reachable(root: str | None) -> str:
+    """The store that a flow is to use. Raises `ConfigError` if it is not there.
+
+    A folder has to be there already: a worker that has not mounted it would else begin a store of its own.
+    """
+    root = root or os.environ.get("BATON_STORE")
+    host = socket.gethostname()
+    if not root:
+        raise ConfigError(f"no store: give the parameter store, or set BATON_STORE for the worker on {host}")
+    if "://" not in root and not Path(root).is_dir():
+        raise ConfigError(f"store {root}: no such folder on {host}, where the flow runs; mount it there, or make it if it "
+                          "is to be a new store")
+    return root
+
+
+def _of_this_call(config: RunConfig, overrides: Overrides) -> Overrides:
+    """What the config says for this call, and over it what is overridden. Raises `ConfigError` if it does not fit."""
+    said = {"iterations": config.iterations, **{section: getattr(config, section).model_dump(mode="json")
+                                                for section in FREE}}
+    overrides = Overrides.model_validate(merged(said, overrides.given()))
+    parse_config(merged(config.model_dump(mode="json"), overrides.given()), "--iterations")
+    return overrides
 
 
 def check_writable(store: Store) -> None:
@@ -76,8 +103,9 @@ def check_writable(store: Store) -> None:
         raise ConfigError(f"--store {store.uri}: {error.strerror or error}: {error.filename or store.uri}") from None
 
 
-def check_device(device: str) -> None:
+def check_device(config: RunConfig, overrides: Overrides) -> None:
     """Raises `ConfigError` if torch does not have it here."""
+    device = (overrides.execution or config.execution).device
     if device == "cpu":
         return
     import torch

@@ -11,16 +11,22 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from prefect import task
+from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
 from prefect.context import TagsContext
+from prefect.states import Completed, State
 from prefect.utilities.annotations import quote
 
+from flows import page
 from flows.runs import Run
 from schemas.artifacts import ArtifactRef
+from schemas.errors import TransientError
 from schemas.settings import Settings
 
 log = logging.getLogger("baton")
+page.settle()
+RETRY_DELAYS = (2, 10, 30)  # seconds before a stage is tried again that a server or a network has failed
 ITERATION_DECIDES = frozenset({"critic_warmup", "warmup_iterations", "schedule", "schedule_iterations"})
 SHOWN = {"base_model": ("parameters",), "sft": ("loss",), "reward_model": ("heldout_accuracy",), "reward_bias": ("bias",),
          "policy": ("actor_parameters", "critic_parameters"), "evaluate": ("gold", "score", "episode_return")}
@@ -33,15 +39,31 @@ def stage_task(function: Callable[..., ArtifactRef]) -> Callable[..., ArtifactRe
     """
     name = function.__name__
 
-    @task(name=name, task_run_name=name + "-{iteration:06d}", persist_result=False, cache_policy=NO_CACHE)
-    def staged(run: Run, iteration: int, artifacts: dict[str, Any]) -> ArtifactRef:
-        return function(run, iteration, **artifacts)
+    @task(name=name, task_run_name="{run.name}-" + name + "-{iteration:06d}", persist_result=False, cache_policy=NO_CACHE,
+          retries=len(RETRY_DELAYS), retry_delay_seconds=list(RETRY_DELAYS), retry_condition_fn=_may_pass)
+    def staged(run: Run, iteration: int, artifacts: dict[str, Any]) -> ArtifactRef | State:
+        found = len(run.found)
+        with page.progress(f"{name} of iteration {iteration}"):
+            ref = function(run, iteration, **artifacts)
+        if run.found[found:] == [ref]:
+            return Completed(name="Found", message=f"{ref.short} was committed before", data=ref)
+        return ref
 
     @functools.wraps(function)
     def call(run: Run, iteration: int, **artifacts: Any) -> ArtifactRef:
-        return staged(run, iteration, quote(artifacts))
+        made = staged(run, iteration, quote(artifacts))
+        return made.result() if isinstance(made, State) else made
 
     return call
+
+
+def _may_pass(task: Task, task_run: TaskRun, state: State) -> bool:
+    """Whether the task is tried again: a server or a network has failed, and every stage is safe to repeat."""
+    error = state.result(raise_on_failure=False)
+    if not isinstance(error, TransientError):
+        return False
+    log.warning("%s: %s", task.name, error)
+    return True
 
 
 def untagged() -> TagsContext:

@@ -1,7 +1,8 @@
 """MLflow, the only file that knows it: one MLflow run for each training run, brought to what the store says.
 
 Run as `python -m flows.tracking STORE RUN` by `flows/mirror.py`, which writes the address and the run's config, and then the
-number of each committed state, to its standard input, a line each. What it prints is why it could not go on.
+number of each committed state, to its standard input, a line each. It prints `page …`, where a server shows the run, and
+`wrong …`, why it could not go on.
 
 A point is logged only where MLflow does not have it yet, so that a mirror that was away or broke off is completed by
 the next start of the run, without double points.
@@ -51,6 +52,12 @@ class Client:
         self.run_id = self._find() or self._create()
         self._log_params()
         self.logged, self.next = self._logged(), 0
+
+    @property
+    def page(self) -> str:
+        """Where a server shows the run."""
+        experiment = self.client.get_run(self.run_id).info.experiment_id
+        return f"{without_user_info(self.uri).rstrip('/')}/#/experiments/{experiment}/runs/{self.run_id}"
 
     def bring_to(self, state: TrainState) -> None:
         """Every point up to `state` that is not there yet, its samples, and the model once the run is finished."""
@@ -185,11 +192,13 @@ def main(root: str, name: str) -> int:
         store = Store(root)
         run = Run(store, store.get(record_key(name), RunRecord), config)
         client = Client(run, told["uri"])
+        if told["uri"].startswith("http"):
+            print(f"page {client.page}", file=answers, flush=True)
         while (iteration := lines.last()) is not None:
             client.bring_to(run.state(int(iteration)))
     except Exception as error:  # whatever a tracking server does, the training goes on
         said = without_user_info(str(error)).strip().splitlines() or [type(error).__name__]
-        print(said[0][:200], file=answers, flush=True)
+        print(f"wrong {said[0][:200]}", file=answers, flush=True)
         return 1
     return 0
 

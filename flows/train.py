@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import gc
-from contextlib import closing
-from typing import Any
 
 from prefect import flow
 
-from flows.chains import chain
-from flows.iterate import run_iteration
-from flows.lease import lease
-from flows.mirror import Mirror
+from flows import page
+from flows.iterate import at_work, prepare, run_iteration
 from flows.retention import retain
-from flows.runs import open_run
-from flows.store import Store
-from flows.tasks import untagged
+from flows.start import Source
 from schemas.artifacts import TrainState
+from schemas.settings import NO_OVERRIDES, Name, Overrides
 
 
-@flow(name="train", flow_run_name="{name}-train", persist_result=False)
-def train_flow(name: str, store: str, overrides: dict[str, Any] | None = None) -> TrainState:
-    """The last state of the run `name`. Goes on where it stopped: what is committed is found, not computed again."""
-    run = open_run(Store(store), name, overrides)
-    with untagged(), lease(run.store, name), closing(run), Mirror(run) as mirror:
-        state = run.last() or chain(run).prepare(run)
+@flow(name="train", flow_run_name="{run}-train", persist_result=False)
+def train_flow(
+    run: Name, config: Source | None = None, overrides: Overrides = NO_OVERRIDES, store: str | None = None
+) -> TrainState:
+    """A whole run, or what is left of it. Goes on where it stopped: what is committed is found, not computed again.
+
+    Args:
+        run: The run's name.
+        config: What to make the run of, if it is not there: an example's folder or a YAML file on the worker, or what such
+            a file holds. Left out for a run that is there.
+        overrides: What holds for this call only.
+        store: Where artifacts and runs are kept, a folder or s3://bucket/prefix; BATON_STORE of the worker by default.
+    """
+    with at_work(run, config, overrides, store) as (what, mirror):
+        state, last = what.last() or prepare(what), what.config.iterations
         mirror.push(state)
-        retain(run)
+        retain(what)
         gc.collect()
         gc.freeze()  # what is imported by now stays: the collector need not go through it again with every generation
         try:
-            while state.iteration < run.config.iterations:
-                state = run_iteration(run, state, run.config.iterations)
+            while state.iteration < last:
+                state = run_iteration(what, state, last)
                 mirror.push(state)
         finally:
             gc.unfreeze()
+        page.end_schedules(what)
     return state

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from schemas.presets import CONTROL, merged
-from schemas.settings import GAEConfig, RunConfig, Settings
+from schemas.settings import GAEConfig, PPOConfig, RunConfig, Settings
 
 ESTIMATORS = get_args(GAEConfig.model_fields["estimator"].annotation)  # `gae` first
 
@@ -101,6 +101,8 @@ class ControlConfig(RunConfig):
     """A whole training run of a control task. `gae` and `ppo` start from `schemas/presets.py`'s CONTROL."""
 
     environment: EnvironmentConfig
+    gae: GAEConfig = GAEConfig.model_validate(CONTROL["gae"])
+    ppo: PPOConfig = PPOConfig.model_validate(CONTROL["ppo"])
     policy: PolicyConfig = PolicyConfig()
     rollout: ControlRolloutConfig = ControlRolloutConfig()
     reward: ControlRewardConfig = ControlRewardConfig()

@@ -17,6 +17,14 @@ class StoreError(BatonError):
     """What is in the store is missing or not what was written, or the store cannot be read or written."""
 
 
+class TransientError(BatonError):
+    """A server or a network did not answer; the same may work a little later."""
+
+
+class UnreachableStoreError(StoreError, TransientError):
+    """The store did not answer."""
+
+
 class DamageError(StoreError):
     """A file of the store is not what it must be: which file, what of it, what was expected, what was found, what helps."""
 
@@ -35,6 +43,10 @@ class NonFiniteError(BatonError):
 
 class RewardError(BatonError):
     """A reward source failed, or did not give one number per response."""
+
+
+class RewardServerError(RewardError, TransientError):
+    """A reward server did not answer."""
 
 
 class TrackingError(BatonError):

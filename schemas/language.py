@@ -35,21 +35,21 @@ class LanguageConfig(RunConfig):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     kl: KLConfig = KLConfig()
-    value: ValueConfig | None = None
-    """Left out: `start: reward_model`, or no critic where `gae.estimator` has none."""
+    value: ValueConfig | None = ValueConfig()
+    """The critic; null, or left out, where `gae.estimator` has none."""
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _filled_in(cls, data: Any) -> Any:
-        """The preset below what is written, and a critic where the estimator needs one and none is spoken of."""
+        """The preset below what is written, and no critic where the estimator has none and none is spoken of."""
         if not isinstance(data, dict):
             return data
         preset = data.get("preset")
         data = merged(PRESETS.get(preset, {}) if isinstance(preset, str) else {}, data)
         gae = data.get("gae")
-        if "value" not in data and (not isinstance(gae, dict) or gae.get("estimator", "gae") == "gae"):
-            data["value"] = {}
+        if "value" not in data and isinstance(gae, dict) and gae.get("estimator", "gae") != "gae":
+            data["value"] = None
         return data
 
     @model_validator(mode="after")

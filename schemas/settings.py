@@ -370,6 +370,30 @@ class RetentionConfig(Settings):
 FREE = ("execution", "tracking", "retention")  # sections that may differ from call to call
 
 
+class Overrides(Settings):
+    """What holds for one call, whatever the run was made with; what is left out is as the run has it."""
+
+    iterations: PositiveInt | None = None
+    """How far to train."""
+    execution: ExecutionConfig | None = None
+    """Where and how fast."""
+    tracking: TrackingConfig | None = None
+    """Which MLflow is told."""
+    retention: RetentionConfig | None = None
+    """Which checkpoints are kept whole."""
+
+    def given(self) -> dict[str, Any]:
+        """What was said, nested as in a config. A number of threads that is not named is the run's."""
+        said = self.model_dump(mode="json", exclude_unset=True)
+        said = {name: value for name, value in said.items() if value is not None}
+        if said.get("execution", {}).get("threads", 0) is None:
+            del said["execution"]["threads"]
+        return said
+
+
+NO_OVERRIDES = Overrides()
+
+
 class RunConfig(Settings):
     """What every run has, of a language model or of a control task."""
 

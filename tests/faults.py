@@ -138,13 +138,14 @@ def _train(asked: dict, said: TextIO) -> dict:
     from flows.start import start
     from flows.train import train_flow
     from schemas.errors import BatonError
+    from schemas.settings import NO_OVERRIDES
 
     watch = Watch(asked, said)
     try:
         watch.begin("record of the run")
         with watch:
-            run, overrides = start(asked["example"], None, [], None, asked["store"])
-            train_flow(run.name, asked["store"], overrides)
+            run, overrides = start(asked["example"], None, [], NO_OVERRIDES, asked["store"])
+            train_flow(run.name, overrides=overrides, store=asked["store"])
     except BatonError as error:
         return {"code": 1, "error": str(error), "faults": watch.faults}
     except BaseException as error:

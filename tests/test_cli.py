@@ -230,7 +230,7 @@ def test_an_existing_run_with_other_data(copied, tmp_path, capsys):
     (["trai"], "No such command 'trai'. Did you mean 'train'?"),
     (["show"], "Missing argument 'RUN'"),
     (["show", "x", "--iteration", "two"], "'two' is not a valid integer"),
-    (["train", "x", "--iterations", "0"], "0 is not in the range"),
+    (["train", "x", "--iterations", "-1"], "-1 is not in the range"),
     (["show", "nobody"], "no run 'nobody' in"),
     (["show", "../etc"], "run name '../etc'"),
 ])

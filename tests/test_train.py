@@ -287,7 +287,8 @@ def test_runs_are_found_again_on_prefects_page(trained):
         (first,) = [flow for flow in flows if flow.name == "tiny-train" and flow.parameters["store"] == str(trained[1])]
         tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [first.id]}), limit=100)
     assert first.state.is_completed()
-    assert {"sft-000000", "rollout-000001", "ppo-000002", "evaluate-000002"} <= {task.name for task in tasks}
+    names = {"tiny-sft-000000", "tiny-rollout-000001", "tiny-ppo-000002", "tiny-evaluate-000002"}
+    assert names <= {task.name for task in tasks}
 
 
 def test_another_writers_bytes_are_used_and_ours_forgotten(copied):

@@ -1,10 +1,47 @@
-"""Progress bars, where somebody looks at a terminal; tqdm's own TQDM_DISABLE turns them off there too."""
+"""Progress bars, where somebody looks at a terminal or listens; tqdm's own TQDM_DISABLE turns off those on the terminal."""
 
 from __future__ import annotations
 
+import io
+import os
 import sys
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
-progress_bar = partial(tqdm, leave=False) if sys.stderr.isatty() else partial(tqdm, disable=True)
+Listener = Callable[[str, float, float | None], None]
+_listener: Listener | None = None
+
+
+def progress_bar(*arguments: Any, **more: Any) -> tqdm:
+    """As `tqdm`; without a terminal and a listener it does nothing."""
+    if _listener is not None:
+        return _HeardBar(*arguments, **more)
+    return tqdm(*arguments, leave=False, **more) if sys.stderr.isatty() else tqdm(*arguments, disable=True, **more)
+
+
+@contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """Inside it `listener` is told of every bar: what it is about, how much is done, of how much."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
+
+
+class _HeardBar(tqdm):
+    """A bar that tells the listener whenever it would be drawn, and is drawn where that is wanted too."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        self._drawn = sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
+        self._heard = _listener
+        super().__init__(*arguments, leave=False, disable=False, file=None if self._drawn else io.StringIO(), **more)
+
+    def display(self, *arguments: Any, **more: Any) -> None:
+        self._heard(self.desc.removesuffix(": "), self.n, self.total)
+        if self._drawn:
+            super().display(*arguments, **more)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import httpx
 import numpy as np
 
-from schemas.errors import RewardError
+from schemas.errors import RewardError, RewardServerError
 from schemas.settings import RewardConfig
 from schemas.tables import Rollouts
 from stages.ops.finite import require_finite
@@ -53,7 +53,10 @@ def server_scorer(url: str, timeout: float = 60.0, *, token: str | None = None) 
         with httpx.Client(transport=httpx.HTTPTransport(retries=2), timeout=timeout, headers=headers) as client:
             try:
                 answer = client.post(url, json=body).raise_for_status().json()
-            except (httpx.HTTPError, ValueError) as error:
+            except httpx.HTTPError as error:
+                refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
+                raise (RewardError if refused else RewardServerError)(f"reward server {url}: {error}") from error
+            except ValueError as error:
                 raise RewardError(f"reward server {url}: {error}") from error
         if not isinstance(answer, dict) or "scores" not in answer:
             raise RewardError(f"reward server {url}: expected an object with 'scores', found {str(answer)[:80]}")

@@ -1,0 +1,187 @@
+"""What a person reads on Prefect's page of a flow run, beside its log: its name, numbers, samples, progress, MLflow's link.
+
+Best effort: nothing of it where Prefect has no server that outlives the command, and no more of it once a call has failed.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
+from prefect.events.clients import NullEventsClient, PrefectEventsClient
+from prefect.events.worker import EventsWorker
+from prefect.runtime import deployment
+from prefect.settings import PREFECT_API_URL, PREFECT_CLOUD_API_URL
+
+from schemas.artifacts import TrainState
+from schemas.tables import Returns, Rewards, Rollouts, Samples
+from stages.ops.progress import heard_by
+
+if TYPE_CHECKING:
+    from flows.runs import Run
+    from flows.stage import StageResult
+
+log = logging.getLogger("baton")
+SHOWN = 8  # samples of a report
+EVERY = 5.0  # seconds between two signs of progress
+_failed = False  # whether a call has, in this process
+
+
+def settle() -> None:
+    """Once per process, before its first flow.
+
+    Prefect is to give up an event that its server does not take, rather than try each for ten seconds at the end. Without a
+    server that outlives this process nobody could look at tasks: it is told of none.
+    """
+    if log.level == logging.NOTSET:  # a worker's process; the command line has its own options
+        log.setLevel(logging.INFO)
+    address = PREFECT_API_URL.value()
+    if address is None:
+        EventsWorker.set_client_override(NullEventsClient)
+    elif not address.startswith(PREFECT_CLOUD_API_URL.value()):
+        EventsWorker.set_client_override(PrefectEventsClient, reconnection_attempts=2)
+
+
+def _watched() -> bool:
+    return not _failed and PREFECT_API_URL.value() is not None and FlowRunContext.get() is not None
+
+
+def _best_effort(function: Callable[..., None]) -> Callable[..., None]:
+    """Nothing where nobody looks; what goes wrong is said once, and training goes on."""
+
+    @functools.wraps(function)
+    def tried(*arguments: Any, **more: Any) -> None:
+        global _failed
+        if not _watched():
+            return
+        try:
+            function(*arguments, **more)
+        except Exception as error:  # whatever a server does
+            _failed = True
+            log.warning("Prefect's page: %s; training goes on without it", " ".join(str(error).split())[:200])
+
+    return tried
+
+
+@_best_effort
+def rename(name: str) -> None:
+    """Gives the flow run a name that says what was only known once it ran."""
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(FlowRunContext.get().flow_run.id, name=name)
+
+
+@_best_effort
+def report(run: Run, state: TrainState, before: TrainState | None) -> None:
+    """An iteration's metrics, beside those of the one before, and some of its samples, as artifacts of the flow run."""
+    rows = [{"metric": name, f"iteration {state.iteration}": f"{value:.6g}"} for name, value in state.metrics.items()]
+    for row in rows if before and before.iteration else ():
+        value = before.metrics.get(row["metric"])
+        row[f"iteration {before.iteration}"] = "" if value is None else f"{value:.6g}"
+    create_table_artifact(rows, key=_key(run, "metrics"), description=f"{run.name}, iteration {state.iteration}: metrics")
+    create_markdown_artifact(_samples(run, state), key=_key(run, "samples"),
+                             description=f"{run.name}, iteration {state.iteration}: samples")
+
+
+@_best_effort
+def compare(run: Run, stage: str, iteration: int, result: StageResult) -> None:
+    """What a rerun of a stage came to, its metrics beside those of the run."""
+    verdict = {"same": "reproduced, the same bytes", "different": "NOT reproduced, other bytes",
+               "new": "a new artifact; the run is as it was"}[result.verdict]
+    log.info(f"{stage} of iteration {iteration}: {verdict}, {result.ref.short}")
+    recorded, now = (run.store.manifest(ref).metrics for ref in (result.recorded, result.ref))
+    rows = [{"metric": f"{stage}/{name}", "value": f"{value:.6g}", "in the run": f"{recorded[name]:.6g}"
+             if name in recorded else ""} for name, value in now.items()]
+    create_table_artifact(rows, key=_key(run, stage), description=f"{run.name}, {stage} of iteration {iteration}: {verdict}")
+
+
+@_best_effort
+def link(run: Run, address: str | None) -> None:
+    """To the MLflow run, where that has a page."""
+    if address:
+        log.info(f"MLflow: {address}")
+        create_link_artifact(address, key=_key(run, "mlflow"), link_text=f"{run.name} in MLflow")
+
+
+def _key(run: Run, what: str) -> str:
+    """Under which the page keeps an artifact of all flow runs of a run, the newest first."""
+    return re.sub("[^a-z0-9]+", "-", f"{run.name}-{what}")
+
+
+def _samples(run: Run, state: TrainState) -> str:
+    """Markdown: held-out samples if the iteration was evaluated, else responses with their rewards; or episodes."""
+    for stage, kind, columns in (
+        ("evaluate", Samples, ("prompt", "response", "gold", "win")), ("evaluate", Returns, ("episode_return", "length")),
+    ):
+        if stage in state.artifacts and kind.file in run.store.manifest(state.artifacts[stage]).digests():
+            return _markdown(f"evaluated after iteration {state.iteration}",
+                             run.store.table(state.artifacts[stage], kind).to_arrow().to_pylist()[:SHOWN], columns)
+    if "reward" in state.artifacts:
+        rollouts, rewards = (run.store.table(state.artifacts[stage], kind)
+                             for stage, kind in (("rollout", Rollouts), ("reward", Rewards)))
+        rows = [{"prompt": rollouts.prompt[i], "response": rollouts.response[i], "reward": float(rewards.score[i])}
+                for i in range(min(SHOWN, len(rollouts)))]
+        return _markdown(f"sampled in iteration {state.iteration}", rows, ("prompt", "response", "reward"))
+    return f"Iteration {state.iteration} was not evaluated; its episodes are in its metrics."
+
+
+def _markdown(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
+    lines = [f"### {title}", "", f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(_cell(row[name]) for name in columns)} |" for row in rows)])
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else re.sub(r"\s+", " ", str(value)).strip().replace("|", "\\|")
+
+
+@contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Inside it the bars of a stage that takes long are shown on the page of its task."""
+    with heard_by(_Progress(what)) if _watched() else nullcontext():
+        yield
+
+
+class _Progress:
+    """Listens to a bar; from the fifth second on the page shows how far it is."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.told, self.artifact = what, time.monotonic(), None
+
+    def __call__(self, bar: str, done: float, total: float | None) -> None:
+        if total and time.monotonic() - self.told >= EVERY:
+            self._tell(bar, 100 * done / total)
+            self.told = time.monotonic()
+
+    @_best_effort
+    def _tell(self, bar: str, percent: float) -> None:
+        if self.artifact is None:
+            self.artifact = create_progress_artifact(percent, description=f"{self.what}: {bar}")
+        else:
+            update_progress_artifact(self.artifact, percent)
+
+
+@_best_effort
+def end_schedules(run: Run) -> None:
+    """Switches off the schedules of this deployment that would start the finished run again, and says so."""
+    if deployment.id is None:
+        return
+    with get_client(sync_client=True) as client:
+        what = client.read_deployment(deployment.id)
+        for schedule in what.schedules:
+            if schedule.active and (what.parameters | schedule.parameters).get("run") == run.name:
+                client.update_deployment_schedule(what.id, schedule.id, active=False)
+                log.info(f"run {run.name} is finished: schedule {schedule.slug or schedule.id} of deployment {what.name} "
+                         "is switched off")
