@@ -109,9 +109,17 @@ class WarmModels:
         self.loaded += 1
         folder, execution = self.store.folder(ref.artifact, ref.folder), self.config.execution
         tokenizer = load_tokenizer(folder)
-        module = load(folder).to(execution.device).eval()
+        module = _own_memory(load(folder)).to(execution.device).eval()
         module.config.pad_token_id = tokenizer.pad_token_id
         return LanguageModel(module, tokenizer, execution.micro_batch_tokens, execution.generation_batch_size)
+
+
+def _own_memory(module: PreTrainedModel) -> PreTrainedModel:
+    """With weights in torch's own memory rather than in a mapped file, where they begin anywhere: the last bits of a product
+    depend on its factors' alignment, and a model that was just trained lies in torch's."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
+    return module
 
 
 # --- one folder, one model ---

@@ -64,3 +64,11 @@ def test_optimizer_moments_are_read_back(run):
     steps = {float(s["step"]) for o in learner.optimizers.values() for s in o.state.values()}
     assert steps == {8.0}  # 2 iterations × 2 epochs × 2 minibatches
     assert all(np.isfinite(s["exp_avg"].numpy()).all() for o in learner.optimizers.values() for s in o.state.values())
+
+
+def test_weights_lie_where_those_of_a_trained_model_do(run):
+    """In torch's own memory, which is aligned; a mapped file begins anywhere, and the last bits depend on it."""
+    models = WarmModels(run.store, run.config)
+    state = run.state(1)
+    for model in (models.actor(state.actor), models.critic(state.critic), models.reward_model(state.reward_model)):
+        assert {weight.data_ptr() % 64 for weight in model.module.parameters()} == {0}
