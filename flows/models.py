@@ -109,24 +109,16 @@ class WarmModels:
         self.loaded += 1
         folder, execution = self.store.folder(ref.artifact, ref.folder), self.config.execution
         tokenizer = load_tokenizer(folder)
-        module = _own_memory(load(folder)).to(execution.device).eval()
+        module = load(folder).to(execution.device).eval()
         module.config.pad_token_id = tokenizer.pad_token_id
         return LanguageModel(module, tokenizer, execution.micro_batch_tokens, execution.generation_batch_size)
-
-
-def _own_memory(module: PreTrainedModel) -> PreTrainedModel:
-    """With weights in torch's own memory rather than in a mapped file, where they begin anywhere: the last bits of a product
-    depend on its factors' alignment, and a model that was just trained lies in torch's."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = tensor.data.clone()
-    return module
 
 
 # --- one folder, one model ---
 
 def load_causal(folder: Path) -> PreTrainedModel:
     """A causal language model in float32, from safetensors alone."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **_SAFE)
+    return _own_memory(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **_SAFE))
 
 
 def load_scalar(folder: Path) -> PreTrainedModel:
@@ -135,7 +127,15 @@ def load_scalar(folder: Path) -> PreTrainedModel:
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, num_labels=1, **_SAFE)
     if not trained:
         torch.nn.init.zeros_(model.score.weight)
-    return model
+    return _own_memory(model)
+
+
+def _own_memory(module: PreTrainedModel) -> PreTrainedModel:
+    """With weights in torch's own memory rather than in a mapped file, where they begin anywhere: the last bits of a product
+    depend on its factors' alignment, and a model that was just trained lies in torch's."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
+    return module
 
 
 _SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}

@@ -21,11 +21,14 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
 from prefect.events.clients import NullEventsClient, PrefectEventsClient
 from prefect.events.worker import EventsWorker
 from prefect.runtime import deployment
 from prefect.settings import PREFECT_API_URL, PREFECT_CLOUD_API_URL
+from prefect.states import Cancelled
 
 from schemas.artifacts import TrainState
 from schemas.tables import Returns, Rewards, Rollouts, Samples
@@ -175,7 +178,8 @@ class _Progress:
 
 @_best_effort
 def end_schedules(run: Run) -> None:
-    """Switches off the schedules of this deployment that would start the finished run again, and says so."""
+    """Switches off the schedules of this deployment that would start the finished run again, cancels the flow runs of them
+    that wait in the queue, and says so."""
     if deployment.id is None:
         return
     with get_client(sync_client=True) as client:
@@ -185,3 +189,7 @@ def end_schedules(run: Run) -> None:
                 client.update_deployment_schedule(what.id, schedule.id, active=False)
                 log.info(f"run {run.name} is finished: schedule {schedule.slug or schedule.id} of deployment {what.name} "
                          "is switched off")
+        waiting = FlowRunFilter(deployment_id={"any_": [what.id]}, state={"type": {"any_": [StateType.SCHEDULED]}})
+        for flow_run in client.read_flow_runs(flow_run_filter=waiting):
+            if flow_run.parameters.get("run") == run.name:
+                client.set_flow_run_state(flow_run.id, Cancelled(message=f"run {run.name} is finished"))

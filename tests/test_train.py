@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.cli import run_command
 from flows.files import LocalFiles
-from flows.models import load_scalar, save_learner, save_model
+from flows.models import load_causal, load_scalar, save_learner, save_model
 from flows.runs import open_run
 from flows.store import Attempt, Store
 from schemas.artifacts import ArtifactRef, Moments, derive_seed
@@ -61,7 +61,6 @@ def in_memory(folder, config, tmp_path):
     sys.modules["grammar_in_memory"] = grammar
     spec.loader.exec_module(grammar)
     seed = lambda iteration, stage: derive_seed(config.seed, iteration, stage)  # noqa: E731
-    causal = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)  # noqa: E731
 
     start = base_model(rows(folder, "demonstrations"), config.base_model, seed=seed(0, "base_model"))
     start = LanguageModel(start.module, start.tokenizer, config.execution.micro_batch_tokens)
@@ -70,7 +69,7 @@ def in_memory(folder, config, tmp_path):
     scorer_model = copy_of(start, tmp_path, "actor", load_scalar)
     reward_model(scorer_model, rows(folder, "pairs"), rows(folder, "heldout_pairs"), config.reward_model,
                  chat_template=False, seed=seed(0, "reward_model"))
-    actor, ref = (copy_of(start, tmp_path, "actor", causal) for _ in range(2))
+    actor, ref = (copy_of(start, tmp_path, "actor", load_causal) for _ in range(2))
     critic = copy_of(scorer_model, tmp_path, "reward_model", load_scalar) if config.value else None
     scorers = {"reward_model": model_scorer(copy_of(scorer_model, tmp_path, "reward_model", load_scalar))}
     judge, heldout = function_scorer("gold", grammar.gold), [row["prompt"] for row in rows(folder, "heldout_prompts")]

@@ -1,0 +1,87 @@
+"""Baton on a work pool, with real processes on loopback: what deployments do, what the page shows, what is refused."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import _free_port
+from pool import Pool, holding_example
+from prefect.exceptions import PrefectHTTPStatusError
+
+from flows.pool import deploy
+from flows.runs import open_run
+from flows.store import Store
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """A server with everything deployed, and a worker."""
+    pool = Pool(tmp_path_factory.mktemp("pool"), _free_port())
+    try:
+        pool.start_server()
+        deploy(pool.environment)
+        pool.start_worker()
+        yield pool
+    finally:
+        pool.end()
+
+
+def test_stage_with_another_lambda_leaves_the_run_alone(pool, trained):
+    store = trained[1]
+    records = {path: path.read_bytes() for path in (store / "runs").rglob("*.json")}
+    recorded = open_run(Store(store), "tiny").recorded("gae", 1)
+    there = set(Store(store).artifacts())
+    done = pool.finished(pool.run("stage", run="tiny", stage="gae", iteration=1, settings=["gae.gae_lambda=0.5"],
+                                  store=str(store)))
+    assert done.state.is_completed(), done.state.message
+    assert done.name == "tiny-gae-1"
+    (made,) = set(Store(store).artifacts()) - there
+    assert made.stage == "gae" and Store(store).manifest(made).recipe.config["gae_lambda"] == 0.5
+    assert made != recorded
+    assert {path: path.read_bytes() for path in (store / "runs").rglob("*.json")} == records
+    with pool.client() as client:
+        (table,) = [one for one in client.read_artifacts() if one.flow_run_id == done.id and one.type == "table"]
+    assert "a new artifact" in table.description
+
+
+def test_what_a_person_reads_on_the_page(pool, tmp_path):
+    example = holding_example(tmp_path / "shown", iterations=1, seed=11)
+    assert pool.finished(pool.run("train", run="shown", config=str(example))).state.is_completed()
+    with pool.client() as client:
+        artifacts = {one.key: one for one in client.read_artifacts() if one.key and one.key.startswith("shown")}
+    assert "reward/score" in artifacts["shown-metrics"].data
+    assert "| prompt | response |" in artifacts["shown-samples"].data
+
+
+@pytest.mark.parametrize("deployment, parameters, message", [
+    ("iterate", {"run": "No Name"}, "Validation failed for field 'run'"),
+    ("iterate", {"run": "x", "overrides": {"iterations": "many"}}, "Validation failed for field 'overrides.iterations'"),
+    ("stage", {"run": "x", "stage": "gea", "iteration": 1}, "Validation failed for field 'stage'"),
+    ("stage", {"run": "x", "stage": "gae", "iteration": "one"}, "Validation failed for field 'iteration'"),
+    ("train", {"run": "x", "config": {"environment": {"id": 3}}}, "Validation failed for field 'config.environment.id'"),
+    ("train", {"name": "x"}, "'run' is a required property"),
+])
+def test_parameters_of_the_wrong_type(pool, deployment, parameters, message):
+    with pytest.raises(PrefectHTTPStatusError, match=r"409|422") as error:
+        pool.run(deployment, **parameters)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("parameters, message", [
+    ({"run": "nobody"}, "no run 'nobody' in"),
+    ({"run": "x", "store": "/nowhere/store"}, "store /nowhere/store: no such folder on"),
+    ({"run": "x", "config": "no/such"}, "no/such: no such folder or file"),
+])
+def test_what_only_the_worker_can_know(pool, parameters, message):
+    failed = pool.finished(pool.run("iterate", **parameters))
+    assert failed.state.is_failed() and message in failed.state.message
+
+
+def test_automations_are_there_once(pool):
+    with pool.client() as client:
+        assert sorted(one.name for one in client.read_automations()) == ["baton-overdue", "baton-stillborn", "baton-zombies"]
+    again = [sys.executable, "-m", "flows.automations", "--patience", "90"]
+    subprocess.run(again, env=pool.environment, check=True, timeout=120)
+    with pool.client() as client:
+        there = {one.name: one for one in client.read_automations()}
+    assert len(there) == 3 and there["baton-zombies"].trigger.within.total_seconds() == 90
