@@ -223,11 +223,10 @@ def stage_command(stage: str, run: str, iteration: int, settings: tuple[str, ...
     from flows.stage import stage_flow
 
     result = tagged(stage_flow, run, stage=stage, iteration=iteration, settings=list(settings), store=root)
-    rows = display.stage_metrics(opened(root, run), result)
     data = {"recorded": str(result.recorded), "artifact": str(result.ref), "verdict": result.verdict,
-            "models_loaded": result.models_loaded, "metrics": rows,
+            "models_loaded": result.models_loaded, "metrics": result.metrics,
             "different": sorted(result.reproduction.different) if result.reproduction else []}
-    return Answer(data, lambda console: display.stage(console, stage, iteration, result, rows),
+    return Answer(data, lambda console: display.stage(console, stage, iteration, result),
                   code=1 if result.verdict == "different" else 0)
 
 

@@ -160,13 +160,7 @@ def metrics(state: TrainState) -> Grid:
     return grid
 
 
-def stage_metrics(run: Run, result: StageResult) -> dict[str, tuple[float | None, float]]:
-    """Metric → (as the run has it, as it is now)."""
-    recorded, now = (run.store.manifest(ref).metrics for ref in (result.recorded, result.ref))
-    return {name: (recorded.get(name), value) for name, value in now.items()}
-
-
-def stage(console: Console, name: str, iteration: int, result: StageResult, metrics: dict) -> None:
+def stage(console: Console, name: str, iteration: int, result: StageResult) -> None:
     """What a rerun came to."""
     loaded = f"{result.models_loaded} models loaded" if result.models_loaded else "no model loaded"
     what, again = f"{name} of iteration {iteration}", result.reproduction
@@ -181,7 +175,7 @@ def stage(console: Console, name: str, iteration: int, result: StageResult, metr
         for path, (old, new) in again.different.items():
             console.print(f"  {path}: committed {(old or 'no such file')[:12]}, now {(new or 'no such file')[:12]}")
     if result.ref != result.recorded:
-        console.print(_compared(metrics))
+        console.print(_compared(result.metrics))
 
 
 def parting(console: Console, a: Run, b: Run, found: Parting | None) -> None:

@@ -105,9 +105,8 @@ def compare(run: Run, stage: str, iteration: int, result: StageResult) -> None:
     verdict = {"same": "reproduced, the same bytes", "different": "NOT reproduced, other bytes",
                "new": "a new artifact; the run is as it was"}[result.verdict]
     log.info(f"{stage} of iteration {iteration}: {verdict}, {result.ref.short}")
-    recorded, now = (run.store.manifest(ref).metrics for ref in (result.recorded, result.ref))
-    rows = [{"metric": f"{stage}/{name}", "value": f"{value:.6g}", "in the run": f"{recorded[name]:.6g}"
-             if name in recorded else ""} for name, value in now.items()]
+    rows = [{"metric": f"{stage}/{name}", "now": f"{now:.6g}", "in the run": "" if before is None else f"{before:.6g}"}
+            for name, (before, now) in result.metrics.items()]
     create_table_artifact(rows, key=_key(run, stage), description=f"{run.name}, {stage} of iteration {iteration}: {verdict}")
 
 

@@ -17,9 +17,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import click
 import httpx
 import psutil
+
+from schemas.errors import PrefectError
 
 ROOT = Path(__file__).parents[1]
 POOL = "baton"
@@ -62,14 +63,14 @@ class Processes:
                 if httpx.get(url, timeout=2).is_success:
                     return
             time.sleep(0.2)
-        raise click.ClickException(f"{name} did not come up at {url}; see {self.logs / name}.log")
+        raise PrefectError(f"{name} did not come up at {url}; see {self.logs / name}.log")
 
     def wait(self) -> None:
         """Until one has ended."""
         while all(process.poll() is None for process in self.started.values()):
             time.sleep(0.5)
         ended = next(name for name, process in self.started.items() if process.poll() is not None)
-        raise click.ClickException(f"{ended} has ended with code {self.started[ended].returncode}; the others are ended too")
+        raise PrefectError(f"{ended} has ended with code {self.started[ended].returncode}; the others are ended too")
 
     def end(self) -> None:
         """The last first, each with all that it has started: a worker would else wait for its flow runs to be done."""
@@ -96,15 +97,15 @@ def ending(processes: Processes) -> Iterator[None]:
 
 
 def require_free(port: int, option: str) -> None:
-    """Raises `ClickException` if something listens there."""
+    """Raises `PrefectError` if something listens there."""
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise click.ClickException(f"port {port} is taken, perhaps by another make pool; end that, or choose another "
+            raise PrefectError(f"port {port} is taken, perhaps by another make pool; end that, or choose another "
                                        f"port with {option}")
 
 
 def deploy(environment: dict[str, str]) -> None:
-    """The work pool, the deployments of prefect.yaml and the automations. Raises `ClickException` with what Prefect says."""
+    """The work pool, the deployments of prefect.yaml and the automations. Raises `PrefectError` with what Prefect says."""
     for command in (
         ("prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite"),
         ("prefect", "--no-prompt", "deploy", "--all"),
@@ -112,7 +113,7 @@ def deploy(environment: dict[str, str]) -> None:
     ):
         done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment, text=True, capture_output=True)
         if done.returncode:
-            raise click.ClickException(f"{' '.join(command)}: {(done.stdout + done.stderr).strip()}")
+            raise PrefectError(f"{' '.join(command)}: {(done.stdout + done.stderr).strip()}")
 
 
 def main() -> int:
@@ -148,8 +149,8 @@ def main() -> int:
             print(WHAT_NOW.format(port=given.port, pool=POOL, mlflow=mlflow, store=store, api=api), flush=True)
             processes.start("worker", "prefect", "worker", "start", "--pool", POOL, logged=False)
             processes.wait()
-    except click.ClickException as error:
-        print(f"make pool: {error.format_message()}", file=sys.stderr)
+    except PrefectError as error:
+        print(f"make pool: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -35,6 +35,7 @@ class StageResult:
     ref: ArtifactRef  # what these settings give
     reproduction: Reproduction | None  # none where that is a new artifact
     models_loaded: int
+    metrics: dict[str, tuple[float | None, float]]  # name → (as the run has it, as it is now)
 
     @property
     def verdict(self) -> str:
@@ -65,7 +66,10 @@ def stage_flow(
     what.rerun = stage
     with untagged(), closing(what):
         ref = chain(what).STAGES[stage](what, iteration, **arguments(what, recorded_run, stage, iteration))
-        result = StageResult(what.recorded(stage, iteration), ref, what.reproduction, what.models.loaded)
+        recorded = what.recorded(stage, iteration)
+        before, now = (what.store.manifest(one).metrics for one in (recorded, ref))
+        metrics = {name: (before.get(name), value) for name, value in now.items()}
+        result = StageResult(recorded, ref, what.reproduction, what.models.loaded, metrics)
     page.compare(what, stage, iteration, result)
     return result
 

@@ -35,7 +35,7 @@ def start(
     recipes = recipes_of(files)
     inputs = {role: recipe.ref for role, recipe in recipes.items()}
     overrides = _of_this_call(config, overrides)
-    check_device(config, overrides)
+    check_device(overrides.execution.device)
     if name in run_names(store):
         require_same(open_run(store, name), config, inputs)
     elif isinstance(config, ControlConfig):
@@ -56,7 +56,7 @@ def resume(name: str, settings: Iterable[str], overrides: Overrides, root: str) 
         raise ConfigError(f"--set: run {name!r} was made with another config ({'; '.join(lines)}); baton fork {name} --at I "
                           "--run NEW --set … makes one that goes on with yours")
     overrides = _of_this_call(changed.config, overrides)
-    check_device(changed.config, overrides)
+    check_device(overrides.execution.device)
     check_writable(store)
     return open_run(store, name, overrides.given()), overrides
 
@@ -87,7 +87,8 @@ def reachable(root: str | None) -> str:
 
 
 def _of_this_call(config: RunConfig, overrides: Overrides) -> Overrides:
-    """What the config says for this call, and over it what is overridden. Raises `ConfigError` if it does not fit."""
+    """All that holds for this call: what the config says, and over it what is overridden. Raises `ConfigError` if that does
+    not fit the config."""
     said = {"iterations": config.iterations, **{section: getattr(config, section).model_dump(mode="json")
                                                 for section in FREE}}
     overrides = Overrides.model_validate(merged(said, overrides.given()))
@@ -103,9 +104,8 @@ def check_writable(store: Store) -> None:
         raise ConfigError(f"--store {store.uri}: {error.strerror or error}: {error.filename or store.uri}") from None
 
 
-def check_device(config: RunConfig, overrides: Overrides) -> None:
+def check_device(device: str) -> None:
     """Raises `ConfigError` if torch does not have it here."""
-    device = (overrides.execution or config.execution).device
     if device == "cpu":
         return
     import torch

@@ -54,7 +54,7 @@ class TrackingError(BatonError):
 
 
 class PrefectError(BatonError):
-    """Prefect's server could not be reached, or refused what it was told."""
+    """Prefect's server could not be reached, refused what it was told, or ended."""
 
 
 class EnvironmentFailure(BatonError):  # noqa: N818 - an EnvironmentError is Python's OSError

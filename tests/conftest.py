@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -27,7 +27,7 @@ def _free_port() -> int:
 
 # Prefect reads these when it is imported, so they are set before any test module is.
 HOME = tempfile.mkdtemp(prefix="baton-tests-")
-API = f"http://127.0.0.1:{_free_port()}/api"
+API = f"http://127.0.0.1:{free_port()}/api"
 os.environ |= {
     "PREFECT_HOME": HOME, "PREFECT_API_URL": API, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL", "PREFECT_LOGGING_EXTRA_LOGGERS": "baton",

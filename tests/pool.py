@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import httpx
-import psutil
 import pytest
 import yaml
 from conftest import write_example
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import DeploymentScheduleCreate
-from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.filters import LogFilter
 from prefect.client.schemas.objects import FlowRun
-from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-ROOT = Path(__file__).parents[1]
+from flows.pool import POOL, Processes
+
 PATIENCE = 240  # seconds for anything, on a busy machine
 
 HOLDING_REWARD = '''
@@ -50,39 +43,16 @@ class Pool:
             "HOLD": str(self.hold), "PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
             "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "2"}
-        self.server: subprocess.Popen | None = None
-        self.worker: subprocess.Popen | None = None
+        self.processes = Processes(folder, self.environment)
 
     # --- processes ---
 
     def start_server(self) -> None:
-        self.server = self._start("server", "server", "start", "--port", str(self.port))
-        self.wait(lambda: self._answers(), "the server to answer")
+        self.processes.start("server", "prefect", "server", "start", "--port", str(self.port))
+        self.processes.wait_for("server", f"{self.api}/health")
 
     def start_worker(self) -> None:
-        self.worker = self._start("worker", "worker", "start", "--pool", "baton")
-
-    def _start(self, name: str, *command: str) -> subprocess.Popen:
-        with (self.folder / f"{name}.log").open("a") as log:
-            return subprocess.Popen([sys.executable, "-m", "prefect", *command], stdout=log, stderr=subprocess.STDOUT,
-                                    cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, start_new_session=True)
-
-    def _answers(self) -> bool:
-        try:
-            return httpx.get(f"{self.api}/health", timeout=2).is_success
-        except httpx.HTTPError:
-            return False
-
-    def kill(self, process: subprocess.Popen) -> None:
-        """SIGKILL for the process and all that it has started."""
-        for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-            one.send_signal(signal.SIGKILL)
-        process.wait()
-
-    def end(self) -> None:
-        for process in (self.worker, self.server):
-            if process is not None and process.poll() is None:
-                self.kill(process)
+        self.processes.start("worker", "prefect", "worker", "start", "--pool", POOL)
 
     def wait(self, ready: Callable[[], Any], what: str) -> Any:
         """What `ready` gives once that is true of something."""
@@ -121,24 +91,10 @@ class Pool:
         with self.client() as client:
             return client.read_flow_run(flow_run.id)
 
-    def flow_runs(self) -> list[FlowRun]:
-        """Those of `iterate`, in the order in which they began; those that did not are last."""
+    def log(self, flow_run: FlowRun) -> list[str]:
+        """The lines on its page."""
         with self.client() as client:
-            runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(deployment_id={"any_": [self.deployment("iterate")]}))
-        return sorted(runs, key=lambda run: (run.start_time is None, run.start_time or run.expected_start_time))
-
-    def schedule(self, seconds: float, **parameters: Any) -> UUID:
-        """Has `iterate` started every so many seconds."""
-        every = DeploymentScheduleCreate(schedule=IntervalSchedule(interval=timedelta(seconds=seconds)), active=True,
-                                         parameters=parameters)
-        with self.client() as client:
-            answer = client.request("POST", "/deployments/{id}/schedules", path_params={"id": self.deployment("iterate")},
-                                    json=[every.model_dump(mode="json", exclude_none=True)])
-            return UUID(answer.json()[0]["id"])
-
-    def delete_schedule(self, schedule: UUID) -> None:
-        with self.client() as client:
-            client.delete_deployment_schedule(self.deployment("iterate"), schedule)
+            return [line.message for line in client.read_logs(LogFilter(flow_run_id={"any_": [flow_run.id]}))]
 
     # --- what lies in the store ---
 

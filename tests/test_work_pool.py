@@ -4,26 +4,28 @@ import subprocess
 import sys
 
 import pytest
-from conftest import _free_port
+from conftest import free_port
 from pool import Pool, holding_example
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.states import Cancelling
 
 from flows.pool import deploy
 from flows.runs import open_run
 from flows.store import Store
+from flows.verify import verify
 
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
     """A server with everything deployed, and a worker."""
-    pool = Pool(tmp_path_factory.mktemp("pool"), _free_port())
+    pool = Pool(tmp_path_factory.mktemp("pool"), free_port())
     try:
         pool.start_server()
         deploy(pool.environment)
         pool.start_worker()
         yield pool
     finally:
-        pool.end()
+        pool.processes.end()
 
 
 def test_stage_with_another_lambda_leaves_the_run_alone(pool, trained):
@@ -42,6 +44,26 @@ def test_stage_with_another_lambda_leaves_the_run_alone(pool, trained):
     with pool.client() as client:
         (table,) = [one for one in client.read_artifacts() if one.flow_run_id == done.id and one.type == "table"]
     assert "a new artifact" in table.description
+
+
+def test_what_is_cancelled_goes_on_from_inside(pool, tmp_path):
+    example = holding_example(tmp_path / "halted", iterations=1, seed=14)
+    assert pool.finished(pool.run("iterate", run="halted", config=str(example))).state.is_completed()
+    rollouts = pool.committed("rollout")
+    pool.hold.touch()
+    try:
+        begun = pool.run("iterate", run="halted")
+        pool.wait(lambda: pool.committed("rollout") > rollouts, "the middle of iteration 1")
+        with pool.client() as client:
+            client.set_flow_run_state(begun.id, Cancelling())
+        assert pool.finished(begun).state.is_cancelled()
+    finally:
+        pool.hold.unlink()
+    assert pool.states("halted") == ["000000.json"] and not verify(Store(pool.store), "halted")[1]
+    again = pool.finished(pool.run("iterate", run="halted"))
+    assert again.state.is_completed() and pool.states("halted") == ["000000.json", "000001.json"]
+    said = pool.wait(lambda: [line for line in pool.log(again) if "iteration 1/1" in line], "its line in the log")
+    assert "(found rollout, reference)" in said[0]
 
 
 def test_what_a_person_reads_on_the_page(pool, tmp_path):
