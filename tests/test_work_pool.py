@@ -70,7 +70,8 @@ def test_what_a_person_reads_on_the_page(pool, tmp_path):
     example = holding_example(tmp_path / "shown", iterations=1, seed=11)
     assert pool.finished(pool.run("train", run="shown", config=str(example))).state.is_completed()
     with pool.client() as client:
-        artifacts = {one.key: one for one in client.read_artifacts() if one.key and one.key.startswith("shown")}
+        written = sorted(client.read_artifacts(), key=lambda one: one.created)
+    artifacts = {one.key: one for one in written if one.key and one.key.startswith("shown")}  # the latest of each
     assert "reward/score" in artifacts["shown-metrics"].data
     assert "| prompt | response |" in artifacts["shown-samples"].data
 
