@@ -1,6 +1,7 @@
 """What a person reads on Prefect's page of a flow run, beside its log: its name, numbers, samples, progress, MLflow's link.
 
-Best effort: nothing of it where Prefect has no server that outlives the command, and no more of it once a call has failed.
+Best effort: nothing of it where Prefect has no server that outlives the command, and once a call has failed no more of it but
+the end of a finished run's schedules.
 """
 
 from __future__ import annotations
@@ -60,22 +61,28 @@ def settle() -> None:
 
 
 def _watched() -> bool:
-    return not _failed and PREFECT_API_URL.value() is not None and FlowRunContext.get() is not None
+    return PREFECT_API_URL.value() is not None and FlowRunContext.get() is not None
+
+
+def _attempt(function: Callable[..., None], *arguments: Any, **more: Any) -> None:
+    """Nothing where nobody looks; what goes wrong is said, and training goes on."""
+    global _failed
+    if not _watched():
+        return
+    try:
+        function(*arguments, **more)
+    except Exception as error:  # whatever a server does
+        _failed = True
+        log.warning("Prefect's page: %s; training goes on without it", " ".join(str(error).split())[:200])
 
 
 def _best_effort(function: Callable[..., None]) -> Callable[..., None]:
-    """Nothing where nobody looks; what goes wrong is said once, and training goes on."""
+    """As `_attempt`, and nothing once a call has failed: each would wait for a server that is not there."""
 
     @functools.wraps(function)
     def tried(*arguments: Any, **more: Any) -> None:
-        global _failed
-        if not _watched():
-            return
-        try:
-            function(*arguments, **more)
-        except Exception as error:  # whatever a server does
-            _failed = True
-            log.warning("Prefect's page: %s; training goes on without it", " ".join(str(error).split())[:200])
+        if not _failed:
+            _attempt(function, *arguments, **more)
 
     return tried
 
@@ -175,10 +182,13 @@ class _Progress:
             update_progress_artifact(self.artifact, percent)
 
 
-@_best_effort
 def end_schedules(run: Run) -> None:
     """Switches off the schedules of this deployment that would start the finished run again, cancels the flow runs of them
-    that wait in the queue, and says so."""
+    that wait in the queue, and says so. Tried whatever failed before: a schedule that stays on goes on starting flow runs."""
+    _attempt(_end_schedules, run)
+
+
+def _end_schedules(run: Run) -> None:
     if deployment.id is None:
         return
     with get_client(sync_client=True) as client:

@@ -24,6 +24,7 @@ from schemas.errors import PrefectError
 
 ROOT = Path(__file__).parents[1]
 POOL = "baton"
+WORKER = ("prefect", "worker", "start", "--pool", POOL, "--limit", "2")  # a queue without limit is tried all at once
 PATIENCE = 180  # seconds for a server to come up
 PATIENCE_AT_END = 20  # seconds for a process to end by itself
 WHAT_NOW = """
@@ -147,7 +148,7 @@ def main() -> int:
             deploy(environment)
             processes.wait_for("mlflow", f"{mlflow}/health")
             print(WHAT_NOW.format(port=given.port, pool=POOL, mlflow=mlflow, store=store, api=api), flush=True)
-            processes.start("worker", "prefect", "worker", "start", "--pool", POOL, logged=False)
+            processes.start("worker", *WORKER, logged=False)
             processes.wait()
     except PrefectError as error:
         print(f"make pool: {error}", file=sys.stderr)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import psutil
 import pytest
 import yaml
 from conftest import write_example
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import LogFilter
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.filters import FlowRunFilter, LogFilter
+from prefect.client.schemas.objects import DeploymentSchedule, FlowRun
+from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.pool import POOL, Processes
+from flows.pool import WORKER, Processes
 
 PATIENCE = 240  # seconds for anything, on a busy machine
 
@@ -40,9 +43,9 @@ class Pool:
         self.store.mkdir(parents=True)
         self.environment = os.environ | {
             "PREFECT_HOME": str(folder / "home"), "PREFECT_API_URL": self.api, "BATON_STORE": str(self.store),
-            "HOLD": str(self.hold), "PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
+            "HOLD": str(self.hold), "PREFECT_WORKER_QUERY_SECONDS": "2", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
-            "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "2"}
+            "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "4"}
         self.processes = Processes(folder, self.environment)
 
     # --- processes ---
@@ -52,7 +55,16 @@ class Pool:
         self.processes.wait_for("server", f"{self.api}/health")
 
     def start_worker(self) -> None:
-        self.processes.start("worker", "prefect", "worker", "start", "--pool", POOL)
+        self.processes.start("worker", *WORKER)
+
+    def kill_worker(self) -> None:
+        """-9, and the flow runs that it has started with it."""
+        worker = psutil.Process(self.processes.started["worker"].pid)
+        family = [worker, *worker.children(recursive=True)]
+        for process in family:
+            process.kill()
+        self.processes.started["worker"].wait()
+        psutil.wait_procs(family, PATIENCE)
 
     def wait(self, ready: Callable[[], Any], what: str) -> Any:
         """What `ready` gives once that is true of something."""
@@ -78,6 +90,31 @@ class Pool:
         """A flow run, begun and not waited for."""
         with self.client() as client:
             return client.create_flow_run_from_deployment(self.deployment(deployment), parameters=parameters)
+
+    def schedule(self, seconds: float, **parameters: Any) -> DeploymentSchedule:
+        """Has a flow run of `iterate` begun every so many seconds."""
+        every = IntervalSchedule(interval=timedelta(seconds=seconds))
+        with self.client() as client:
+            return client.create_deployment_schedules(self.deployment("iterate"), [(every, True)], parameters=parameters)[0]
+
+    def scheduled(self, schedule: DeploymentSchedule) -> bool:
+        """Whether it is still switched on."""
+        with self.client() as client:
+            there = client.read_deployment_schedules(schedule.deployment_id)
+        return next(one for one in there if one.id == schedule.id).active
+
+    def flow_runs(self, run: str) -> list[FlowRun]:
+        """Of `iterate`, for that run, in the order in which they were begun; those that were not are left out."""
+        return sorted((one for one in self._iterate(run) if one.run_count), key=lambda one: one.start_time)
+
+    def queued(self, run: str) -> int:
+        """How many wait until another one has ended."""
+        return len(self._iterate(run, state={"name": {"any_": ["AwaitingConcurrencySlot"]}}))
+
+    def _iterate(self, run: str, **which: Any) -> list[FlowRun]:
+        of_iterate = FlowRunFilter(deployment_id={"any_": [self.deployment("iterate")]}, **which)
+        with self.client() as client:
+            return [one for one in client.read_flow_runs(flow_run_filter=of_iterate) if one.parameters["run"] == run]
 
     def finished(self, flow_run: FlowRun) -> FlowRun:
         """It, once it has ended."""

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 from conftest import free_port
@@ -74,6 +75,57 @@ def test_what_a_person_reads_on_the_page(pool, tmp_path):
     artifacts = {one.key: one for one in written if one.key and one.key.startswith("shown")}  # the latest of each
     assert "reward/score" in artifacts["shown-metrics"].data
     assert "| prompt | response |" in artifacts["shown-samples"].data
+
+
+def test_worker_and_flow_killed_in_the_second_iteration(pool, tmp_path):
+    example = holding_example(tmp_path / "vanishing", iterations=3, seed=21)
+    schedule = pool.schedule(10, run="vanishing", config=str(example))
+    pool.wait(lambda: len(pool.states("vanishing")) == 2, "iteration 1")
+    rollouts = pool.committed("rollout")
+    pool.hold.touch()  # the flow run of iteration 2 has yet to import torch
+    try:
+        pool.wait(lambda: pool.committed("rollout") > rollouts, "the middle of iteration 2")
+        pool.kill_worker()
+    finally:
+        pool.hold.unlink()
+    assert len(pool.states("vanishing")) == 2 and not verify(Store(pool.store), "vanishing")[1]
+    pool.start_worker()
+    pool.wait(lambda: not pool.scheduled(schedule), "the schedule's end")
+
+    begun = [pool.finished(one) for one in pool.flow_runs("vanishing")]
+    assert [one.name for one in begun] == [f"vanishing-iterate-{iteration:06d}" for iteration in (0, 1, 2, 2, 3)]
+    assert [one.state.name for one in begun] == ["Completed", "Completed", "Crashed", "Completed", "Completed"]
+    assert "no sign of life for 60 s" in begun[2].state.message
+
+    local = tmp_path / "local"
+    subprocess.run([sys.executable, "-m", "flows.cli", "train", str(example), "--store", str(local), "--quiet"],
+                   env=pool.environment, check=True, timeout=300)
+    ours, theirs = open_run(Store(pool.store), "vanishing"), open_run(Store(local), "vanishing")
+    for mine, other in zip(ours.states(), theirs.states(), strict=True):
+        assert mine.model_copy(update={"seconds": 0}) == other.model_copy(update={"seconds": 0})
+        for ref in mine.artifacts.values():
+            assert ours.store.manifest(ref).digests() == theirs.store.manifest(ref).digests()
+
+
+def test_a_schedule_that_fires_while_an_iteration_takes_long(pool, tmp_path):
+    example = holding_example(tmp_path / "slow", iterations=3, seed=31)
+    schedule = pool.schedule(6, run="slow", config=str(example))
+    pool.wait(lambda: pool.states("slow"), "iteration 0")
+    rollouts = pool.committed("rollout")
+    pool.hold.touch()
+    try:
+        pool.wait(lambda: pool.committed("rollout") > rollouts, "the middle of iteration 1")
+        pool.wait(lambda: pool.queued("slow") >= 3, "three more in the queue")
+        assert pool.states("slow") == ["000000.json"]
+    finally:
+        pool.hold.unlink()
+    pool.wait(lambda: not pool.scheduled(schedule), "the schedule's end")
+    begun = [pool.finished(one) for one in pool.flow_runs("slow")]
+    assert [one.name for one in begun] == [f"slow-iterate-{iteration:06d}" for iteration in range(4)]
+    assert all(one.state.is_completed() for one in begun)
+    assert all(before.end_time <= after.start_time for before, after in pairwise(begun))
+    assert open_run(Store(pool.store), "slow").iterations() == [0, 1, 2, 3]
+    assert pool.wait(lambda: not pool.queued("slow"), "an empty queue")
 
 
 @pytest.mark.parametrize("deployment, parameters, message", [
