@@ -28,7 +28,7 @@ from prefect.context import FlowRunContext
 from prefect.events.clients import NullEventsClient, PrefectEventsClient
 from prefect.events.worker import EventsWorker
 from prefect.runtime import deployment
-from prefect.settings import PREFECT_API_URL, PREFECT_CLOUD_API_URL
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, PREFECT_CLOUD_API_URL, temporary_settings
 from prefect.states import Cancelled
 
 from schemas.artifacts import TrainState
@@ -77,12 +77,14 @@ def _attempt(function: Callable[..., None], *arguments: Any, **more: Any) -> Non
 
 
 def _best_effort(function: Callable[..., None]) -> Callable[..., None]:
-    """As `_attempt`, and nothing once a call has failed: each would wait for a server that is not there."""
+    """As `_attempt`, with one try more where Prefect would have five, which take a minute; and nothing once a call has
+    failed."""
 
     @functools.wraps(function)
     def tried(*arguments: Any, **more: Any) -> None:
         if not _failed:
-            _attempt(function, *arguments, **more)
+            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 1}):
+                _attempt(function, *arguments, **more)
 
     return tried
 
