@@ -1,7 +1,7 @@
 """What a person reads on Prefect's page of a flow run, beside its log: its name, numbers, samples, progress, MLflow's link.
 
-Best effort: nothing of it where Prefect has no server that outlives the command, and once a call has failed no more of it but
-the end of a finished run's schedules.
+Best effort: nothing of it where Prefect has no server that outlives the command, and once a call has failed no more of it,
+but for the end of a finished run's schedules.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class _Progress:
 
 def end_schedules(run: Run) -> None:
     """Switches off the schedules of this deployment that would start the finished run again, cancels the flow runs of them
-    that wait in the queue, and says so. Tried whatever failed before: a schedule that stays on goes on starting flow runs."""
+    that wait in the queue, and says so. Tried whatever failed before: a schedule that stays on starts flow runs for ever."""
     _attempt(_end_schedules, run)
 
 

@@ -57,13 +57,13 @@ class Pool:
     def start_worker(self) -> None:
         self.processes.start("worker", *WORKER)
 
-    def kill_worker(self) -> None:
-        """-9, and the flow runs that it has started with it."""
-        worker = psutil.Process(self.processes.started["worker"].pid)
-        family = [worker, *worker.children(recursive=True)]
-        for process in family:
-            process.kill()
-        self.processes.started["worker"].wait()
+    def kill(self, name: str) -> None:
+        """-9, for the server or the worker and all that it has started."""
+        process = self.processes.started[name]
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            member.kill()
+        process.wait()
         psutil.wait_procs(family, PATIENCE)
 
     def wait(self, ready: Callable[[], Any], what: str) -> Any:

@@ -29,6 +29,12 @@ def pool(tmp_path_factory):
         pool.processes.end()
 
 
+def train(pool, example, *more, **environment):
+    """A local run, begun and not waited for, that Prefect's server is told of."""
+    command = [sys.executable, "-m", "flows.cli", "train", str(example), "--quiet", *more]
+    return subprocess.Popen(command, env=pool.environment | environment, stderr=subprocess.PIPE, text=True)
+
+
 def test_stage_with_another_lambda_leaves_the_run_alone(pool, trained):
     store = trained[1]
     records = {path: path.read_bytes() for path in (store / "runs").rglob("*.json")}
@@ -85,7 +91,7 @@ def test_worker_and_flow_killed_in_the_second_iteration(pool, tmp_path):
     pool.hold.touch()  # the flow run of iteration 2 has yet to import torch
     try:
         pool.wait(lambda: pool.committed("rollout") > rollouts, "the middle of iteration 2")
-        pool.kill_worker()
+        pool.kill("worker")
     finally:
         pool.hold.unlink()
     assert len(pool.states("vanishing")) == 2 and not verify(Store(pool.store), "vanishing")[1]
@@ -98,8 +104,7 @@ def test_worker_and_flow_killed_in_the_second_iteration(pool, tmp_path):
     assert "no sign of life for 60 s" in begun[2].state.message
 
     local = tmp_path / "local"
-    subprocess.run([sys.executable, "-m", "flows.cli", "train", str(example), "--store", str(local), "--quiet"],
-                   env=pool.environment, check=True, timeout=300)
+    assert train(pool, example, "--store", str(local)).wait(300) == 0
     ours, theirs = open_run(Store(pool.store), "vanishing"), open_run(Store(local), "vanishing")
     for mine, other in zip(ours.states(), theirs.states(), strict=True):
         assert mine.model_copy(update={"seconds": 0}) == other.model_copy(update={"seconds": 0})
@@ -160,3 +165,43 @@ def test_automations_are_there_once(pool):
     with pool.client() as client:
         there = {one.name: one for one in client.read_automations()}
     assert len(there) == 3 and there["baton-zombies"].trigger.within.total_seconds() == 90
+
+
+def test_server_killed_in_the_middle_of_a_local_run(pool, tmp_path):
+    example = holding_example(tmp_path / "alone", iterations=4, seed=41)
+    assert train(pool, example, "--iterations", "1").wait(300) == 0
+    rollouts = pool.committed("rollout")
+    pool.hold.touch()
+    try:
+        begun = train(pool, example, "--iterations", "3", PREFECT_CLIENT_MAX_RETRIES="1")
+        pool.wait(lambda: pool.committed("rollout") > rollouts, "the middle of iteration 2")
+        pool.kill("server")
+    finally:
+        pool.hold.unlink()
+    _, said = begun.communicate(timeout=300)
+    pool.start_server()
+    assert begun.returncode == 1
+    assert f"baton: Prefect at {pool.api}: " in said and "what was committed is whole" in said
+    assert open_run(Store(pool.store), "alone").iterations() == [0, 1, 2, 3]  # it trained on
+    assert not verify(Store(pool.store), "alone")[1]
+    assert train(pool, example).wait(300) == 0
+    assert open_run(Store(pool.store), "alone").iterations() == [0, 1, 2, 3, 4]
+
+
+def test_server_killed_in_the_middle_of_a_pooled_run(pool, tmp_path):
+    example = holding_example(tmp_path / "pooled", iterations=2, seed=51)
+    assert pool.finished(pool.run("iterate", run="pooled", config=str(example))).state.is_completed()
+    rollouts = pool.committed("rollout")
+    pool.hold.touch()
+    try:
+        begun = pool.run("iterate", run="pooled")
+        pool.wait(lambda: pool.committed("rollout") > rollouts, "the middle of iteration 1")
+        pool.kill("server")
+    finally:
+        pool.hold.unlink()
+    pool.wait(lambda: len(pool.states("pooled")) == 2, "iteration 1, without a server")
+    assert not verify(Store(pool.store), "pooled")[1]
+    pool.start_server()
+    assert pool.finished(begun).state.is_completed()
+    assert pool.finished(pool.run("iterate", run="pooled")).state.is_completed()
+    assert open_run(Store(pool.store), "pooled").iterations() == [0, 1, 2]

@@ -1,7 +1,7 @@
 """How fast, beside Stable-Baselines3: both train the same task with the same hyperparameters, in turns, on one thread each.
 
     make bench                                needs the extra `bench`; some minutes
-    make bench ONLY="cartpole"                one of the tasks
+    make bench ONLY="cartpole"                one of the tasks; "overhead" is that of overhead.py
 
 What is timed for Baton is a whole run of the example by the `baton` command, from its first iteration to the last one's
 commit, everything included: Parquet tables, checkpoints, manifests and their syncs, Prefect's flow and tasks, MLflow beside
@@ -22,6 +22,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from overhead import overhead
 
 ROOT = Path(__file__).parents[2]
 TASKS = {  # example, steps of the peer, what the ratio has to be
@@ -75,7 +77,8 @@ def peer(task: str, steps: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"some of {', '.join(TASKS)}; all if none is named")
+    parser.add_argument("tasks", nargs="*", metavar="TASK",
+                        help=f"some of {', '.join(TASKS)}, overhead; all if none is named")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", nargs=2, metavar=("TASK", "STEPS"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -83,7 +86,10 @@ def main() -> int:
         print(peer(given.peer[0], int(given.peer[1])))
         return 0
     held = True
-    for task in given.tasks or TASKS:
+    for task in given.tasks or (*TASKS, "overhead"):
+        if task == "overhead":
+            overhead(given.rounds)
+            continue
         example, steps, wanted = TASKS[task]
         ratios = []
         for round_ in range(given.rounds):
