@@ -18,6 +18,9 @@ from prefect.client.orchestration import get_client
 from prefect.events.actions import CancelFlowRun, ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
+from flows.server import explained
+from schemas.errors import PrefectError
+
 OURS = {"prefect.resource.role": "tag", "prefect.resource.id": "prefect.tag.baton"}
 SHORT = {"prefect.resource.role": "flow", "prefect.resource.name": ["iterate", "stage"]}
 ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Crashed", "Cancelled", "Cancelling")}
@@ -72,7 +75,12 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=6 * 3600, help="seconds that an iteration may take (21600)")
     given = parser.parse_args()
     wanted = automations(given.patience, given.start, given.limit)
-    install(wanted)
+    try:
+        with explained("then once more"):
+            install(wanted)
+    except PrefectError as error:
+        print(f"automations: {error}", file=sys.stderr)
+        return 1
     print(f"automations: {', '.join(automation.name for automation in wanted)}")
     return 0
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from flows.files import MENDED
 from schemas.addresses import without_user_info
-from schemas.errors import BatonError, ConfigError, PrefectError
+from schemas.errors import BatonError, ConfigError
 
 if TYPE_CHECKING:
     from flows.runs import Run
@@ -119,25 +119,12 @@ def tagged(flow: Callable[..., Any], name: str, **parameters: Any) -> Any:
     from prefect import tags
     from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
+    from flows.server import explained
+
     alone = PREFECT_API_URL.value() is None  # nobody looks for a heart that beats, and its end takes a second
-    try:
-        with tags("baton", name), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None} if alone else {}):
-            return flow(name, **parameters)
-    except Exception as error:
-        if not _is_of_prefect(error):
-            raise
-        where = PREFECT_API_URL.value() or "its own server"
-        raise PrefectError(f"Prefect at {where}: {error}; what was committed is whole: see to it or to PREFECT_API_URL, "
-                           "then the same command goes on") from error
-
-
-def _is_of_prefect(error: Exception) -> bool:
-    """Whether it is about reaching Prefect's server rather than about training."""
-    import httpx
-    from prefect.exceptions import PrefectHTTPStatusError
-
-    return (isinstance(error, (httpx.TransportError, PrefectHTTPStatusError))
-            or (isinstance(error, RuntimeError) and "reach API" in str(error)))
+    with (explained("what was committed is whole, the same command goes on"), tags("baton", name),
+          temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None} if alone else {})):
+        return flow(name, **parameters)
 
 
 # --- commands ---

@@ -134,28 +134,32 @@ def _key(run: Run, what: str) -> str:
 
 def _samples(run: Run, state: TrainState) -> str:
     """Markdown: held-out samples if the iteration was evaluated, else responses with their rewards; or episodes."""
-    for stage, kind, columns in (
-        ("evaluate", Samples, ("prompt", "response", "gold", "win")), ("evaluate", Returns, ("episode_return", "length")),
-    ):
-        if stage in state.artifacts and kind.file in run.store.manifest(state.artifacts[stage]).digests():
-            return _markdown(f"evaluated after iteration {state.iteration}",
-                             run.store.table(state.artifacts[stage], kind).to_arrow().to_pylist()[:SHOWN], columns)
+    for kind, numbers in ((Samples, ("gold", "win")), (Returns, ("episode_return", "length"))):
+        if "evaluate" in state.artifacts and kind.file in run.store.manifest(state.artifacts["evaluate"]).digests():
+            rows = run.store.table(state.artifacts["evaluate"], kind).to_arrow().to_pylist()[:SHOWN]
+            return _markdown(f"evaluated after iteration {state.iteration}", rows, numbers)
     if "reward" in state.artifacts:
         rollouts, rewards = (run.store.table(state.artifacts[stage], kind)
                              for stage, kind in (("rollout", Rollouts), ("reward", Rewards)))
         rows = [{"prompt": rollouts.prompt[i], "response": rollouts.response[i], "reward": float(rewards.score[i])}
                 for i in range(min(SHOWN, len(rollouts)))]
-        return _markdown(f"sampled in iteration {state.iteration}", rows, ("prompt", "response", "reward"))
+        return _markdown(f"sampled in iteration {state.iteration}", rows, ("reward",))
     return f"Iteration {state.iteration} was not evaluated; its episodes are in its metrics."
 
 
-def _markdown(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
-    lines = [f"### {title}", "", f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(_cell(row[name]) for name in columns)} |" for row in rows)])
+def _markdown(title: str, rows: list[dict[str, Any]], numbers: tuple[str, ...]) -> str:
+    """A list, since the page cuts off what is wider than a table's cell: numbers, the prompt in bold, the response."""
+    lines = [f"### {title}", ""]
+    for row in rows:
+        figures = "  ".join(f"{name} {row[name]:.3f}" for name in numbers)
+        texts = f" **{_escaped(row['prompt'])}** {_escaped(row['response'])}" if "prompt" in row else ""
+        lines.append(f"- `{figures}`{texts}")
+    return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else re.sub(r"\s+", " ", str(value)).strip().replace("|", "\\|")
+def _escaped(text: str) -> str:
+    """On one line, and nothing in it is markdown."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", " ".join(text.split()))
 
 
 @contextmanager

@@ -135,6 +135,7 @@ def main() -> int:
         environment = os.environ | {
             "BATON_STORE": str(store), "MLFLOW_TRACKING_URI": mlflow, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "PREFECT_API_URL": api, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
+            "PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL": "WARNING",  # not two lines whenever a queue is tried
             "PREFECT_WORKER_QUERY_SECONDS": "3", "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "10",
             "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5"}
         processes = Processes(logs, environment)

@@ -87,7 +87,7 @@ def test_prefects_server_that_is_away_is_said_in_one_line(trained, tmp_path):
     _, error = command.communicate(timeout=120)
     assert command.returncode == 1 and "Traceback" not in error
     assert "Prefect at http://127.0.0.1:9/api: " in error
-    assert "see to it or to PREFECT_API_URL, then the same command goes on" in error
+    assert "or set PREFECT_API_URL to another or to none; what was committed is whole, the same command goes on" in error
     assert {ref.stage.partition(".")[0] for ref in Store(tmp_path / "store").artifacts()} == {"input"}
 
 

@@ -1,9 +1,12 @@
 """Baton on a work pool, with real processes on loopback: what deployments do, what the page shows, what is refused."""
 
+import re
+import signal
 import subprocess
 import sys
 from itertools import pairwise
 
+import psutil
 import pytest
 from conftest import free_port
 from pool import Pool, holding_example
@@ -33,6 +36,28 @@ def train(pool, example, *more, **environment):
     """A local run, begun and not waited for, that Prefect's server is told of."""
     command = [sys.executable, "-m", "flows.cli", "train", str(example), "--quiet", *more]
     return subprocess.Popen(command, env=pool.environment | environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_make_pool_ends_all_that_it_started(tmp_path):
+    pool = Pool(tmp_path / "made", free_port())  # nothing of it is started but by make pool
+    example = holding_example(tmp_path / "begun", iterations=1, seed=61)
+    command = [sys.executable, "-m", "flows.pool", "--port", str(pool.port), "--mlflow-port", str(free_port())]
+    made = subprocess.Popen(command, env=pool.environment, stdout=subprocess.PIPE, text=True)
+    try:
+        while "What the worker says" not in made.stdout.readline():
+            assert made.poll() is None
+        pool.hold.touch()
+        pool.run("iterate", run="begun", config=str(example))
+        pool.wait(lambda: pool.committed("sft"), "a flow run to be at work")
+        family = psutil.Process(made.pid).children(recursive=True)
+        names = " ".join(word for process in family for word in process.cmdline())
+        assert all(name in names for name in ("prefect server", "mlflow server", "prefect worker", "prefect.engine"))
+        made.send_signal(signal.SIGINT)
+        made.communicate(timeout=120)
+    finally:
+        made.kill()
+    assert made.returncode == 0
+    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_stage_with_another_lambda_leaves_the_run_alone(pool, trained):
@@ -80,7 +105,7 @@ def test_what_a_person_reads_on_the_page(pool, tmp_path):
         written = sorted(client.read_artifacts(), key=lambda one: one.created)
     artifacts = {one.key: one for one in written if one.key and one.key.startswith("shown")}  # the latest of each
     assert "reward/score" in artifacts["shown-metrics"].data
-    assert "| prompt | response |" in artifacts["shown-samples"].data
+    assert re.search(r"^- `reward -?\d+\.\d{3}` \*\*.+\*\* ", artifacts["shown-samples"].data, re.MULTILINE)
 
 
 def test_worker_and_flow_killed_in_the_second_iteration(pool, tmp_path):
