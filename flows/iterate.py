@@ -27,10 +27,8 @@ log = logging.getLogger("baton")
 def at_work(name: str, config: Source | None, overrides: Overrides, store: str | None) -> Iterator[tuple[Run, Mirror]]:
     """The run of that name, which nobody else works on meanwhile, and its mirror."""
     run = requested(name, config, overrides, store)
-    with untagged(), lease(run.store, name), closing(run):
-        with Mirror(run) as mirror:
-            yield run, mirror
-        page.link(run, mirror.address)
+    with untagged(), lease(run.store, name), closing(run), Mirror(run) as mirror:
+        yield run, mirror
 
 
 def prepare(run: Run) -> TrainState:
@@ -89,5 +87,5 @@ def iterate_flow(
             log.info(f"run {run}: all {last} iterations are there; nothing to do")
         mirror.push(state)
         if state.iteration >= last:
-            page.end_schedules(what)
+            page.end_schedules(what, state.iteration)
     return state

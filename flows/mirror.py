@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 
+from flows import page
 from flows.lease import lease
 from flows.runs import Run
 from schemas.addresses import without_user_info
@@ -58,7 +59,6 @@ class Mirror:
     def __init__(self, run: Run, in_earnest: bool = False) -> None:
         self.run, self.in_earnest = run, in_earnest
         self.wrong: list[str] = []
-        self.address: str | None = None  # of the run's page, once it is known, where MLflow is a server
         self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> Mirror:
@@ -103,7 +103,7 @@ class Mirror:
         for line in self._process.stdout:
             word, _, what = line.strip().partition(" ")
             if word == "page":
-                self.address = what
+                page.link(self.run, what)
             else:
                 self._warn(what)
 

@@ -1,13 +1,14 @@
 """What a person reads on Prefect's page of a flow run, beside its log: its name, numbers, samples, progress, MLflow's link.
 
-Best effort: nothing of it where Prefect has no server that outlives the command, and once a call has failed no more of it,
-but for the end of a finished run's schedules.
+Best effort: nothing of it where Prefect has no server that outlives the command, and nothing for a minute after a call that
+failed, but for the end of a finished run's schedules.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -31,18 +32,19 @@ from prefect.runtime import deployment
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, PREFECT_CLOUD_API_URL, temporary_settings
 from prefect.states import Cancelled
 
+from flows.runs import Run, open_run
 from schemas.artifacts import TrainState
 from schemas.tables import Returns, Rewards, Rollouts, Samples
 from stages.ops.progress import heard_by
 
 if TYPE_CHECKING:
-    from flows.runs import Run
     from flows.stage import StageResult
 
 log = logging.getLogger("baton")
 SHOWN = 8  # samples of a report
 EVERY = 5.0  # seconds between two signs of progress
-_failed = False  # whether a call has, in this process
+PAUSE = 60.0  # seconds without further calls after one has failed
+_silent_until = 0.0  # of the monotonic clock
 
 
 def settle() -> None:
@@ -66,23 +68,23 @@ def _watched() -> bool:
 
 def _attempt(function: Callable[..., None], *arguments: Any, **more: Any) -> None:
     """Nothing where nobody looks; what goes wrong is said, and training goes on."""
-    global _failed
+    global _silent_until
     if not _watched():
         return
     try:
         function(*arguments, **more)
     except Exception as error:  # whatever a server does
-        _failed = True
-        log.warning("Prefect's page: %s; training goes on without it", " ".join(str(error).split())[:200])
+        _silent_until = time.monotonic() + PAUSE
+        log.warning("Prefect's page is not written: %s; training goes on without it", " ".join(str(error).split())[:200])
 
 
 def _best_effort(function: Callable[..., None]) -> Callable[..., None]:
-    """As `_attempt`, with one try more where Prefect would have five, which take a minute; and nothing once a call has
+    """As `_attempt`, with one try more where Prefect would have five, which take a minute; and a pause once a call has
     failed."""
 
     @functools.wraps(function)
     def tried(*arguments: Any, **more: Any) -> None:
-        if not _failed:
+        if time.monotonic() >= _silent_until:
             with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 1}):
                 _attempt(function, *arguments, **more)
 
@@ -111,20 +113,17 @@ def report(run: Run, state: TrainState, before: TrainState | None) -> None:
 @_best_effort
 def compare(run: Run, stage: str, iteration: int, result: StageResult) -> None:
     """What a rerun of a stage came to, its metrics beside those of the run."""
-    verdict = {"same": "reproduced, the same bytes", "different": "NOT reproduced, other bytes",
-               "new": "a new artifact; the run is as it was"}[result.verdict]
-    log.info(f"{stage} of iteration {iteration}: {verdict}, {result.ref.short}")
     rows = [{"metric": f"{stage}/{name}", "now": f"{now:.6g}", "in the run": "" if before is None else f"{before:.6g}"}
             for name, (before, now) in result.metrics.items()]
-    create_table_artifact(rows, key=_key(run, stage), description=f"{run.name}, {stage} of iteration {iteration}: {verdict}")
+    create_table_artifact(rows, key=_key(run, stage),
+                          description=f"{run.name}, {stage} of iteration {iteration}: {result.said}")
 
 
 @_best_effort
-def link(run: Run, address: str | None) -> None:
+def link(run: Run, address: str) -> None:
     """To the MLflow run, where that has a page."""
-    if address:
-        log.info(f"MLflow: {address}")
-        create_link_artifact(address, key=_key(run, "mlflow"), link_text=f"{run.name} in MLflow")
+    log.info(f"MLflow: {address}")
+    create_link_artifact(address, key=_key(run, "mlflow"), link_text=f"{run.name} in MLflow")
 
 
 def _key(run: Run, what: str) -> str:
@@ -165,46 +164,62 @@ def _escaped(text: str) -> str:
 @contextmanager
 def progress(what: str) -> Iterator[None]:
     """Inside it the bars of a stage that takes long are shown on the page of its task."""
-    with heard_by(_Progress(what)) if _watched() else nullcontext():
+    shown = _Progress(what)
+    with heard_by(shown) if _watched() else nullcontext():
         yield
+    shown.end()
 
 
 class _Progress:
     """Listens to a bar; from the fifth second on the page shows how far it is."""
 
     def __init__(self, what: str) -> None:
-        self.what, self.told, self.artifact = what, time.monotonic(), None
+        self.what, self.told, self.artifact, self.bar = what, time.monotonic(), None, ""
 
     def __call__(self, bar: str, done: float, total: float | None) -> None:
         if total and time.monotonic() - self.told >= EVERY:
             self._tell(bar, 100 * done / total)
             self.told = time.monotonic()
 
+    def end(self) -> None:
+        """What was shown is done."""
+        if self.artifact is not None:
+            self._tell(self.bar, 100)
+
     @_best_effort
     def _tell(self, bar: str, percent: float) -> None:
+        self.bar, about = bar, f"{self.what}: {bar}"
         if self.artifact is None:
-            self.artifact = create_progress_artifact(percent, description=f"{self.what}: {bar}")
+            self.artifact = create_progress_artifact(percent, description=about)
         else:
-            update_progress_artifact(self.artifact, percent)
+            update_progress_artifact(self.artifact, percent, description=about)
 
 
-def end_schedules(run: Run) -> None:
-    """Switches off the schedules of this deployment that would start the finished run again, cancels the flow runs of them
-    that wait in the queue, and says so. Tried whatever failed before: a schedule that stays on starts flow runs for ever."""
-    _attempt(_end_schedules, run)
+def end_schedules(run: Run, iteration: int) -> None:
+    """Switches off the schedules of this deployment that have nothing more to start, now that the run is at `iteration`,
+    cancels the flow runs of them that wait in the queue, and says so. Tried whatever failed before: a schedule that stays on
+    starts flow runs for ever."""
+    _attempt(_end_schedules, run, iteration)
 
 
-def _end_schedules(run: Run) -> None:
+def _end_schedules(run: Run, iteration: int) -> None:
     if deployment.id is None:
         return
+    recorded = open_run(run.store, run.name).config.iterations  # this call's may be others
+
+    def done(parameters: dict[str, Any]) -> bool:
+        wanted = (parameters.get("overrides") or {}).get("iterations") or recorded
+        store = parameters.get("store") or os.environ.get("BATON_STORE")
+        return parameters.get("run") == run.name and store == run.store.uri and iteration >= wanted
+
     with get_client(sync_client=True) as client:
         what = client.read_deployment(deployment.id)
         for schedule in what.schedules:
-            if schedule.active and (what.parameters | schedule.parameters).get("run") == run.name:
+            if schedule.active and done(what.parameters | schedule.parameters):
                 client.update_deployment_schedule(what.id, schedule.id, active=False)
                 log.info(f"run {run.name} is finished: schedule {schedule.slug or schedule.id} of deployment {what.name} "
                          "is switched off")
         waiting = FlowRunFilter(deployment_id={"any_": [what.id]}, state={"type": {"any_": [StateType.SCHEDULED]}})
         for flow_run in client.read_flow_runs(flow_run_filter=waiting):
-            if flow_run.parameters.get("run") == run.name:
+            if done(flow_run.parameters):
                 client.set_flow_run_state(flow_run.id, Cancelled(message=f"run {run.name} is finished"))

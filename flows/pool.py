@@ -24,6 +24,7 @@ from schemas.errors import PrefectError
 
 ROOT = Path(__file__).parents[1]
 POOL = "baton"
+LEASES = "prefect.server.concurrency.lease_storage.filesystem"  # a server that comes back has to know who has a slot
 WORKER = ("prefect", "worker", "start", "--pool", POOL, "--limit", "2")  # a queue without limit is tried all at once
 PATIENCE = 180  # seconds for a server to come up
 PATIENCE_AT_END = 20  # seconds for a process to end by itself
@@ -94,6 +95,8 @@ def ending(processes: Processes) -> Iterator[None]:
     except KeyboardInterrupt:
         print("\nending the worker, MLflow and the server")
     finally:
+        for number in (signal.SIGTERM, signal.SIGINT):  # a second one would leave some of them alive
+            signal.signal(number, signal.SIG_IGN)
         processes.end()
 
 
@@ -117,6 +120,22 @@ def deploy(environment: dict[str, str]) -> None:
             raise PrefectError(f"{' '.join(command)}: {(done.stdout + done.stderr).strip()}")
 
 
+def end_the_dead(api: str) -> None:
+    """Flow runs that an earlier worker of this pool had when it was ended: nobody else would give their slots back."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
+    from prefect.client.schemas.objects import StateType
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.states import Crashed
+
+    alive = FlowRunFilter(state={"type": {"any_": [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]}})
+    ours = WorkPoolFilter(name={"any_": [POOL]})
+    ended = Crashed(message="its worker was ended; what it committed is whole, the next flow run goes on")
+    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+        for flow_run in client.read_flow_runs(flow_run_filter=alive, work_pool_filter=ours):
+            client.set_flow_run_state(flow_run.id, ended, force=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.pool", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -125,28 +144,33 @@ def main() -> int:
     given = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
-    store = Path(os.environ.get("BATON_STORE", "data/store")).resolve()
+    store = os.environ.get("BATON_STORE", "data/store")
+    if "://" not in store:
+        store = str(Path(store).resolve())
+    beside = Path("data/store" if "://" in store else store).resolve()
     api, mlflow = f"http://127.0.0.1:{given.port}/api", f"http://127.0.0.1:{given.mlflow_port}"
     try:
         require_free(given.port, "--port")
         require_free(given.mlflow_port, "--mlflow-port")
-        logs = store / "pool"
+        logs = beside / "pool"
         logs.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {
-            "BATON_STORE": str(store), "MLFLOW_TRACKING_URI": mlflow, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "BATON_STORE": store, "MLFLOW_TRACKING_URI": mlflow, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "PREFECT_API_URL": api, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
             "PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL": "WARNING",  # not two lines whenever a queue is tried
-            "PREFECT_WORKER_QUERY_SECONDS": "3", "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "10",
+            "PREFECT_WORKER_QUERY_SECONDS": "3", "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES,
+            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "10",
             "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5"}
         processes = Processes(logs, environment)
         with ending(processes):
             print("starting Prefect's server and MLflow …", flush=True)
             processes.start("server", "prefect", "server", "start", "--port", str(given.port))
             processes.start("mlflow", "mlflow", "server", "--port", str(given.mlflow_port), "--workers", "1",
-                            "--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}",
-                            "--artifacts-destination", (store / "mlflow-artifacts").as_uri())
+                            "--backend-store-uri", f"sqlite:///{beside / 'mlflow.db'}",
+                            "--artifacts-destination", (beside / "mlflow-artifacts").as_uri())
             processes.wait_for("server", f"{api}/health")
             deploy(environment)
+            end_the_dead(api)
             processes.wait_for("mlflow", f"{mlflow}/health")
             print(WHAT_NOW.format(port=given.port, pool=POOL, mlflow=mlflow, store=store, api=api), flush=True)
             processes.start("worker", *WORKER, logged=False)

@@ -9,6 +9,7 @@ import httpx
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 
+from schemas.addresses import without_user_info
 from schemas.errors import PrefectError
 
 
@@ -20,8 +21,10 @@ def explained(then: str) -> Iterator[None]:
     except (httpx.TransportError, PrefectHTTPStatusError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "reach API" not in str(error):
             raise
-        where = PREFECT_API_URL.value() or "its own server"
-        raise PrefectError(f"Prefect at {where}: {_reason(error)}; {then}") from error
+        where = PREFECT_API_URL.value()
+        if where is None:
+            raise PrefectError(f"Prefect's own server, which lasts as long as this command: {error!r}; {then}") from error
+        raise PrefectError(f"Prefect at {without_user_info(where)}: {_reason(error)}; {then}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -29,4 +32,5 @@ def _reason(error: Exception) -> str:
         return "PREFECT_API_AUTH_STRING is not the server's PREFECT_SERVER_API_AUTH_STRING (401)"
     if isinstance(error, PrefectHTTPStatusError):
         return str(error)
-    return f"{error}: start it (prefect server start, make pool), or set PREFECT_API_URL to another or to none"
+    return (f"{str(error) or type(error).__name__}: start it (prefect server start, make pool), or set PREFECT_API_URL to "
+            "another or to none")

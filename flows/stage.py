@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from prefect import flow
+from prefect.runtime import deployment
+from prefect.states import Failed, State
 from pydantic import NonNegativeInt
 
 from flows import page
@@ -23,6 +26,7 @@ from schemas.artifacts import ArtifactRef
 from schemas.errors import ConfigError
 from schemas.settings import Name
 
+log = logging.getLogger("baton")
 StageName = Literal["base_model", "sft", "reward_model", "reward_bias", "policy", "rollout", "reference", "reward", "value",
                     "gae", "ppo", "evaluate"]
 
@@ -44,11 +48,17 @@ class StageResult:
             return "new"
         return "different" if self.reproduction.different else "same"
 
+    @property
+    def said(self) -> str:
+        """The verdict in words."""
+        return {"same": "reproduced, the same bytes", "different": "NOT reproduced, other bytes",
+                "new": "a new artifact; the run is as it was"}[self.verdict]
+
 
 @flow(name="stage", flow_run_name="{run}-{stage}-{iteration}", persist_result=False)
 def stage_flow(
     run: Name, stage: StageName, iteration: NonNegativeInt, settings: list[str] | None = None, store: str | None = None
-) -> StageResult:
+) -> StageResult | State:
     """One stage of one iteration again, from saved artifacts. The run itself is left alone.
 
     With the settings it was made with it must give the same bytes; with others it makes a new artifact.
@@ -71,6 +81,10 @@ def stage_flow(
         metrics = {name: (before.get(name), value) for name, value in now.items()}
         result = StageResult(recorded, ref, what.reproduction, what.models.loaded, metrics)
     page.compare(what, stage, iteration, result)
+    if deployment.id is not None:  # the command line has words of its own
+        log.info(f"{stage} of iteration {iteration}: {result.said}, {ref.short}")
+        if result.verdict == "different":
+            return Failed(message=f"{stage} of iteration {iteration}: {result.said}")
     return result
 
 

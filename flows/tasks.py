@@ -25,7 +25,7 @@ from schemas.errors import TransientError
 from schemas.settings import Settings
 
 log = logging.getLogger("baton")
-page.settle()
+page.settle()  # now: Prefect begins to tell its server before it calls a flow
 RETRY_DELAYS = (2, 10, 30)  # seconds before a stage is tried again that a server or a network has failed
 ITERATION_DECIDES = frozenset({"critic_warmup", "warmup_iterations", "schedule", "schedule_iterations"})
 SHOWN = {"base_model": ("parameters",), "sft": ("loss",), "reward_model": ("heldout_accuracy",), "reward_bias": ("bias",),

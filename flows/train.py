@@ -39,5 +39,5 @@ def train_flow(
                 mirror.push(state)
         finally:
             gc.unfreeze()
-        page.end_schedules(what)
+        page.end_schedules(what, state.iteration)
     return state

@@ -16,11 +16,11 @@ import yaml
 from conftest import write_example
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, LogFilter
-from prefect.client.schemas.objects import DeploymentSchedule, FlowRun
+from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, TaskRun
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.pool import WORKER, Processes
+from flows.pool import LEASES, WORKER, Processes
 
 PATIENCE = 240  # seconds for anything, on a busy machine
 
@@ -44,7 +44,7 @@ class Pool:
         self.environment = os.environ | {
             "PREFECT_HOME": str(folder / "home"), "PREFECT_API_URL": self.api, "BATON_STORE": str(self.store),
             "HOLD": str(self.hold), "PREFECT_WORKER_QUERY_SECONDS": "2", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
-            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES, "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
             "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "4"}
         self.processes = Processes(folder, self.environment)
 
@@ -127,6 +127,10 @@ class Pool:
     def read(self, flow_run: FlowRun) -> FlowRun:
         with self.client() as client:
             return client.read_flow_run(flow_run.id)
+
+    def task_runs(self, flow_run: FlowRun) -> list[TaskRun]:
+        with self.client() as client:
+            return client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [flow_run.id]}))
 
     def log(self, flow_run: FlowRun) -> list[str]:
         """The lines on its page."""

@@ -1,22 +1,29 @@
 """Baton on a work pool, with real processes on loopback: what deployments do, what the page shows, what is refused."""
 
+import json
 import re
 import signal
 import subprocess
 import sys
+import time
 from itertools import pairwise
 
 import psutil
 import pytest
 from conftest import free_port
 from pool import Pool, holding_example
+from prefect import flow
+from prefect.context import FlowRunContext
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 
+from flows import page
 from flows.pool import deploy
 from flows.runs import open_run
 from flows.store import Store
 from flows.verify import verify
+from stages.ops.progress import progress_bar
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +60,11 @@ def test_make_pool_ends_all_that_it_started(tmp_path):
         names = " ".join(word for process in family for word in process.cmdline())
         assert all(name in names for name in ("prefect server", "mlflow server", "prefect worker", "prefect.engine"))
         made.send_signal(signal.SIGINT)
+        made.send_signal(signal.SIGINT)  # of somebody who is in a hurry
         made.communicate(timeout=120)
     finally:
-        made.kill()
+        made.terminate()
+        made.wait(120)
     assert made.returncode == 0
     assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
@@ -93,19 +102,21 @@ def test_what_is_cancelled_goes_on_from_inside(pool, tmp_path):
         pool.hold.unlink()
     assert pool.states("halted") == ["000000.json"] and not verify(Store(pool.store), "halted")[1]
     again = pool.finished(pool.run("iterate", run="halted"))
+    assert {"Found", "Completed"} == {one.state.name for one in pool.task_runs(again)}
     assert again.state.is_completed() and pool.states("halted") == ["000000.json", "000001.json"]
     said = pool.wait(lambda: [line for line in pool.log(again) if "iteration 1/1" in line], "its line in the log")
     assert "(found rollout, reference)" in said[0]
 
 
 def test_what_a_person_reads_on_the_page(pool, tmp_path):
-    example = holding_example(tmp_path / "shown", iterations=1, seed=11)
+    example = holding_example(tmp_path / "shown", iterations=2, seed=11)
     assert pool.finished(pool.run("train", run="shown", config=str(example))).state.is_completed()
     with pool.client() as client:
         written = sorted(client.read_artifacts(), key=lambda one: one.created)
     artifacts = {one.key: one for one in written if one.key and one.key.startswith("shown")}  # the latest of each
-    assert "reward/score" in artifacts["shown-metrics"].data
-    assert re.search(r"^- `reward -?\d+\.\d{3}` \*\*.+\*\* ", artifacts["shown-samples"].data, re.MULTILINE)
+    row = next(row for row in json.loads(artifacts["shown-metrics"].data) if row["metric"] == "reward/score")
+    assert float(row["iteration 2"]) != float(row["iteration 1"])
+    assert re.search(r"^- `gold -?\d\.\d{3}  win \d\.\d{3}` \*\*.+\*\* ", artifacts["shown-samples"].data, re.MULTILINE)
 
 
 def test_worker_and_flow_killed_in_the_second_iteration(pool, tmp_path):
@@ -158,6 +169,24 @@ def test_a_schedule_that_fires_while_an_iteration_takes_long(pool, tmp_path):
     assert pool.wait(lambda: not pool.queued("slow"), "an empty queue")
 
 
+def test_progress_of_what_takes_long(pool, monkeypatch):
+    monkeypatch.setattr(page, "EVERY", 0)
+
+    @flow
+    def long():
+        with page.progress("rollout of iteration 1"):
+            for _ in progress_bar(range(4), desc="responses"):
+                time.sleep(0.2)
+        return FlowRunContext.get().flow_run.id
+
+    with temporary_settings({PREFECT_API_URL: pool.api}):
+        begun = long()
+    with pool.client() as client:
+        (artifact,) = [one for one in client.read_artifacts() if one.flow_run_id == begun]
+    assert artifact.type == "progress" and artifact.description == "rollout of iteration 1: responses"
+    assert 0 < artifact.data <= 100
+
+
 @pytest.mark.parametrize("deployment, parameters, message", [
     ("iterate", {"run": "No Name"}, "Validation failed for field 'run'"),
     ("iterate", {"run": "x", "overrides": {"iterations": "many"}}, "Validation failed for field 'overrides.iterations'"),
@@ -184,12 +213,14 @@ def test_what_only_the_worker_can_know(pool, parameters, message):
 
 def test_automations_are_there_once(pool):
     with pool.client() as client:
-        assert sorted(one.name for one in client.read_automations()) == ["baton-overdue", "baton-stillborn", "baton-zombies"]
-    again = [sys.executable, "-m", "flows.automations", "--patience", "90"]
-    subprocess.run(again, env=pool.environment, check=True, timeout=120)
+        assert sorted(one.name for one in client.read_automations()) == [
+            "baton-overdue", "baton-stillborn", "baton-undead", "baton-zombies"]
+    again = [sys.executable, "-m", "flows.automations"]
+    subprocess.run([*again, "--patience", "90"], env=pool.environment, check=True, timeout=120)
     with pool.client() as client:
         there = {one.name: one for one in client.read_automations()}
-    assert len(there) == 3 and there["baton-zombies"].trigger.within.total_seconds() == 90
+    assert len(there) == 4 and there["baton-zombies"].trigger.within.total_seconds() == 90
+    subprocess.run(again, env=pool.environment, check=True, timeout=120)  # other tests wait for it
 
 
 def test_server_killed_in_the_middle_of_a_local_run(pool, tmp_path):
@@ -201,10 +232,11 @@ def test_server_killed_in_the_middle_of_a_local_run(pool, tmp_path):
         begun = train(pool, example, "--iterations", "3", PREFECT_CLIENT_MAX_RETRIES="1")
         pool.wait(lambda: pool.committed("rollout") > rollouts, "the middle of iteration 2")
         pool.kill("server")
-    finally:
         pool.hold.unlink()
-    _, said = begun.communicate(timeout=300)
-    pool.start_server()
+        _, said = begun.communicate(timeout=300)
+    finally:
+        pool.hold.unlink(missing_ok=True)
+        pool.start_server()
     assert begun.returncode == 1
     assert f"baton: Prefect at {pool.api}: " in said and "what was committed is whole" in said
     assert open_run(Store(pool.store), "alone").iterations() == [0, 1, 2, 3]  # it trained on
@@ -222,11 +254,12 @@ def test_server_killed_in_the_middle_of_a_pooled_run(pool, tmp_path):
         begun = pool.run("iterate", run="pooled")
         pool.wait(lambda: pool.committed("rollout") > rollouts, "the middle of iteration 1")
         pool.kill("server")
-    finally:
         pool.hold.unlink()
-    pool.wait(lambda: len(pool.states("pooled")) == 2, "iteration 1, without a server")
-    assert not verify(Store(pool.store), "pooled")[1]
-    pool.start_server()
+        pool.wait(lambda: len(pool.states("pooled")) == 2, "iteration 1, without a server")
+        assert not verify(Store(pool.store), "pooled")[1]
+    finally:
+        pool.hold.unlink(missing_ok=True)
+        pool.start_server()
     assert pool.finished(begun).state.is_completed()
     assert pool.finished(pool.run("iterate", run="pooled")).state.is_completed()
     assert open_run(Store(pool.store), "pooled").iterations() == [0, 1, 2]

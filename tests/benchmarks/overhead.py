@@ -9,9 +9,9 @@
 | both | as always | its own, that ends with the command | sqlite |
 | server | as always | one that is there already | sqlite |
 
-An iteration is the time between two states' commits, the median over a run; before and after are the seconds of the
-command outside of them, the preparation among them. Medians of the rounds, each with the ratio of the same round to
-`neither`.
+An iteration is the time between two states' commits, the median over a run; "around them" are the seconds of the command
+before the first and after the last, the preparation among them. Medians of the rounds, ratio and difference to `neither` of
+the same round.
 """
 
 from __future__ import annotations
