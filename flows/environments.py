@@ -57,7 +57,7 @@ def _extra(error: Exception) -> str:
     """How to install what is missing."""
     for module, extra in EXTRAS.items():
         if module in str(error).lower():
-            return f"pip install 'baton[{extra}]'"
+            return f"pip install '.[{extra}]' in Baton's checkout"
     return "install what it names"
 
 

@@ -279,7 +279,7 @@ def _filesystem():
     try:
         import s3fs
     except ImportError:
-        raise ConfigError("--store s3://…: s3fs is not installed; pip install 'baton[s3]'") from None
+        raise ConfigError("--store s3://…: s3fs is not installed; pip install '.[s3]' in Baton's checkout") from None
     client = {"retries": {"mode": "standard", "max_attempts": TRIES}, "connect_timeout": 10, "read_timeout": TIMEOUT}
     return s3fs.S3FileSystem(endpoint_url=os.environ.get("BATON_S3_ENDPOINT"), use_listings_cache=False,
                              skip_instance_cache=True, config_kwargs=client)

@@ -239,7 +239,7 @@ def test_a_missing_package_is_named_with_what_brings_it(refused, monkeypatch):
 
     monkeypatch.setattr(gymnasium, "make", lacking)
     assert "mujoco is not installed" in (error := refused("environment.id=HalfCheetah-v5"))
-    assert "pip install 'baton[mujoco]'" in error
+    assert "pip install '.[mujoco]' in Baton's checkout" in error
 
 
 @pytest.mark.parametrize("how, message", [

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flows.cli import run_command
 from schemas.artifacts import Moments
 from schemas.errors import NonFiniteError, RewardError
 from schemas.settings import ComponentConfig, RewardConfig
@@ -226,3 +227,13 @@ def test_a_reward_server_that_fails_is_named(server, rollouts, attributes, messa
 def test_no_reward_server(rollouts):
     with pytest.raises(RewardError, match=r"127\.0\.0\.1:9"):
         server_scorer("http://127.0.0.1:9/score")(rollouts)
+
+
+def test_a_stage_is_tried_again_when_its_reward_server_was_away(server, copied, capsys):
+    answers = [503, 200]
+    url = server(status=property(lambda handler: answers.pop(0)))
+    components = json.dumps({"served": {"source": url}})
+    code = run_command(["stage", "reward", "tiny", "--iteration", "1", "--store", str(copied[1]), "--json", "--set",
+                        f"reward.components={components}"])
+    assert (code, answers) == (0, [])
+    assert json.loads(capsys.readouterr().out)["verdict"] == "new"

@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from conftest import rewrite
 
+from flows import control, language
 from flows.cli import run_command
 from flows.runs import open_run
+from flows.stage import StageName
 from flows.store import Store, folder_of
 from schemas.artifacts import ArtifactRef
 
@@ -24,6 +27,10 @@ def answer(capsys, *arguments):
     capsys.readouterr()
     code = run_command([*map(str, arguments), "--json"])
     return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_form_on_prefects_page_knows_every_stage():
+    assert set(get_args(StageName)) == set(language.STAGES) | set(control.STAGES)
 
 
 @pytest.mark.parametrize("stage, iteration", STAGES)
