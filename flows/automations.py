@@ -89,7 +89,7 @@ def main() -> int:
     given = parser.parse_args()
     wanted = automations(given.patience, given.start, given.limit)
     try:
-        if PREFECT_API_URL.value() is None:
+        if not PREFECT_API_URL.value():
             raise PrefectError("PREFECT_API_URL is not set: automations are of a server that stays")
         with explained("then once more"):
             install(wanted)

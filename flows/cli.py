@@ -121,7 +121,7 @@ def tagged(flow: Callable[..., Any], name: str, **parameters: Any) -> Any:
 
     from flows.server import explained
 
-    alone = PREFECT_API_URL.value() is None  # nobody looks for a heart that beats, and its end takes a second
+    alone = not PREFECT_API_URL.value()  # nobody looks for a heart that beats, and its end takes a second
     with (explained("what was committed is whole, the same command goes on"), tags("baton", name),
           temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None} if alone else {})):
         return flow(name, **parameters)

@@ -33,6 +33,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, PREFEC
 from prefect.states import Cancelled
 
 from flows.runs import Run, open_run
+from flows.store import Store
 from schemas.artifacts import TrainState
 from schemas.tables import Returns, Rewards, Rollouts, Samples
 from stages.ops.progress import heard_by
@@ -56,14 +57,14 @@ def settle() -> None:
     if log.level == logging.NOTSET:  # a worker's process; the command line has its own options
         log.setLevel(logging.INFO)
     address = PREFECT_API_URL.value()
-    if address is None:
+    if not address:
         EventsWorker.set_client_override(NullEventsClient)
     elif not address.startswith(PREFECT_CLOUD_API_URL.value()):
         EventsWorker.set_client_override(PrefectEventsClient, reconnection_attempts=2)
 
 
 def _watched() -> bool:
-    return PREFECT_API_URL.value() is not None and FlowRunContext.get() is not None
+    return bool(PREFECT_API_URL.value()) and FlowRunContext.get() is not None
 
 
 def _attempt(function: Callable[..., None], *arguments: Any, **more: Any) -> None:
@@ -209,8 +210,8 @@ def _end_schedules(run: Run, iteration: int) -> None:
 
     def done(parameters: dict[str, Any]) -> bool:
         wanted = (parameters.get("overrides") or {}).get("iterations") or recorded
-        store = parameters.get("store") or os.environ.get("BATON_STORE")
-        return parameters.get("run") == run.name and store == run.store.uri and iteration >= wanted
+        store = parameters.get("store") or os.environ.get("BATON_STORE", "")
+        return parameters.get("run") == run.name and Store(store).uri == run.store.uri and iteration >= wanted
 
     with get_client(sync_client=True) as client:
         what = client.read_deployment(deployment.id)

@@ -22,7 +22,7 @@ def explained(then: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "reach API" not in str(error):
             raise
         where = PREFECT_API_URL.value()
-        if where is None:
+        if not where:
             raise PrefectError(f"Prefect's own server, which lasts as long as this command: {error!r}; {then}") from error
         raise PrefectError(f"Prefect at {without_user_info(where)}: {_reason(error)}; {then}") from error
 

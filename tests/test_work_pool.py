@@ -39,6 +39,18 @@ def pool(tmp_path_factory):
         pool.processes.end()
 
 
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """The environment of a server with a password."""
+    pool = Pool(tmp_path_factory.mktemp("guarded"), free_port())
+    pool.processes.environment |= {"PREFECT_SERVER_API_AUTH_STRING": "admin:right"}
+    try:
+        pool.start_server()
+        yield pool.environment
+    finally:
+        pool.processes.end()
+
+
 def train(pool, example, *more, **environment):
     """A local run, begun and not waited for, that Prefect's server is told of."""
     command = [sys.executable, "-m", "flows.cli", "train", str(example), "--quiet", *more]
@@ -209,6 +221,23 @@ def test_parameters_of_the_wrong_type(pool, deployment, parameters, message):
 def test_what_only_the_worker_can_know(pool, parameters, message):
     failed = pool.finished(pool.run("iterate", **parameters))
     assert failed.state.is_failed() and message in failed.state.message
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"PREFECT_API_AUTH_STRING": "admin:wrong"}, "PREFECT_API_AUTH_STRING is not the server's PREFECT_SERVER_API_AUTH"),
+    ({"PREFECT_API_URL": "http://127.0.0.1:9/api"}, "Prefect at http://127.0.0.1:9/api: "),
+    ({"PREFECT_API_URL": ""}, "PREFECT_API_URL is not set"),
+])
+def test_a_server_that_cannot_be_reached(guarded, settings, message):
+    refused = subprocess.run([sys.executable, "-m", "flows.automations"], env=guarded | settings | {
+        "PREFECT_CLIENT_MAX_RETRIES": "0"}, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 1 and message in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_port_that_is_taken(pool):
+    refused = subprocess.run([sys.executable, "-m", "flows.pool", "--port", str(pool.port)], env=pool.environment,
+                             capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 1 and f"make pool: port {pool.port} is taken" in refused.stderr
 
 
 def test_automations_are_there_once(pool):
