@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,33 @@ class Pool:
             time.sleep(0.05)
         logs = "\n".join(path.read_text()[-4000:] for path in self.folder.glob("*.log"))
         pytest.fail(f"waited in vain for {what}\n{logs}")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside it every reward waits."""
+        self.hold.touch()
+        try:
+            yield
+        finally:
+            self.hold.unlink(missing_ok=True)
+
+    def in_the_middle(self, begin: Callable[[], Any] = lambda: None) -> Any:
+        """Waits until the iteration that `begin`, or a schedule, begins has its rollout; what `begin` gave."""
+        rollouts = self.committed("rollout")
+        begun = begin()
+        self.wait(lambda: self.committed("rollout") > rollouts, "the middle of an iteration")
+        return begun
+
+    @contextmanager
+    def without_server(self, begin: Callable[[], Any]) -> Iterator[Any]:
+        """What `begin` gave, the server killed in the middle of the iteration that it begins; afterwards it is back."""
+        try:
+            with self.held():
+                begun = self.in_the_middle(begin)
+                self.kill("server")
+            yield begun
+        finally:
+            self.start_server()
 
     # --- what a person does on the page ---
 

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 
+from conftest import assert_same_bytes
+
 from flows.runs import open_run
 from flows.store import Store
 
@@ -45,10 +47,7 @@ def test_kill_9_anywhere_then_the_same_command(trained, tmp_path):
     assert finished.returncode == 0
 
     ours, theirs = open_run(Store(store), "tiny"), open_run(Store(reference), "tiny")
-    for mine, other in zip(ours.states(), theirs.states(), strict=True):
-        assert mine.model_copy(update={"seconds": 0}) == other.model_copy(update={"seconds": 0})
-        for ref in mine.artifacts.values():
-            assert ours.store.manifest(ref).digests() == theirs.store.manifest(ref).digests()
+    assert_same_bytes(ours, theirs)
     firsts = {stage: next(s.artifacts[stage] for s in ours.states() if stage in s.artifacts) for stage in STAGES}
     for ref in ours.store.artifacts():  # computed once; once more where a kill fell before its commit
         attempts = list((store / "artifacts" / ref.stage / ref.identity / "attempts").iterdir())

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import psutil
 import pytest
-from conftest import free_port
+from conftest import assert_same_bytes, free_port
 from pool import Pool, holding_example
 from prefect import flow
 from prefect.context import FlowRunContext
@@ -102,16 +102,11 @@ def test_stage_with_another_lambda_leaves_the_run_alone(pool, trained):
 def test_what_is_cancelled_goes_on_from_inside(pool, tmp_path):
     example = holding_example(tmp_path / "halted", iterations=1, seed=14)
     assert pool.finished(pool.run("iterate", run="halted", config=str(example))).state.is_completed()
-    rollouts = pool.committed("rollout")
-    pool.hold.touch()
-    try:
-        begun = pool.run("iterate", run="halted")
-        pool.wait(lambda: pool.committed("rollout") > rollouts, "the middle of iteration 1")
+    with pool.held():
+        begun = pool.in_the_middle(lambda: pool.run("iterate", run="halted"))
         with pool.client() as client:
             client.set_flow_run_state(begun.id, Cancelling())
         assert pool.finished(begun).state.is_cancelled()
-    finally:
-        pool.hold.unlink()
     assert pool.states("halted") == ["000000.json"] and not verify(Store(pool.store), "halted")[1]
     again = pool.finished(pool.run("iterate", run="halted"))
     assert {"Found", "Completed"} == {one.state.name for one in pool.task_runs(again)}
@@ -135,13 +130,9 @@ def test_worker_and_flow_killed_in_the_second_iteration(pool, tmp_path):
     example = holding_example(tmp_path / "vanishing", iterations=3, seed=21)
     schedule = pool.schedule(10, run="vanishing", config=str(example))
     pool.wait(lambda: len(pool.states("vanishing")) == 2, "iteration 1")
-    rollouts = pool.committed("rollout")
-    pool.hold.touch()  # the flow run of iteration 2 has yet to import torch
-    try:
-        pool.wait(lambda: pool.committed("rollout") > rollouts, "the middle of iteration 2")
+    with pool.held():  # the flow run of iteration 2 has yet to import torch
+        pool.in_the_middle()
         pool.kill("worker")
-    finally:
-        pool.hold.unlink()
     assert len(pool.states("vanishing")) == 2 and not verify(Store(pool.store), "vanishing")[1]
     pool.start_worker()
     pool.wait(lambda: not pool.scheduled(schedule), "the schedule's end")
@@ -153,25 +144,17 @@ def test_worker_and_flow_killed_in_the_second_iteration(pool, tmp_path):
 
     local = tmp_path / "local"
     assert train(pool, example, "--store", str(local)).wait(300) == 0
-    ours, theirs = open_run(Store(pool.store), "vanishing"), open_run(Store(local), "vanishing")
-    for mine, other in zip(ours.states(), theirs.states(), strict=True):
-        assert mine.model_copy(update={"seconds": 0}) == other.model_copy(update={"seconds": 0})
-        for ref in mine.artifacts.values():
-            assert ours.store.manifest(ref).digests() == theirs.store.manifest(ref).digests()
+    assert_same_bytes(open_run(Store(pool.store), "vanishing"), open_run(Store(local), "vanishing"))
 
 
 def test_a_schedule_that_fires_while_an_iteration_takes_long(pool, tmp_path):
     example = holding_example(tmp_path / "slow", iterations=3, seed=31)
     schedule = pool.schedule(6, run="slow", config=str(example))
     pool.wait(lambda: pool.states("slow"), "iteration 0")
-    rollouts = pool.committed("rollout")
-    pool.hold.touch()
-    try:
-        pool.wait(lambda: pool.committed("rollout") > rollouts, "the middle of iteration 1")
+    with pool.held():
+        pool.in_the_middle()
         pool.wait(lambda: pool.queued("slow") >= 3, "three more in the queue")
         assert pool.states("slow") == ["000000.json"]
-    finally:
-        pool.hold.unlink()
     pool.wait(lambda: not pool.scheduled(schedule), "the schedule's end")
     begun = [pool.finished(one) for one in pool.flow_runs("slow")]
     assert [one.name for one in begun] == [f"slow-iterate-{iteration:06d}" for iteration in range(4)]
@@ -196,7 +179,7 @@ def test_progress_of_what_takes_long(pool, monkeypatch):
     with pool.client() as client:
         (artifact,) = [one for one in client.read_artifacts() if one.flow_run_id == begun]
     assert artifact.type == "progress" and artifact.description == "rollout of iteration 1: responses"
-    assert 0 < artifact.data <= 100
+    assert artifact.data == 100
 
 
 @pytest.mark.parametrize("deployment, parameters, message", [
@@ -255,17 +238,8 @@ def test_automations_are_there_once(pool):
 def test_server_killed_in_the_middle_of_a_local_run(pool, tmp_path):
     example = holding_example(tmp_path / "alone", iterations=4, seed=41)
     assert train(pool, example, "--iterations", "1").wait(300) == 0
-    rollouts = pool.committed("rollout")
-    pool.hold.touch()
-    try:
-        begun = train(pool, example, "--iterations", "3", PREFECT_CLIENT_MAX_RETRIES="1")
-        pool.wait(lambda: pool.committed("rollout") > rollouts, "the middle of iteration 2")
-        pool.kill("server")
-        pool.hold.unlink()
+    with pool.without_server(lambda: train(pool, example, "--iterations", "3", PREFECT_CLIENT_MAX_RETRIES="1")) as begun:
         _, said = begun.communicate(timeout=300)
-    finally:
-        pool.hold.unlink(missing_ok=True)
-        pool.start_server()
     assert begun.returncode == 1
     assert f"baton: Prefect at {pool.api}: " in said and "what was committed is whole" in said
     assert open_run(Store(pool.store), "alone").iterations() == [0, 1, 2, 3]  # it trained on
@@ -277,18 +251,9 @@ def test_server_killed_in_the_middle_of_a_local_run(pool, tmp_path):
 def test_server_killed_in_the_middle_of_a_pooled_run(pool, tmp_path):
     example = holding_example(tmp_path / "pooled", iterations=2, seed=51)
     assert pool.finished(pool.run("iterate", run="pooled", config=str(example))).state.is_completed()
-    rollouts = pool.committed("rollout")
-    pool.hold.touch()
-    try:
-        begun = pool.run("iterate", run="pooled")
-        pool.wait(lambda: pool.committed("rollout") > rollouts, "the middle of iteration 1")
-        pool.kill("server")
-        pool.hold.unlink()
+    with pool.without_server(lambda: pool.run("iterate", run="pooled")) as begun:
         pool.wait(lambda: len(pool.states("pooled")) == 2, "iteration 1, without a server")
         assert not verify(Store(pool.store), "pooled")[1]
-    finally:
-        pool.hold.unlink(missing_ok=True)
-        pool.start_server()
     assert pool.finished(begun).state.is_completed()
     assert pool.finished(pool.run("iterate", run="pooled")).state.is_completed()
     assert open_run(Store(pool.store), "pooled").iterations() == [0, 1, 2]
