@@ -82,9 +82,10 @@ def stage_flow(
         result = StageResult(recorded, ref, what.reproduction, what.models.loaded, metrics)
     page.compare(what, stage, iteration, result)
     if deployment.id is not None:  # the command line has words of its own
-        log.info(f"{stage} of iteration {iteration}: {result.said}, {ref.short}")
+        said = f"{stage} of iteration {iteration}: {result.said}, {ref.short}"
+        log.info(said)
         if result.verdict == "different":
-            return Failed(message=f"{stage} of iteration {iteration}: {result.said}")
+            return Failed(message=said)
     return result
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from itertools import pairwise
 
 import psutil
@@ -51,34 +52,49 @@ def guarded(tmp_path_factory):
         pool.processes.end()
 
 
+@contextmanager
+def made(pool):
+    """`make pool`, up; and a function for the processes that it has by then."""
+    ports = ("--port", str(pool.port), "--mlflow-port", str(free_port()))
+    command = subprocess.Popen([sys.executable, "-m", "flows.pool", *ports], env=pool.environment, stdout=subprocess.PIPE,
+                               text=True)
+    try:
+        while "What the worker says" not in command.stdout.readline():
+            assert command.poll() is None
+        yield command, lambda: psutil.Process(command.pid).children(recursive=True)
+    finally:
+        command.terminate()
+        command.wait(120)
+
+
 def train(pool, example, *more, **environment):
     """A local run, begun and not waited for, that Prefect's server is told of."""
     command = [sys.executable, "-m", "flows.cli", "train", str(example), "--quiet", *more]
     return subprocess.Popen(command, env=pool.environment | environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_make_pool_ends_all_that_it_started(tmp_path):
+def test_make_pool_ends_all_that_it_started_and_what_its_death_left(tmp_path):
     pool = Pool(tmp_path / "made", free_port())  # nothing of it is started but by make pool
     example = holding_example(tmp_path / "begun", iterations=1, seed=61)
-    command = [sys.executable, "-m", "flows.pool", "--port", str(pool.port), "--mlflow-port", str(free_port())]
-    made = subprocess.Popen(command, env=pool.environment, stdout=subprocess.PIPE, text=True)
-    try:
-        while "What the worker says" not in made.stdout.readline():
-            assert made.poll() is None
-        pool.hold.touch()
-        pool.run("iterate", run="begun", config=str(example))
+    with pool.held(), made(pool) as (command, family):
+        left = pool.run("iterate", run="begun", config=str(example))
         pool.wait(lambda: pool.committed("sft"), "a flow run to be at work")
-        family = psutil.Process(made.pid).children(recursive=True)
-        names = " ".join(word for process in family for word in process.cmdline())
+        names = " ".join(word for process in family() for word in process.cmdline())
         assert all(name in names for name in ("prefect server", "mlflow server", "prefect worker", "prefect.engine"))
-        made.send_signal(signal.SIGINT)
-        made.send_signal(signal.SIGINT)  # of somebody who is in a hurry
-        made.communicate(timeout=120)
-    finally:
-        made.terminate()
-        made.wait(120)
-    assert made.returncode == 0
-    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        for process in family():
+            process.kill()
+        command.kill()
+    with pool.held(), made(pool) as (command, family):
+        ended = pool.finished(left)
+        assert ended.state.is_crashed() and "its worker was ended" in ended.state.message
+        evaluates = pool.run("iterate", run="begun")
+        pool.wait(lambda: pool.read(evaluates).state.is_running(), "the next flow run, which the dead one does not block")
+        there = family()
+        command.send_signal(signal.SIGINT)
+        command.send_signal(signal.SIGINT)  # of somebody who is in a hurry
+        command.communicate(timeout=120)
+        assert command.returncode == 0
+        assert not [process for process in there if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_stage_with_another_lambda_leaves_the_run_alone(pool, trained):

@@ -27,6 +27,8 @@ from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).parents[2]
 PORT = 4391
 ITERATIONS = 60
@@ -96,10 +98,9 @@ def overhead(rounds: int) -> None:
                 seen[way].append((iteration, around))
                 print(f"overhead round {round_ + 1}: {way:<8} {1000 * iteration:6.1f} ms an iteration, "
                       f"{around:5.1f} s around them", flush=True)
-    bare = [iteration for iteration, _ in seen["neither"]]
+    bare, bare_around = np.array(seen["neither"]).T
     for way, figures in seen.items():
-        iterations, around = zip(*figures, strict=True)
-        ratio = statistics.median(one / other for one, other in zip(iterations, bare, strict=True))
-        added = statistics.median(one - other for one, other in zip(iterations, bare, strict=True))
-        print(f"overhead: {way:<8} {1000 * statistics.median(iterations):6.1f} ms an iteration ({ratio:.2f} times, "
-              f"{1000 * added:+.1f} ms), {statistics.median(around):5.1f} s around them")
+        iteration, around = np.array(figures).T
+        print(f"overhead: {way:<8} {1000 * np.median(iteration):6.1f} ms an iteration "
+              f"({np.median(iteration / bare):.2f} times, {1000 * np.median(iteration - bare):+.1f} ms), "
+              f"{np.median(around):5.1f} s around them ({np.median(around - bare_around):+.1f} s)")
