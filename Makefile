@@ -21,7 +21,7 @@ smollm2: install        ## a real pretrained model, got without a hub
 	$(BIN)/baton train data/smollm2
 
 pool: install           ## Prefect's server, a work pool and a worker on this machine; docs/work-pool.md
-	@$(BIN)/python -m flows.pool
+	@$(BIN)/python -m flows.orchestration.pool
 
 test: install           ## lint, import contract, all tests
 	$(BIN)/ruff check .

@@ -9,14 +9,14 @@ from contextlib import closing, contextmanager
 
 from prefect import flow
 
-from flows import page
 from flows.chains import chain
-from flows.lease import lease
-from flows.mirror import Mirror
-from flows.retention import retain_after
-from flows.runs import Run
-from flows.start import Source, requested
-from flows.tasks import untagged
+from flows.orchestration import page
+from flows.orchestration.tasks import untagged
+from flows.runs.retention import retain_after
+from flows.runs.run import Run
+from flows.runs.start import Source, requested
+from flows.store.lease import lease
+from flows.tracking.mirror import Mirror
 from schemas.artifacts import ArtifactRef, TrainState
 from schemas.settings import NO_OVERRIDES, Name, Overrides
 

@@ -14,14 +14,14 @@ from prefect.runtime import deployment
 from prefect.states import Failed, State
 from pydantic import NonNegativeInt
 
-from flows import page
 from flows.chains import chain
-from flows.inputs import check_function, functions_of, import_files, recipes_of
-from flows.produce import Reproduction
-from flows.runs import Run, open_run
-from flows.start import reachable
-from flows.store import Store
-from flows.tasks import untagged
+from flows.orchestration import page
+from flows.orchestration.tasks import untagged
+from flows.runs.inputs import check_function, functions_of, import_files, recipes_of
+from flows.runs.produce import Reproduction
+from flows.runs.run import Run, open_run
+from flows.runs.start import reachable
+from flows.store.store import Store
 from schemas.artifacts import ArtifactRef
 from schemas.errors import ConfigError
 from schemas.settings import Name

@@ -6,10 +6,10 @@ import gc
 
 from prefect import flow
 
-from flows import page
 from flows.iterate import at_work, prepare, run_iteration
-from flows.retention import retain
-from flows.start import Source
+from flows.orchestration import page
+from flows.runs.retention import retain
+from flows.runs.start import Source
 from schemas.artifacts import TrainState
 from schemas.settings import NO_OVERRIDES, Name, Overrides
 

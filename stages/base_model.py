@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from schemas.metrics import BaseModelMetrics
 from schemas.settings import BaseModelConfig
-from stages.ops.models import LanguageModel
+from stages.ops.language_model import LanguageModel
 from stages.ops.seeding import seeded
 
 VERSION = 1

@@ -10,9 +10,9 @@ import torch
 
 from schemas.metrics import ControlEvaluateMetrics
 from schemas.tables import Returns
-from stages.ops.environments import Environments
+from stages.ops.episodes import Environments
 from stages.ops.finite import require_finite
-from stages.ops.policies import Actor, ToEnvironment
+from stages.ops.networks import Actor, ToEnvironment
 from stages.ops.progress import progress_bar
 
 VERSION = 1

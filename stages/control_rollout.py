@@ -21,10 +21,10 @@ from schemas.artifacts import Moments
 from schemas.control import ControlRewardConfig, ControlRolloutConfig
 from schemas.metrics import ControlRolloutMetrics
 from schemas.tables import Ragged, Trajectories
-from stages.ops.environments import Environments, episode_seed
+from stages.ops.episodes import Environments, episode_seed
 from stages.ops.finite import require_finite
 from stages.ops.moments import RunningMoments, updated_moments
-from stages.ops.policies import Actor, Critic, RunningInputs, ToEnvironment
+from stages.ops.networks import Actor, Critic, RunningInputs, ToEnvironment
 from stages.ops.progress import progress_bar
 
 EPSILON = 1e-8

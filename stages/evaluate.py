@@ -15,7 +15,7 @@ from schemas.metrics import EvaluateMetrics
 from schemas.settings import RewardConfig, RolloutConfig
 from schemas.tables import Rollouts, Samples
 from stages.ops.finite import require_finite
-from stages.ops.models import LanguageModel, score_tokens
+from stages.ops.language_model import LanguageModel, score_tokens
 from stages.ops.rewards import Scorer, score_components, weighted_sum
 from stages.ops.sampling import respond
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from schemas.control import PolicyConfig, Spaces
 from schemas.metrics import PolicyMetrics
-from stages.ops.policies import Actor, Critic, Network
+from stages.ops.networks import Actor, Critic, Network
 
 VERSION = 1
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from schemas.metrics import ReferenceMetrics
 from schemas.tables import ReferenceLogprobs, Rollouts
-from stages.ops.models import LanguageModel, score_tokens
+from stages.ops.language_model import LanguageModel, score_tokens
 
 VERSION = 1
 

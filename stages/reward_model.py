@@ -14,7 +14,7 @@ import numpy as np
 
 from schemas.metrics import RewardModelMetrics
 from schemas.settings import RewardModelConfig
-from stages.ops.models import LanguageModel, sequence_scores
+from stages.ops.language_model import LanguageModel, sequence_scores
 from stages.ops.prompts import render
 from stages.ops.seeding import seeded
 from stages.ops.trainer import common_arguments, run

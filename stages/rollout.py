@@ -14,7 +14,7 @@ import numpy as np
 from schemas.metrics import RolloutMetrics
 from schemas.settings import RolloutConfig
 from schemas.tables import Rollouts
-from stages.ops.models import LanguageModel
+from stages.ops.language_model import LanguageModel
 from stages.ops.sampling import respond
 
 VERSION = 1

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from schemas.metrics import SFTMetrics
 from schemas.settings import SFTConfig
-from stages.ops.models import LanguageModel
+from stages.ops.language_model import LanguageModel
 from stages.ops.prompts import render
 from stages.ops.seeding import seeded
 from stages.ops.trainer import common_arguments, run

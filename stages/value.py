@@ -8,7 +8,7 @@ import torch
 from schemas.metrics import ValueMetrics
 from schemas.tables import Rollouts, Values
 from stages.ops.finite import require_finite
-from stages.ops.models import LanguageModel, state_values, tracked_batches
+from stages.ops.language_model import LanguageModel, state_values, tracked_batches
 
 VERSION = 1
 

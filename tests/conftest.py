@@ -130,7 +130,7 @@ def write_example(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, prefect_server):
     """The tiny example, trained once by the shipped command: (its folder, its store)."""
-    from flows.cli import run_command
+    from flows.cli.main import run_command
 
     folder = write_example(tmp_path_factory.mktemp("trained") / "tiny")
     store = folder.parent / "store"
@@ -154,7 +154,7 @@ VARIANTS = {"every_choice": EVERY_CHOICE, "no_critic": NO_CRITIC}
 @pytest.fixture(scope="session")
 def variants(trained, tmp_path_factory):
     """The tiny example with settings that are off by default, trained beside the plain one: (its folder, its store)."""
-    from flows.cli import run_command
+    from flows.cli.main import run_command
 
     folder = shutil.copytree(trained[0], tmp_path_factory.mktemp("variants") / "tiny")
     store = shutil.copytree(trained[1], folder.parent / "store")
@@ -192,7 +192,7 @@ def tiny_critic(tiny_model):
     import torch
     from transformers import GPT2ForSequenceClassification
 
-    from stages.ops.models import LanguageModel
+    from stages.ops.language_model import LanguageModel
 
     config = tiny_model.module.config
     config.num_labels = 1

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from flows.environments import make_environment as make_one
-from flows.environments import make_vector, spaces_of
+from flows.control.environments import make_environment as make_one
+from flows.control.environments import make_vector, spaces_of
 from schemas.artifacts import Moments, derive_seed
 from schemas.config import parse_config
 from schemas.control import ControlConfig
@@ -18,7 +18,7 @@ from stages.control_evaluate import control_evaluate
 from stages.control_rollout import control_rollout, metrics
 from stages.gae import gae
 from stages.ops.control_learner import ControlLearner
-from stages.ops.environments import Environments
+from stages.ops.episodes import Environments
 from stages.ops.optim import learning_rate_factor
 from stages.policy import policy
 from stages.ppo import ppo

@@ -77,8 +77,8 @@ class Faults:
 
 def same_as_reference(faults: Faults) -> None:
     """Every state, and every file of every artifact, as in the run that nothing disturbed; nothing damaged."""
-    from flows.store import Store
-    from flows.verify import verify
+    from flows.runs.verify import verify
+    from flows.store.store import Store
 
     assert contents(faults.store) == contents(faults.work / "reference")
     assert verify(Store(faults.store), None)[1] == []
@@ -86,8 +86,8 @@ def same_as_reference(faults: Faults) -> None:
 
 def contents(root: Path) -> dict:
     """States, their seconds aside, and digests of artifacts."""
-    from flows.runs import open_run, run_names
-    from flows.store import Store
+    from flows.runs.run import open_run, run_names
+    from flows.store.store import Store
 
     store = Store(root)
     states = {name: [state.model_copy(update={"seconds": 0}) for state in open_run(store, name).states()]
@@ -135,7 +135,7 @@ def _fork(asked: dict) -> dict:
 
 
 def _train(asked: dict, said: TextIO) -> dict:
-    from flows.start import start
+    from flows.runs.start import start
     from flows.train import train_flow
     from schemas.errors import BatonError
     from schemas.settings import NO_OVERRIDES
@@ -175,8 +175,8 @@ class Watch:
                 shutil.copytree(self.root, place)
 
     def __enter__(self) -> None:
-        from flows.runs import Run
-        from flows.store import Store
+        from flows.runs.run import Run
+        from flows.store.store import Store
 
         attempt, save = Store.attempt, Run.save
         Store.attempt = lambda store, recipe: (self.begin(recipe.ref.short), attempt(store, recipe))[1]

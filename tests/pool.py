@@ -21,7 +21,7 @@ from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, TaskRun
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.pool import LEASES, WORKER, Processes
+from flows.orchestration.pool import LEASES, WORKER, Processes
 
 PATIENCE = 240  # seconds for anything, on a busy machine
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 import yaml
 
-from flows.cli import run_command
-from flows.store import Store
+from flows.cli.main import run_command
+from flows.store.store import Store
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_a_store_that_cannot_be_written(example, tmp_path, capsys):
 
 
 def test_text_may_hold_any_separator_of_unicode(example, tmp_path):
-    from flows.inputs import read_lines
+    from flows.runs.inputs import read_lines
     (tmp_path / "p.jsonl").write_text('\ufeff{"prompt": "a\u2028b"}\n{"prompt": "c\x85d"}\n', encoding="utf-8")
     assert [row["prompt"] for row in read_lines(tmp_path / "p.jsonl", "prompts")] == ["a\u2028b", "c\x85d"]
 
@@ -242,7 +242,7 @@ def test_a_wrong_call(arguments, message, capsys, tmp_path):
 
 
 def test_mistakes_are_found_without_loading_torch(example):
-    code = ("import sys\nfrom flows.cli import run_command\n"
+    code = ("import sys\nfrom flows.cli.main import run_command\n"
             f"assert run_command(['train', {str(example)!r}, '--set', 'ppo.epoch=1']) == 2\n"
             "assert not {'torch', 'prefect', 'mlflow', 'transformers'} & set(sys.modules), 'heavy import'\n")
     out = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, timeout=60)
@@ -287,7 +287,7 @@ def test_quiet_says_nothing(copied, capsys):
 def test_a_flow_runs_with_no_server_set_up(trained, tmp_path):
     """As on a fresh machine: no API address, a new Prefect home."""
     env = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"} | {"PREFECT_HOME": str(tmp_path / "home")}
-    out = subprocess.run([sys.executable, "-m", "flows.cli", "stage", "gae", "tiny", "--iteration", "1", "--store",
+    out = subprocess.run([sys.executable, "-m", "flows.cli.main", "stage", "gae", "tiny", "--iteration", "1", "--store",
                           str(trained[1])], env=env, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr
     assert "the same bytes" in out.stdout and "no model loaded" in out.stdout

@@ -18,11 +18,11 @@ from PIL import Image
 from test_kill import KILLED
 from test_stage import answer
 
-from flows.cli import run_command
-from flows.files import LocalFiles
-from flows.policies import save_learner, save_network
-from flows.runs import open_run
-from flows.store import Attempt, Store
+from flows.cli.main import run_command
+from flows.control.warm_policies import save_learner, save_network
+from flows.runs.run import open_run
+from flows.store.files import LocalFiles
+from flows.store.store import Attempt, Store
 from schemas.artifacts import ArtifactRef
 from schemas.tables import Returns, Trajectories
 
@@ -175,7 +175,7 @@ def test_kill_9_anywhere_then_the_same_command(controlled, tmp_path):
     for place, word in ORDER:
         killed = subprocess.run([sys.executable, "-c", KILLED, place, word, *arguments], env=os.environ, timeout=300)
         assert killed.returncode == -signal.SIGKILL, (place, word)
-    assert subprocess.run([sys.executable, "-m", "flows.cli", *arguments], env=os.environ, timeout=300).returncode == 0
+    assert subprocess.run([sys.executable, "-m", "flows.cli.main", *arguments], env=os.environ, timeout=300).returncode == 0
     ours, theirs = open_run(Store(store), name), open_run(Store(controlled[1]), name)
     for mine, other in zip(ours.states(), theirs.states(), strict=True):
         assert mine.model_copy(update={"seconds": 0}) == other.model_copy(update={"seconds": 0})
@@ -263,7 +263,7 @@ def test_environments_in_processes_end_with_the_command(prefect_server, tmp_path
     for name, environment, code, lines in (("works", own("count"), 0, 0),
                                            ("hangs", own("fails", how="hangs outside of Python"), 1, 1)):
         folder = write_control(tmp_path / name, environment=environment, tracking={"enabled": False}, iterations=1)
-        done = subprocess.run([sys.executable, "-m", "flows.cli", "train", str(folder), *arguments], env=os.environ,
+        done = subprocess.run([sys.executable, "-m", "flows.cli.main", "train", str(folder), *arguments], env=os.environ,
                               capture_output=True, text=True, timeout=120)
         assert (done.returncode, len(done.stderr.splitlines())) == (code, lines), done.stderr
     assert "environments.py:fails: reset has not come back for 5 s" in done.stderr

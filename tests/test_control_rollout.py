@@ -10,12 +10,12 @@ import torch
 from control import begun, config, in_memory, make, own, play, steps_of
 from gymnasium.wrappers.utils import RunningMeanStd
 
-from flows.environments import Watch, make_vector
+from flows.control.environments import Watch, make_vector
 from schemas.artifacts import Moments
 from schemas.errors import EnvironmentFailure
 from schemas.tables import Trajectories
 from stages.control_rollout import metrics
-from stages.ops.environments import Environments, actions_since_reset, episode_seed
+from stages.ops.episodes import Environments, actions_since_reset, episode_seed
 from stages.ops.moments import RunningMoments
 
 

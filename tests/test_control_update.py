@@ -12,7 +12,7 @@ from schemas.settings import KLConfig
 from stages.gae import gae
 from stages.gae import metrics as gae_metrics
 from stages.ops.control_learner import ControlLearner
-from stages.ops.policies import Actor
+from stages.ops.networks import Actor
 from stages.ppo import ppo
 
 

@@ -13,10 +13,10 @@ from faults import HARMLESS_TO_A_FULL_DISK, Faults, same_as_reference
 from safetensors.torch import save_file
 from test_store import CONFIG, recipe
 
-from flows.cli import run_command
-from flows.produce import write
-from flows.store import Store
-from flows.verify import verify
+from flows.cli.main import run_command
+from flows.runs.produce import write
+from flows.runs.verify import verify
+from flows.store.store import Store
 from schemas.errors import StoreError
 
 

@@ -7,10 +7,10 @@ import pytest
 from conftest import rewrite
 from test_verify import files_of
 
-from flows.cli import run_command
-from flows.runs import open_run, references
-from flows.store import Store
-from flows.verify import verify
+from flows.cli.main import run_command
+from flows.runs.run import open_run, references
+from flows.runs.verify import verify
+from flows.store.store import Store
 from schemas.errors import StoreError
 from schemas.records import FORMAT_VERSION, version
 from schemas.tables import TABLES

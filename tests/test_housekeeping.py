@@ -10,10 +10,10 @@ import pytest
 from control import write_control
 from test_stage import answer
 
-from flows.cli import run_command
-from flows.runs import open_run, references
-from flows.store import Store, attempt_of, folder_of
-from flows.verify import verify
+from flows.cli.main import run_command
+from flows.runs.run import open_run, references
+from flows.runs.verify import verify
+from flows.store.store import Store, attempt_of, folder_of
 from schemas.tables import Advantages
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.inputs import apply_settings, function_file, load_function
+from flows.runs.inputs import apply_settings, function_file, load_function
 from schemas.errors import ConfigError
 
 

@@ -7,13 +7,15 @@ import sys
 
 from conftest import assert_same_bytes
 
-from flows.runs import open_run
-from flows.store import Store
+from flows.runs.run import open_run
+from flows.store.store import Store
 
 # The process kills itself when it is about to call `place` with an argument whose text holds `word`.
 KILLED = """
 import os, signal, sys
-from flows import inputs, runs, store
+from flows.runs import inputs
+from flows.runs import run as runs
+from flows.store import store
 place, word, arguments = sys.argv[1], sys.argv[2], sys.argv[3:]
 owner, name = {"seal": (store.Attempt, "seal"), "save": (runs.Run, "save"), "copy": (inputs, "_copy")}[place]
 call = getattr(owner, name)
@@ -23,7 +25,7 @@ def die(*given):
         os.kill(os.getpid(), signal.SIGKILL)
     return call(*given)
 setattr(owner, name, die)
-from flows.cli import run_command
+from flows.cli.main import run_command
 sys.exit(run_command(arguments))
 """
 # A stage has written its files and is about to hash them: before the commit.
@@ -43,7 +45,7 @@ def test_kill_9_anywhere_then_the_same_command(trained, tmp_path):
         assert killed.returncode == -signal.SIGKILL, (place, word)
         if place == "seal":
             assert not [ref for ref in Store(store).artifacts() if ref.stage == word], f"{word} was committed"
-    finished = subprocess.run([sys.executable, "-m", "flows.cli", *arguments], env=os.environ, timeout=300)
+    finished = subprocess.run([sys.executable, "-m", "flows.cli.main", *arguments], env=os.environ, timeout=300)
     assert finished.returncode == 0
 
     ours, theirs = open_run(Store(store), "tiny"), open_run(Store(reference), "tiny")

@@ -13,15 +13,15 @@ from control import write_control
 from s3 import free_port
 from test_tracking import only_run, points
 
-from flows.cli import run_command
-from flows.runs import open_run
-from flows.store import Store
-from flows.verify import verify
+from flows.cli.main import run_command
+from flows.runs.run import open_run
+from flows.runs.verify import verify
+from flows.store.store import Store
 
 
 def started(*arguments, **environment):
     """A command in a process of its own."""
-    return subprocess.Popen([sys.executable, "-m", "flows.cli", *map(str, arguments)], env=os.environ | environment,
+    return subprocess.Popen([sys.executable, "-m", "flows.cli.main", *map(str, arguments)], env=os.environ | environment,
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -50,7 +50,7 @@ def test_two_that_work_all_the_same_end_well(trained, tmp_path, prefect_server):
     """Without the lease, as where a network's disk knows no locks: whoever commits second adopts."""
     code = ("import contextlib, sys\nfrom flows import files\n"
             "files.LocalFiles.exclusive = lambda *_: contextlib.nullcontext()\n"
-            "from flows.cli import run_command\nsys.exit(run_command(sys.argv[1:]))\n")
+            "from flows.cli.main import run_command\nsys.exit(run_command(sys.argv[1:]))\n")
     arguments = ["train", str(trained[0]), "--store", str(tmp_path / "store"), "--set", "tracking.enabled=false"]
     both = [subprocess.Popen([sys.executable, "-c", code, *arguments], env=os.environ, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -145,7 +145,7 @@ def test_a_tracking_server_that_never_answers_is_waited_for_no_longer_than_said(
     """It takes the connection and says nothing: training ends, and says so."""
     import socket
 
-    from flows import mirror
+    from flows.tracking import mirror
 
     monkeypatch.setattr(mirror, "PATIENCE", 2.0)
     with socket.socket() as silent:

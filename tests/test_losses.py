@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.ops.kl import kl_estimate
+from stages.ops.language_model import entropy
 from stages.ops.losses import log_ratio, policy_loss, value_loss
-from stages.ops.models import entropy
 
 NUMBER = st.floats(-4, 4)
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flows.models import WarmModels, load_scalar, load_tokenizer
-from flows.runs import open_run
-from flows.store import Store
+from flows.language.warm_models import WarmModels, load_scalar, load_tokenizer
+from flows.runs.run import open_run
+from flows.store.store import Store
 
 
 @pytest.fixture

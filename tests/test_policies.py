@@ -7,7 +7,7 @@ from control import begun, config, own, play
 from torch.distributions import Categorical, Independent, Normal
 
 from schemas.control import PolicyConfig, Spaces
-from stages.ops.policies import Actor, ToEnvironment
+from stages.ops.networks import Actor, ToEnvironment
 from stages.policy import policy
 
 BOX = Spaces(observation_size=3, kind="box", low=(-1.0, None), high=(1.0, 2.0))

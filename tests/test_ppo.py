@@ -14,7 +14,7 @@ from schemas.errors import NonFiniteError
 from schemas.settings import PPOConfig, RolloutConfig
 from schemas.tables import Advantages, Ragged, ReferenceLogprobs, Rollouts, Values
 from stages.ops.language_learner import LanguageModelLearner, Responses
-from stages.ops.models import entropy, score_tokens
+from stages.ops.language_model import entropy, score_tokens
 from stages.ops.optim import learning_rate_factor, load_state_tensors, state_tensors
 from stages.ops.prompts import demonstrations_as_texts
 from stages.ppo import KLLoss, ppo

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.cli import run_command
+from flows.cli.main import run_command
 from schemas.artifacts import Moments
 from schemas.errors import NonFiniteError, RewardError
 from schemas.settings import ComponentConfig, RewardConfig

@@ -11,10 +11,10 @@ from control import write_control
 from s3 import BUCKET, CREDENTIALS, Faults, moto_server, proxy
 from test_store import eight_writers, findings, recipe, write
 
-from flows import cache, s3
-from flows.cli import run_command
-from flows.runs import open_run
-from flows.store import Store, attempt_of
+from flows.cli.main import run_command
+from flows.runs.run import open_run
+from flows.store import cache, s3
+from flows.store.store import Store, attempt_of
 from schemas.errors import StoreError
 from schemas.tables import ReferenceLogprobs
 

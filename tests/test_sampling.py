@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from schemas.errors import NonFiniteError
 from schemas.settings import RolloutConfig
-from stages.ops.models import score_tokens
+from stages.ops.language_model import score_tokens
 from stages.ops.sampling import row_uniforms, sample_tokens
 from stages.rollout import rollout
 

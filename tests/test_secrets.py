@@ -13,7 +13,7 @@ import yaml
 from conftest import write_example
 from s3 import BUCKET, moto_server
 
-from flows.cli import run_command
+from flows.cli.main import run_command
 
 CANARY = "canary-d41d8cd98f"
 
@@ -58,7 +58,7 @@ def test_no_secret_is_in_anything_that_was_written(tmp_path, reward_server, pref
             "BATON_CACHE": str(tmp_path / "cache"), "MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": CANARY}
         said = []
         for tracking in ({}, {"MLFLOW_TRACKING_URI": f"http://me:{CANARY}@127.0.0.1:9"}):
-            command = [sys.executable, "-m", "flows.cli", "train", str(example), "--verbose", "--store", f"s3://{BUCKET}/store"]
+            command = [sys.executable, "-m", "flows.cli.main", "train", str(example), "--verbose", "--store", f"s3://{BUCKET}/store"]
             done = subprocess.run(command, env=environment | tracking, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr
             said += [done.stdout, done.stderr]

@@ -11,11 +11,12 @@ from typing import get_args
 import pytest
 from conftest import rewrite
 
-from flows import control, language
-from flows.cli import run_command
-from flows.runs import open_run
+from flows.cli.main import run_command
+from flows.control import control_chain as control
+from flows.language import language_chain as language
+from flows.runs.run import open_run
 from flows.stage import StageName
-from flows.store import Store, folder_of
+from flows.store.store import Store, folder_of
 from schemas.artifacts import ArtifactRef
 
 STAGES = [("base_model", 0), ("sft", 0), ("reward_model", 0), ("evaluate", 0), ("rollout", 2), ("reference", 2),
@@ -99,7 +100,7 @@ def test_the_kl_coefficient_of_a_rerun_is_that_of_the_settings(copied, capsys):
 
 def test_a_checkpoint_is_reproduced_in_a_fresh_process(copied):
     """Nothing is warm there: actor, critic and optimizer come from storage."""
-    out = subprocess.run([sys.executable, "-m", "flows.cli", "stage", "ppo", "tiny", "--iteration", "2", "--store",
+    out = subprocess.run([sys.executable, "-m", "flows.cli.main", "stage", "ppo", "tiny", "--iteration", "2", "--store",
                           str(copied[1]), "--json"], capture_output=True, text=True, env=os.environ, timeout=300)
     assert out.returncode == 0, out.stderr
     assert json.loads(out.stdout)["verdict"] == "same"

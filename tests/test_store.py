@@ -13,9 +13,9 @@ import pytest
 from conftest import rewrite
 from pydantic import ValidationError
 
-from flows.produce import environment, now
-from flows.store import Store, folder_of
-from flows.verify import Verifier
+from flows.runs.produce import environment, now
+from flows.runs.verify import Verifier
+from flows.store.store import Store, folder_of
 from schemas.artifacts import ArtifactRef, FileEntry, Manifest, Recipe, derive_seed, sha256_json
 from schemas.errors import StoreError
 from schemas.language import LanguageConfig
@@ -226,7 +226,7 @@ def test_a_file_that_cannot_be_written_whole_is_an_error(tmp_path):
     code = """
 import resource, signal, sys
 from pathlib import Path
-from flows.store import Store
+from flows.store.store import Store
 from schemas.artifacts import Recipe
 from schemas.errors import StoreError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

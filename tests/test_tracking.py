@@ -7,11 +7,11 @@ import mlflow
 import pytest
 from conftest import TRACKED
 
-from flows.cli import run_command
-from flows.mirror import how_to_open
-from flows.runs import open_run
-from flows.store import Store
-from flows.tracking import timings
+from flows.cli.main import run_command
+from flows.runs.run import open_run
+from flows.store.store import Store
+from flows.tracking.client import timings
+from flows.tracking.mirror import how_to_open
 
 
 def manifests(run, state):

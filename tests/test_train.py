@@ -10,11 +10,11 @@ import torch
 from conftest import VARIANTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flows.cli import run_command
-from flows.files import LocalFiles
-from flows.models import load_causal, load_scalar, save_learner, save_model
-from flows.runs import open_run
-from flows.store import Attempt, Store
+from flows.cli.main import run_command
+from flows.language.warm_models import load_causal, load_scalar, save_learner, save_model
+from flows.runs.run import open_run
+from flows.store.files import LocalFiles
+from flows.store.store import Attempt, Store
 from schemas.artifacts import ArtifactRef, Moments, derive_seed
 from schemas.tables import Rollouts, Samples
 from stages.base_model import base_model
@@ -23,7 +23,7 @@ from stages.gae import gae
 from stages.gae import metrics as gae_metrics
 from stages.ops.kl import adapted_kl_coef
 from stages.ops.language_learner import LanguageModelLearner
-from stages.ops.models import LanguageModel
+from stages.ops.language_model import LanguageModel
 from stages.ops.moments import updated_moments
 from stages.ops.optim import learning_rate_factor
 from stages.ops.prompts import demonstrations_as_texts, pretraining_as_texts, prompt_order
@@ -292,7 +292,7 @@ def test_runs_are_found_again_on_prefects_page(trained):
 
 def test_another_writers_bytes_are_used_and_ours_forgotten(copied):
     """Two writers of one checkpoint whose bytes differ: the model kept warm is that of the store."""
-    from flows.produce import _commit
+    from flows.runs.produce import _commit
 
     run = open_run(Store(copied[1]), "tiny")
     state = run.state(1)

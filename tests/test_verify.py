@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from conftest import rewrite
 
-from flows.cli import run_command
-from flows.runs import open_run, references
-from flows.store import Store, folder_of
-from flows.verify import verify
+from flows.cli.main import run_command
+from flows.runs.run import open_run, references
+from flows.runs.verify import verify
+from flows.store.store import Store, folder_of
 from schemas.errors import StoreError
 from schemas.tables import TABLES
 

@@ -19,12 +19,14 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 
-from flows import page
-from flows.pool import deploy
-from flows.runs import open_run
-from flows.store import Store
-from flows.verify import verify
+from flows.orchestration import page
+from flows.orchestration.pool import deploy
+from flows.runs.run import open_run
+from flows.runs.verify import verify
+from flows.store.store import Store
 from stages.ops.progress import progress_bar
+
+POOL = "flows.orchestration.pool"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def guarded(tmp_path_factory):
 def made(pool):
     """`make pool`, up; and a function for the processes that it has by then."""
     ports = ("--port", str(pool.port), "--mlflow-port", str(free_port()))
-    command = subprocess.Popen([sys.executable, "-m", "flows.pool", *ports], env=pool.environment, stdout=subprocess.PIPE,
+    command = subprocess.Popen([sys.executable, "-m", POOL, *ports], env=pool.environment, stdout=subprocess.PIPE,
                                text=True)
     try:
         while "What the worker says" not in command.stdout.readline():
@@ -69,7 +71,7 @@ def made(pool):
 
 def train(pool, example, *more, **environment):
     """A local run, begun and not waited for, that Prefect's server is told of."""
-    command = [sys.executable, "-m", "flows.cli", "train", str(example), "--quiet", *more]
+    command = [sys.executable, "-m", "flows.cli.main", "train", str(example), "--quiet", *more]
     return subprocess.Popen(command, env=pool.environment | environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -228,13 +230,13 @@ def test_what_only_the_worker_can_know(pool, parameters, message):
     ({"PREFECT_API_URL": ""}, "PREFECT_API_URL is not set"),
 ])
 def test_a_server_that_cannot_be_reached(guarded, settings, message):
-    refused = subprocess.run([sys.executable, "-m", "flows.automations"], env=guarded | settings | {
+    refused = subprocess.run([sys.executable, "-m", "flows.orchestration.automations"], env=guarded | settings | {
         "PREFECT_CLIENT_MAX_RETRIES": "0"}, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1 and message in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_a_port_that_is_taken(pool):
-    refused = subprocess.run([sys.executable, "-m", "flows.pool", "--port", str(pool.port)], env=pool.environment,
+    refused = subprocess.run([sys.executable, "-m", POOL, "--port", str(pool.port)], env=pool.environment,
                              capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1 and f"make pool: port {pool.port} is taken" in refused.stderr
 
@@ -243,7 +245,7 @@ def test_automations_are_there_once(pool):
     with pool.client() as client:
         assert sorted(one.name for one in client.read_automations()) == [
             "baton-overdue", "baton-stillborn", "baton-undead", "baton-zombies"]
-    again = [sys.executable, "-m", "flows.automations"]
+    again = [sys.executable, "-m", "flows.orchestration.automations"]
     subprocess.run([*again, "--patience", "90"], env=pool.environment, check=True, timeout=120)
     with pool.client() as client:
         there = {one.name: one for one in client.read_automations()}

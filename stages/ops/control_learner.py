@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 from schemas.settings import PPOConfig
 from schemas.tables import Trajectories
 from stages.ops.learner import Prediction
-from stages.ops.policies import Actor, Critic, Network, RunningInputs
+from stages.ops.networks import Actor, Critic, Network, RunningInputs
 
 ALIGNED = 16  # numbers of 4 bytes
 

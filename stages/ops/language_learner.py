@@ -10,8 +10,8 @@ from torch import Tensor
 
 from schemas.settings import PPOConfig
 from schemas.tables import Rollouts
+from stages.ops.language_model import LanguageModel, batches, entropy, of_tokens, response_logprobs, state_values
 from stages.ops.learner import Prediction
-from stages.ops.models import LanguageModel, batches, entropy, of_tokens, response_logprobs, state_values
 from stages.ops.optim import adamw, clip_gradients, has_gradients
 from stages.ops.prompts import Texts
 from stages.ops.sequences import Batch

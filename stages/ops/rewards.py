@@ -11,7 +11,7 @@ from schemas.errors import RewardError, RewardServerError
 from schemas.settings import RewardConfig
 from schemas.tables import Rollouts
 from stages.ops.finite import require_finite
-from stages.ops.models import LanguageModel, sequence_scores
+from stages.ops.language_model import LanguageModel, sequence_scores
 from stages.ops.prompts import Texts
 
 Scorer = Callable[[Rollouts | Texts], np.ndarray]

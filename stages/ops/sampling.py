@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from schemas.settings import RolloutConfig
 from schemas.tables import Ragged, Rollouts
 from stages.ops.finite import require_finite
-from stages.ops.models import LanguageModel
+from stages.ops.language_model import LanguageModel
 from stages.ops.progress import progress_bar
 from stages.ops.prompts import tokenize
 from stages.ops.sequences import pad_left, positions

@@ -53,7 +53,7 @@ def train(store: Path, example: Path, name: str, *settings: str) -> list[dict]:
 
 
 def _baton(*arguments: str) -> str:
-    return subprocess.run([sys.executable, "-m", "flows.cli", *arguments], check=True, cwd=ROOT, text=True,
+    return subprocess.run([sys.executable, "-m", "flows.cli.main", *arguments], check=True, cwd=ROOT, text=True,
                           stdout=subprocess.PIPE).stdout
 
 
@@ -247,8 +247,8 @@ CARTPOLE, PENDULUM, HALFCHEETAH = (ROOT / "data" / name for name in ("cartpole",
 
 def last_returns(store: Path, run: str, count: int = 100) -> np.ndarray:
     """Of the last `count` episodes that ended in training."""
-    from flows.runs import open_run
-    from flows.store import Store
+    from flows.runs.run import open_run
+    from flows.store.store import Store
     from schemas.tables import Trajectories
 
     opened, returns = open_run(Store(store), run), np.empty(0)

@@ -48,10 +48,10 @@ def task(**_):
     return plain
 
 prefect.flow, prefect.task = lambda **_: lambda function: function, task
-from flows.cli import run_command
+from flows.cli.main import run_command
 sys.exit(run_command(sys.argv[1:]))
 """
-BATON, PLAIN = ("-m", "flows.cli"), ("-c", UNDECORATED)
+BATON, PLAIN = ("-m", "flows.cli.main"), ("-c", UNDECORATED)
 WAYS = {  # how the command is called, whether a server is there, MLflow
     "neither": (PLAIN, False, False), "prefect": (BATON, False, False), "both": (BATON, False, True),
     "server": (BATON, True, True),
@@ -74,7 +74,7 @@ def run(way: str, environment: dict[str, str]) -> tuple[float, float]:
 
 @contextmanager
 def server(environment: dict[str, str], logs: Path) -> Iterator[None]:
-    from flows.pool import Processes
+    from flows.orchestration.pool import Processes
 
     processes = Processes(logs, environment)
     try:

@@ -37,7 +37,7 @@ def baton(example: Path) -> tuple[float, float]:
     """Steps per second of the iterations, and of the whole command."""
     with tempfile.TemporaryDirectory() as store:
         began = time.time()
-        subprocess.run([sys.executable, "-m", "flows.cli", "train", str(example), "--store", store, "--quiet",
+        subprocess.run([sys.executable, "-m", "flows.cli.main", "train", str(example), "--store", store, "--quiet",
                         "--set", "evaluate.picture=false"], check=True, cwd=ROOT, env=ONE_THREAD)
         ended = time.time()
         states = sorted(Path(store).glob("runs/*/iterations/*.json"))

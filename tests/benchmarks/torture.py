@@ -29,9 +29,9 @@ from conftest import write_example  # noqa: E402
 from control import write_control  # noqa: E402
 from faults import HARMLESS_TO_A_FULL_DISK, KILLS, Faults, Point, contents, same_as_reference  # noqa: E402
 
-from flows.runs import open_run, references  # noqa: E402
-from flows.store import Store, read_table  # noqa: E402
-from flows.verify import verify  # noqa: E402
+from flows.runs.run import open_run, references  # noqa: E402
+from flows.runs.verify import verify  # noqa: E402
+from flows.store.store import Store, read_table  # noqa: E402
 from schemas.artifacts import Manifest, RunRecord, TrainState  # noqa: E402
 from schemas.errors import BatonError  # noqa: E402
 from schemas.records import decode  # noqa: E402

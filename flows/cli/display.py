@@ -1,0 +1,220 @@
+"""What the command line shows: tables and lines for people, nothing that a program would read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+from flows.runs.run import Run
+from flows.tracking.mirror import how_to_open
+from schemas.artifacts import ArtifactRef, TrainState
+from schemas.control import ControlConfig
+from schemas.tables import EPISODE_FILM, Samples
+
+if TYPE_CHECKING:
+    from flows.runs.diff import Parting
+    from flows.runs.gc import Garbage
+    from flows.stage import StageResult
+
+SAMPLES_SHOWN = 5
+LINES = 40  # iterations shown
+SCORES = (("gold", "evaluate/gold"), ("reward", "evaluate/score"), ("KL, nats a response", "evaluate/kl"),
+          ("wins against the start", "evaluate/win_rate"), ("response tokens", "evaluate/response_length"),
+          ("ended with EOS", "evaluate/eos_fraction"))
+RETURNS = (("mean", "evaluate/episode_return"), ("σ", "evaluate/episode_return_std"),
+           ("least", "evaluate/episode_return_min"), ("greatest", "evaluate/episode_return_max"),
+           ("steps, mean", "evaluate/episode_length"))
+
+
+def summary(console: Console, run: Run) -> None:
+    """The end of a run: held-out samples before and after, the scores, where the actor lies, MLflow's page."""
+    states = run.states()
+    before, after = states[0], next(state for state in reversed(states) if "evaluate" in state.artifacts)
+    if isinstance(run.config, ControlConfig):
+        console.print(_returns(before, after))
+    else:
+        console.print(_samples(run, before, after))
+        console.print(_scores(before, after))
+    if (picture := _picture(run, after)) is not None:
+        console.print(Text(f"film    {picture}"), soft_wrap=True)
+    console.print(Text(f"actor   {actor_folder(run, states[-1])}"), soft_wrap=True)
+    if run.config.tracking.enabled:
+        console.print(Text(f"MLflow  {how_to_open(run)}"), soft_wrap=True)
+
+
+def actor_folder(run: Run, state: TrainState) -> str:
+    """Where `from_pretrained` finds the actor."""
+    return run.store.place(state.actor.artifact, state.actor.folder)
+
+
+def _samples(run: Run, before: TrainState, after: TrainState) -> Grid:
+    """The first held-out prompts, with the response and its gold score at the start and now."""
+    old, new = (run.store.table(state.artifacts["evaluate"], Samples) for state in (before, after))
+    grid = Grid(title="held-out samples", title_justify="left", show_lines=True, expand=True)
+    for name, width in (("prompt", 3), ("before", 5), (f"after {after.iteration} iterations", 5)):
+        grid.add_column(name, ratio=width)
+    for i in range(min(SAMPLES_SHOWN, len(old))):
+        grid.add_row(Text(old.prompt[i]), *(Text(f"{s.gold[i]:+.2f} {s.response[i].strip()}") for s in (old, new)))
+    return grid
+
+
+def _scores(before: TrainState, after: TrainState) -> Grid:
+    grid = Grid(title="held-out scores", title_justify="left")
+    for name in ("mean over samples", "before", "after"):
+        grid.add_column(name, justify="left" if name.startswith("mean") else "right")
+    for label, key in SCORES:
+        grid.add_row(label, f"{before.metrics[key]:.3f}", f"{after.metrics[key]:.3f}")
+    grid.add_row("gold, σ of the samples", f"{before.metrics['evaluate/gold_std']:.3f}",
+                 f"{after.metrics['evaluate/gold_std']:.3f}")
+    return grid
+
+
+def _returns(before: TrainState, after: TrainState) -> Grid:
+    grid = Grid(title="returns with the most likely actions", title_justify="left")
+    for name in ("over episodes", "before", f"after {after.iteration} iterations"):
+        grid.add_column(name, justify="left" if name.startswith("over") else "right")
+    for label, key in RETURNS:
+        grid.add_row(label, *(f"{state.metrics[key]:.2f}" for state in (before, after)))
+    return grid
+
+
+def _picture(run: Run, state: TrainState) -> str | None:
+    """Where the animated picture of an evaluated episode lies, if there is one."""
+    ref = state.artifacts["evaluate"]
+    if EPISODE_FILM not in run.store.manifest(ref).digests():
+        return None
+    return run.store.place(ref, EPISODE_FILM)
+
+
+def found(run: Run) -> list[str]:
+    """A line per stage: the artifacts of a run that are there."""
+    where: dict[str, list[tuple[int, ArtifactRef]]] = defaultdict(list)
+    for state in run.states():
+        for stage, ref in state.artifacts.items():
+            where[stage].append((state.iteration, ref))
+    return [f"found {stage:<13} {_span([i for i, _ in refs]):<18} {refs[0][1].short if len(refs) == 1 else ''}".rstrip()
+            for stage, refs in where.items()]
+
+
+def _span(iterations: list[int]) -> str:
+    if len(iterations) == 1:
+        return f"iteration {iterations[0]}"
+    return f"{len(iterations)} iterations, {iterations[0]}…{iterations[-1]}"
+
+
+def runs(rows: list[dict]) -> Grid:
+    """All runs of a store."""
+    grid = Grid()
+    for name in ("run", "iterations", "reward", "KL", "gold", "created", "parent"):
+        grid.add_column(name, justify="right" if name in ("iterations", "reward", "KL", "gold") else "left")
+    for row in rows:
+        grid.add_row(row["run"], f"{row['iteration']}/{row['iterations']}", _number(row["reward"]), _number(row["kl"]),
+                     _number(row["gold"]), row["created"], row["parent"] or "")
+    return grid
+
+
+def iterations(states: list[TrainState]) -> Grid:
+    """A run, a line per iteration, of a long one every so many; the columns that it has."""
+    columns = (
+        ("return", "rollout/episode_return"), ("evaluated", "evaluate/episode_return"), ("reward", "reward/score"),
+        ("KL", "gae/kl"), ("gold", "evaluate/gold"), ("wins", "evaluate/win_rate"), ("entropy", "ppo/entropy"),
+        ("approx KL", "ppo/approx_kl"), ("clipped", "ppo/clip_fraction"), ("expl. var.", "gae/explained_variance"),
+        ("tokens", "rollout/response_length"))
+    columns = [(label, key) for label, key in columns if any(key in state.metrics for state in states)]
+    stride = -(-len(states) // LINES)
+    states = [state for state in states
+              if state.iteration % stride == 0 or state is states[-1] or "evaluate" in state.artifacts]
+    grid = Grid()
+    for name in ("iteration", *(label for label, _ in columns), "seconds"):
+        grid.add_column(name, justify="right")
+    for state in states:
+        numbers = (_number(state.metrics.get(key)) for _, key in columns)
+        grid.add_row(str(state.iteration), *numbers, f"{state.seconds:.1f}")
+    return grid
+
+
+def time_of(state: TrainState, rows: list[dict]) -> Grid:
+    """Where an iteration's time went."""
+    grid = Grid(title=f"iteration {state.iteration}", title_justify="left")
+    unit = "tokens/s" if state.reference else "steps/s"
+    for name in ("stage", "seconds", "part", unit, "bytes", "artifact"):
+        grid.add_column(name, justify="left" if name in ("stage", "artifact") else "right")
+    for row in rows:
+        rate = f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else ""
+        grid.add_row(row["stage"], f"{row['seconds']:.2f}", f"{row['part']:.0%}", rate,
+                     f"{row['bytes']:,}" if row["bytes"] is not None else "", row["artifact"] or "")
+    return grid
+
+
+def metrics(state: TrainState) -> Grid:
+    """Every metric of an iteration."""
+    grid = Grid()
+    grid.add_column("metric")
+    grid.add_column("value", justify="right")
+    for key, value in state.metrics.items():
+        grid.add_row(key, f"{value:.6g}")
+    return grid
+
+
+def stage(console: Console, name: str, iteration: int, result: StageResult) -> None:
+    """What a rerun came to."""
+    loaded = f"{result.models_loaded} models loaded" if result.models_loaded else "no model loaded"
+    what, again = f"{name} of iteration {iteration}", result.reproduction
+    if result.verdict == "new":
+        console.print(f"{what}: a new artifact, {result.ref.short}; {loaded}; the run is as it was", highlight=False)
+    elif result.verdict == "same":
+        files = f"{again.files} file{'s' if again.files > 1 else ''}"
+        console.print(f"{what}: reproduced, {files}, the same bytes, {result.ref.short}; {loaded}", highlight=False)
+    else:
+        console.print(f"{what}: NOT reproduced, {result.ref.short}; {loaded}; the new files are in {again.folder}",
+                      highlight=False, soft_wrap=True)
+        for path, (old, new) in again.different.items():
+            console.print(f"  {path}: committed {(old or 'no such file')[:12]}, now {(new or 'no such file')[:12]}")
+    if result.ref != result.recorded:
+        console.print(_compared(result.metrics))
+
+
+def parting(console: Console, a: Run, b: Run, found: Parting | None) -> None:
+    """Where two runs part."""
+    if found is None:
+        common = {*a.iterations()} & {*b.iterations()}
+        console.print(f"{a.name} and {b.name}: the same bytes in all {len(common)} states that both have", highlight=False)
+        return
+    where = f"row {found.row}, column {found.column}" if found.row is not None else found.column or ""
+    place = f", place {found.place}" if found.place is not None else ""
+    console.print(f"{a.name} and {b.name} part in iteration {found.iteration}, stage {found.stage}: "
+                  f"{', '.join(part for part in (found.file, where) if part)}{place}", highlight=False, soft_wrap=True)
+    console.print(f"  {a.name}: {found.a}\n  {b.name}: {found.b}", highlight=False, markup=False, soft_wrap=True)
+    for setting in found.settings:
+        console.print(f"  setting {setting}", highlight=False, markup=False, soft_wrap=True)
+    if found.inputs:
+        console.print(f"  other inputs: {', '.join(found.inputs)}", highlight=False)
+
+
+def garbage(console: Console, found: list[Garbage], dry_run: bool) -> None:
+    """What goes, and how much that is."""
+    for one in found:
+        console.print(f"{one.kind:<10} {one.bytes:>15,} bytes  {one.what}", highlight=False, markup=False, soft_wrap=True)
+    total = sum(one.bytes for one in found)
+    done = "would be removed; nothing was" if dry_run else "removed"
+    console.print(f"{len(found)} things, {total:,} bytes {done}", highlight=False)
+
+
+def _compared(metrics: dict[str, tuple[float | None, float]]) -> Grid:
+    grid = Grid()
+    for column in ("metric", "in the run", "with these settings"):
+        grid.add_column(column, justify="left" if column == "metric" else "right")
+    for name, (recorded, value) in metrics.items():
+        grid.add_row(name, _number(recorded), _number(value))
+    return grid
+
+
+def _number(value: float | None) -> str:
+    """To three places, or two digits where that would show nothing."""
+    if value is None:
+        return ""
+    return f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"

@@ -1,0 +1,388 @@
+"""`baton …`: reads arguments, calls a flow or the store, prints. Exit code 0 success, 2 the user's mistake, 1 all else."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from flows.store.files import MENDED
+from schemas.addresses import without_user_info
+from schemas.errors import BatonError, ConfigError
+
+if TYPE_CHECKING:
+    from flows.runs.run import Run
+
+log = logging.getLogger("baton")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found: `data` for --json, `show` for people; `code` is the exit code."""
+
+    data: Any
+    show: Callable[[Console], None]
+    code: int = 0
+
+
+# --- what all commands share ---
+
+def global_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The four options that every command takes, before its name or after."""
+    for option in (
+        click.option("--verbose", is_flag=True, help="Prefect's and the libraries' own log lines too."),
+        click.option("--quiet", is_flag=True, help="Nothing but errors."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout and nothing else."),
+        click.option("--store", "root", envvar="BATON_STORE", help="Where artifacts and runs are kept (BATON_STORE sets "
+                     "it too); data/store by default."),
+    ):
+        function = option(function)
+    return function
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="baton")
+@global_options
+@click.pass_context
+def baton(context: click.Context, **options: Any) -> None:
+    """PPO, for language models and control tasks, as a pipeline of stages that hand each other committed artifacts."""
+    context.obj = options
+
+
+def command(function: Callable[..., Answer]) -> click.Command:
+    """A command with the global options, whose `Answer` is printed."""
+
+    @functools.wraps(function)
+    def wrapped(**arguments: Any) -> int:
+        before = click.get_current_context().obj
+        as_json, quiet, verbose = (arguments.pop(name) or before[name] for name in ("as_json", "quiet", "verbose"))
+        settle(as_json, quiet, verbose)
+        answer = function(**arguments | {"root": arguments["root"] or before["root"] or "data/store"})
+        if as_json:
+            click.echo(json.dumps(answer.data, indent=1))
+        elif not quiet:
+            answer.show(Console(width=None if sys.stdout.isatty() else 140))
+        return answer.code
+
+    return baton.command(name=function.__name__.removesuffix("_command").replace("_", "-"))(global_options(wrapped))
+
+
+def settle(as_json: bool, quiet: bool, verbose: bool) -> None:
+    """Who may write to the terminal. Before Prefect is imported, since it reads its settings then."""
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # it would go to stdout
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments are drawn into arrays, on no screen
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "baton")
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # what flows/orchestration/automations.py listens for
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")  # a busy machine needs more than 20
+    if not verbose:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL", "WARNING")  # not a line for each task
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        warnings.simplefilter("ignore", FutureWarning)
+    if quiet or as_json:
+        os.environ["TQDM_DISABLE"] = "1"
+    handler = logging.StreamHandler(sys.stderr if as_json else sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+
+
+SETTINGS = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
+                        help="A setting of the config, for example ppo.learning_rate=1e-5; may be repeated.")
+
+
+def opened(root: str, name: str, settings: tuple[str, ...] = ()) -> Run:
+    """A run of the store. Raises `ConfigError` if there is none, or a setting is wrong."""
+    from flows.runs.run import open_run
+    from flows.store.store import Store
+
+    return open_run(Store(root), name, settings=settings)
+
+
+def tagged(flow: Callable[..., Any], name: str, **parameters: Any) -> Any:
+    """Runs the flow, which is found on Prefect's page by the tags `baton` and the run's name."""
+    from prefect import tags
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    from flows.orchestration.server import explained
+
+    alone = not PREFECT_API_URL.value()  # nobody looks for a heart that beats, and its end takes a second
+    with (explained("what was committed is whole, the same command goes on"), tags("baton", name),
+          temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None} if alone else {})):
+        return flow(name, **parameters)
+
+
+# --- commands ---
+
+@command
+@click.argument("config", required=False)
+@click.option("--run", "name", help="The run's name; the name of the config's folder by default.")
+@click.option("--iterations", type=click.IntRange(min=0), help="How far to train in this call, instead of the config's; 0 "
+              "makes the run, its inputs in the store, and trains nothing.")
+@SETTINGS
+def train(config: str | None, name: str | None, iterations: int | None, settings: tuple[str, ...], root: str) -> Answer:
+    """Make a run, or go on with one. CONFIG is an example's folder or a YAML file; a run that is there needs none."""
+    from flows.runs.start import resume, start
+    from schemas.settings import NO_OVERRIDES, Overrides
+
+    if config is None and name is None:
+        raise ConfigError("train: name a CONFIG, for example data/reviews, or a run that is there with --run")
+    said = Overrides(iterations=iterations) if iterations else NO_OVERRIDES
+    run, overrides = start(config, name, settings, said, root) if config else resume(name, settings, said, root)
+    if iterations == 0:
+        return _made(run)
+    if run.finished:
+        return _nothing_to_do(run)
+    log.info(f"run {run.name} in {root}: {run.progress}")
+    from flows.train import train_flow
+
+    tagged(train_flow, run.name, overrides=overrides, store=run.store.uri)
+    return _finished(run, [])
+
+
+def _made(run: Run) -> Answer:
+    last = run.last()
+    data = {"run": run.name, "iteration": last and last.iteration}
+    return Answer(data, lambda console: console.print(
+        f"run {run.name} is made: {run.progress}; baton train --run {run.name}, or baton iterate {run.name}, goes on",
+        highlight=False))
+
+
+def _nothing_to_do(run: Run) -> Answer:
+    from flows.cli import display
+    from flows.tracking.mirror import Mirror
+
+    log.info(f"run {run.name}: all {run.config.iterations} iterations are there; nothing to do")
+    for line in (found := display.found(run)):
+        log.info(line)
+    with Mirror(run) as mirror:
+        mirror.push(run.last())
+    return _finished(run, found)
+
+
+def _finished(run: Run, found: list[str]) -> Answer:
+    from flows.cli import display
+    from flows.tracking.mirror import how_to_open
+
+    last = run.last()
+    data = {"run": run.name, "iteration": last.iteration, "metrics": last.metrics, "found": found,
+            "actor": display.actor_folder(run, last), "mlflow": how_to_open(run)}
+    return Answer(data, lambda console: display.summary(console, run))
+
+
+@command
+@click.argument("run")
+def iterate(run: str, root: str) -> Answer:
+    """Exactly the next iteration of RUN. The first one prepares it."""
+    opened(root, run).require_unfinished()  # a mistake is said before Prefect starts
+    from flows.iterate import iterate_flow
+
+    state = tagged(iterate_flow, run, store=root)
+    return Answer(state.model_dump(mode="json"), lambda console: None)
+
+
+@command
+@click.argument("stage")
+@click.argument("run")
+@click.option("--iteration", type=click.IntRange(min=0), required=True,
+              help="0 for base_model, sft, reward_model, policy and the first evaluate.")
+@SETTINGS
+def stage_command(stage: str, run: str, iteration: int, settings: tuple[str, ...], root: str) -> Answer:
+    """A STAGE of RUN again, from saved artifacts. The run is left alone."""
+    from flows.cli import display
+
+    opened(root, run, settings).recorded(stage, iteration)  # a mistake is said before Prefect starts
+    from flows.stage import stage_flow
+
+    result = tagged(stage_flow, run, stage=stage, iteration=iteration, settings=list(settings), store=root)
+    data = {"recorded": str(result.recorded), "artifact": str(result.ref), "verdict": result.verdict,
+            "models_loaded": result.models_loaded, "metrics": result.metrics,
+            "different": sorted(result.reproduction.different) if result.reproduction else []}
+    return Answer(data, lambda console: display.stage(console, stage, iteration, result),
+                  code=1 if result.verdict == "different" else 0)
+
+
+@command
+def runs(root: str) -> Answer:
+    """The runs of the store."""
+    from flows.cli import display
+    from flows.runs.run import overview, run_names
+    from flows.store.store import Store
+
+    rows = [overview(opened(root, name)) for name in run_names(Store(root))]
+    return Answer(rows, lambda console: console.print(display.runs(rows) if rows else f"no runs in {root}"))
+
+
+@command
+@click.argument("run")
+@click.option("--iteration", type=click.IntRange(min=0), help="Every metric of one iteration.")
+def show(run: str, iteration: int | None, root: str) -> Answer:
+    """The iterations of RUN. And where the time of the last, or of one, went."""
+    from flows.cli import display
+    from flows.runs.run import time_spent
+
+    what = opened(root, run)
+    states = what.states() if iteration is None else [what.state(iteration)]
+    if not states:
+        raise ConfigError(f"run {run!r} is not prepared yet; go on with baton train")
+    spent = time_spent(what, states[-1])
+
+    def print_all(console: Console) -> None:
+        console.print(display.iterations(states) if iteration is None else display.metrics(states[0]))
+        console.print(display.time_of(states[-1], spent))
+
+    return Answer({"states": [state.model_dump(mode="json") for state in states], "time": spent}, print_all)
+
+
+@command
+@click.argument("run", required=False)
+def verify(run: str | None, root: str) -> Answer:
+    """Check every byte of RUN, or of the whole store."""
+    from flows.runs.verify import verify as verify_all
+    from flows.store.store import Store
+
+    artifacts, findings = verify_all(Store(root), run)
+
+    def print_all(console: Console) -> None:
+        for finding in findings:
+            console.print(str(finding), soft_wrap=True, markup=False, highlight=False)
+        console.print(f"{artifacts} artifacts checked, {len(findings)} findings", highlight=False)
+
+    return Answer({"artifacts": artifacts, "findings": [asdict(finding) for finding in findings]}, print_all,
+                  1 if findings else 0)
+
+
+@command
+@click.argument("run")
+@click.option("--at", type=click.IntRange(min=0), required=True, help="The last iteration that both have in common.")
+@click.option("--run", "name", required=True, help="The new run's name.")
+@SETTINGS
+def fork(run: str, at: int, name: str, settings: tuple[str, ...], root: str) -> Answer:
+    """A new run from an iteration of RUN. With other settings or the same; what came before is shared."""
+    from flows.runs.fork import fork as fork_run
+
+    made = fork_run(opened(root, run), at, name, settings)
+    data = {"run": made.name, "parent": made.record.parent}
+    return Answer(data, lambda console: console.print(
+        f"run {made.name}, forked from {made.record.parent}; baton train --run {made.name} goes on", highlight=False))
+
+
+@command
+@click.argument("a")
+@click.argument("b")
+def diff(a: str, b: str, root: str) -> Answer:
+    """Where the runs A and B part. The first iteration, stage, row and column, and the setting it comes from."""
+    from flows.cli import display
+    from flows.runs.diff import first_parting
+
+    ours, theirs = opened(root, a), opened(root, b)
+    parting = first_parting(ours, theirs)
+    return Answer(parting and asdict(parting), lambda console: display.parting(console, ours, theirs, parting))
+
+
+@command
+@click.argument("run")
+def rm(run: str, root: str) -> Answer:
+    """Remove RUN. Its artifacts stay until baton gc finds that no other run needs them."""
+    from flows.runs.run import remove_run, run_folders
+    from flows.store.lease import holder_of
+    from flows.store.store import Store
+
+    store = Store(root)
+    if run not in (there := run_folders(store)):
+        raise ConfigError(f"no run {run!r} in {store.uri}; runs there: {', '.join(there) or 'none'}")
+    if holder := holder_of(store, run):
+        raise ConfigError(f"run {run!r} is being worked on by {holder}; end that first")
+    remove_run(store, run)
+    return Answer({"removed": run}, lambda console: console.print(
+        f"run {run} is removed; baton gc removes the artifacts that nothing else refers to", highlight=False))
+
+
+@command
+@click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
+@click.option("--older-than", "hours", type=click.FloatRange(min=0), default=24.0, show_default=True, metavar="HOURS",
+              help="Leave what is younger: somebody may still be making it.")
+def gc(dry_run: bool, hours: float, root: str) -> Answer:
+    """Remove what nothing needs. What no run refers to, broken-off attempts, and what retention does not keep."""
+    from flows.cli import display
+    from flows.runs import gc as collect
+    from flows.store.store import Store
+
+    store = Store(root)
+    found = collect.garbage(store, hours)
+    if not dry_run:
+        collect.remove(store, found)
+    data = {"removed": not dry_run, "bytes": sum(one.bytes for one in found),
+            "found": [{"kind": one.kind, "what": one.what, "bytes": one.bytes} for one in found]}
+    return Answer(data, lambda console: display.garbage(console, found, dry_run))
+
+
+@command
+@click.argument("run")
+@SETTINGS
+def mlflow_sync(run: str, settings: tuple[str, ...], root: str) -> Answer:
+    """Bring MLflow to what the store says. Nothing is logged twice; --set tracking.uri=… names another server."""
+    from flows.tracking.mirror import how_to_open, sync
+
+    what = opened(root, run, settings)
+    states = sync(what)
+    return Answer({"run": run, "iterations": states, "mlflow": how_to_open(what)}, lambda console: console.print(
+        f"run {run}: MLflow has its {states} states; {how_to_open(what)}", highlight=False, soft_wrap=True))
+
+
+# --- the entry point ---
+
+def run_command(arguments: list[str] | None = None) -> int:
+    """The exit code of one call. What a user can mend is one line on stderr; a fault of Baton's is a traceback."""
+    try:
+        return baton.main(arguments, prog_name="baton", standalone_mode=False) or 0
+    except click.ClickException as error:
+        return _complain(f"{error.format_message()} (baton --help lists what there is)", 2)
+    except BatonError as error:
+        return _complain(str(error), 2 if isinstance(error, ConfigError) else 1)
+    except OSError as error:
+        if error.errno not in MENDED:
+            raise
+        return _complain(f"{error.filename or 'the store'}: {error.strerror}; {MENDED[error.errno]}", 1)
+    except (click.Abort, KeyboardInterrupt):
+        return _complain("interrupted; the same command goes on from here", 130)
+    except TerminatedError:
+        return _complain("terminated; what was committed is whole, the same command goes on from here", 143)
+
+
+class TerminatedError(BaseException):
+    """SIGTERM: the stage ends where it is, and takes what it has written with it."""
+
+
+def _terminate(*_: object) -> None:
+    raise TerminatedError
+
+
+def _complain(message: str, code: int) -> int:
+    click.echo(f"baton: {without_user_info(' '.join(message.split()))}", err=True)
+    return code
+
+
+def main() -> None:
+    """The `baton` command."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(run_command())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Gymnasium environments: made from a config, checked, side by side in a vector, and watched while they are stepped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+
+import cloudpickle
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.error import DependencyNotInstalled, Error, NameNotFound, NamespaceNotFound
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from schemas.control import EnvironmentConfig, Spaces
+from schemas.errors import ConfigError, EnvironmentFailure
+from schemas.settings import ExecutionConfig
+from stages.ops.episodes import Player
+
+gymnasium.logger.min_level = gymnasium.logger.ERROR + 1  # what it would say on stderr, errors here say in one line
+EXTRAS = {"mujoco": "mujoco", "pygame": "classic-control"}  # module that is missing → extra of Baton's that brings it
+
+
+def make_environment(
+    config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | None = None, **more: object
+) -> gymnasium.Env:
+    """One environment, by the user's function or by its id. Raises `ConfigError` saying what is missing."""
+    try:
+        if function is not None:
+            environment = function(**{**config.kwargs, **more})
+            if not isinstance(environment, gymnasium.Env):
+                raise TypeError(f"the function gave {type(environment).__name__}, expected a gymnasium.Env")
+            return environment
+        return gymnasium.make(config.id, **{**config.kwargs, **more})
+    except DependencyNotInstalled as error:
+        raise ConfigError(f"environment.id {config.id!r}: {_line(error)} ({_extra(error)})") from None
+    except (NameNotFound, NamespaceNotFound) as error:
+        raise ConfigError(f"environment.id {config.id!r}: {_line(error)}; if another package has it, install that and "
+                          "write module:Id-v0") from None
+    except Error as error:
+        raise ConfigError(f"environment.id {config.id!r}: {_line(error)}") from None
+    except Exception as error:  # whatever a user's environment does when it is made
+        raise ConfigError(f"environment {config.id!r} with kwargs {config.kwargs}: {type(error).__name__}: {_line(error)}"
+                          ) from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _extra(error: Exception) -> str:
+    """How to install what is missing."""
+    for module, extra in EXTRAS.items():
+        if module in str(error).lower():
+            return f"pip install '.[{extra}]' in Baton's checkout"
+    return "install what it names"
+
+
+def spaces_of(environment: gymnasium.Env, name: str) -> Spaces:
+    """What a policy has to know of it. Raises `ConfigError` on spaces that no policy here is for."""
+    seen, actions = environment.observation_space, environment.action_space
+    if not isinstance(seen, spaces.Box) or len(seen.shape) != 1 or not seen.shape[0]:
+        raise ConfigError(f"environment {name!r}: its observations are {seen}, expected a Box of one dimension; wrap it in "
+                          "gymnasium.wrappers.FlattenObservation in a file.py:function")
+    size = {"observation_size": seen.shape[0]}
+    match actions:
+        case spaces.Box() if len(actions.shape) == 1 and actions.shape[0] and np.issubdtype(actions.dtype, np.floating):
+            low, high = ([float(x) if np.isfinite(x) else None for x in bound] for bound in (actions.low, actions.high))
+            return Spaces(kind="box", low=low, high=high, dtype=actions.dtype.name, **size)
+        case spaces.Discrete():
+            return Spaces(kind="discrete", choices=[int(actions.n)], start=[int(actions.start)], scalar=True, **size)
+        case spaces.MultiDiscrete() if actions.nvec.ndim == 1:
+            return Spaces(kind="discrete", choices=actions.nvec.tolist(), start=actions.start.tolist(), **size)
+    raise ConfigError(f"environment {name!r}: its actions are {actions}, expected a Box of floating-point numbers, Discrete "
+                      "or MultiDiscrete, of one dimension; wrap it in a file.py:function that gives one of these")
+
+
+def look_at(config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | None, seconds: float) -> Spaces:
+    """What an environment of that config gives and takes. Raises `ConfigError`, and `EnvironmentFailure` if it hangs."""
+    with Watch(config.id, seconds)("making one"):
+        environment = make_environment(config, function)
+    try:
+        return spaces_of(environment, config.id)
+    finally:
+        with contextlib.suppress(Exception):  # of no account: nothing was asked of it yet
+            environment.close()
+
+
+def make_vector(
+    config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | None, count: int, execution: ExecutionConfig
+) -> VectorEnv:
+    """`count` environments that are reset only when they are told to."""
+    if execution.environments == "sync":
+        return SyncVectorEnv([partial(_player, config, function, i) for i in range(count)], copy=False,
+                             autoreset_mode=AutoresetMode.DISABLED)
+    if function is not None:  # a file's, which no other process could import
+        cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
+    try:
+        return AsyncVectorEnv([partial(_in_a_process, config, function, i, os.getpid()) for i in range(count)],
+                              autoreset_mode=AutoresetMode.DISABLED)
+    except (EOFError, ConnectionError) as error:
+        raise EnvironmentFailure(f"{config.id}: the process of an environment ended while it was made; nothing was "
+                                 "committed") from error
+
+
+def _player(config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | None, index: int) -> Player:
+    unchecked = {} if function else {"disable_env_checker": True}  # Gymnasium's check of first calls; ours is of all
+    return Player(make_environment(config, function, **unchecked), config.id, index)
+
+
+def _in_a_process(
+    config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | None, index: int, parent: int
+) -> Player:
+    if os.getpid() != parent:  # it would inherit Prefect's answer to SIGTERM
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return _player(config, function, index)
+
+
+class _HungError(BaseException):
+    """Not an `Exception`, so that an environment does not catch it."""
+
+
+def _ring(*_: object) -> None:
+    raise _HungError
+
+
+class Watch:
+    """Ends a call that does not come back in `seconds`, as `EnvironmentFailure`: `with watch("step"): …`.
+
+    By an alarm signal, and so in the main thread only; elsewhere, and on systems without the signal, nobody watches. The
+    signal's handler stays, since to set it for every step would cost as much as a small step.
+    """
+
+    def __init__(self, name: str, seconds: float) -> None:
+        self.name, self.seconds = name, seconds
+        self._watching = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+        if self._watching:
+            signal.signal(signal.SIGALRM, _ring)
+
+    def __call__(self, what: str, steps: np.ndarray | None = None) -> Watch:
+        """`steps`: of the episodes that the call is about."""
+        self.what, self.steps = what, steps
+        return self
+
+    def __enter__(self) -> Watch:
+        if self._watching:
+            signal.setitimer(signal.ITIMER_REAL, self.seconds, self.seconds)  # again, if somebody catches the first
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._watching:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except _HungError as late:  # it rang on the way here
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                error = late
+        if isinstance(error, _HungError):
+            where = "" if self.steps is None else f", at the steps {self.steps.tolist()} of their episodes"
+            raise EnvironmentFailure(f"{self.name}: {self.what} has not come back for {self.seconds:g} s{where}; nothing "
+                                     "was committed (execution.environment_timeout sets the limit)") from None

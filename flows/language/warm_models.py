@@ -1,0 +1,181 @@
+"""Models and optimizers: loaded from artifacts, saved into attempts, and kept warm between the stages of a process."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from flows.store.store import Attempt, Store
+from schemas.artifacts import ArtifactRef, ModelRef
+from schemas.errors import StoreError
+from schemas.language import LanguageConfig
+from stages.ops.language_learner import LanguageModelLearner
+from stages.ops.language_model import LanguageModel
+from stages.ops.optim import load_state_tensors, state_tensors
+from stages.ops.progress import progress_bar
+
+
+class WarmModels:
+    """A cache by (role, model), `execution.warm_models` large; the least recently used goes first.
+
+    Roles do not share: training changes the actor in place, and the reference may be the same artifact.
+    """
+
+    def __init__(self, store: Store, config: LanguageConfig) -> None:
+        self.store, self.config, self.loaded = store, config, 0
+        self._warm: OrderedDict[tuple[str, ModelRef], LanguageModel] = OrderedDict()
+        self._learners: dict[ArtifactRef, LanguageModelLearner] = {}
+
+    def actor(self, ref: ModelRef) -> LanguageModel:
+        return self._get("actor", ref, load_causal)
+
+    def reference(self, ref: ModelRef) -> LanguageModel:
+        return self._get("reference", ref, load_causal)
+
+    def critic(self, ref: ModelRef) -> LanguageModel:
+        return self._get("critic", ref, load_scalar)
+
+    def reward_model(self, ref: ModelRef) -> LanguageModel:
+        return self._get("reward_model", ref, load_scalar)
+
+    def trainable(self, ref: ModelRef, load: Callable[[Path], PreTrainedModel]) -> LanguageModel:
+        """A copy of its own for a stage that trains it and lets it go."""
+        return self._load(ref, load)
+
+    def take_learner(
+        self, actor: ModelRef, critic: ModelRef | None, optimizer: ModelRef | None, temperature: float
+    ) -> LanguageModelLearner:
+        """Actor, critic if there is one, and optimizers to train; they leave the cache, since training changes them."""
+        warm = self._learners.pop(optimizer.artifact, None) if optimizer else None
+        actor_model = self._take("actor", actor, load_causal)
+        critic_model = self._take("critic", critic, load_scalar) if critic else None
+        if warm:
+            return warm
+        learner = LanguageModelLearner(actor_model, critic_model, self.config.ppo, temperature)
+        if optimizer:
+            load_optimizers(learner, self.store.folder(optimizer.artifact, optimizer.folder))
+        return learner
+
+    def put_learner(self, artifact: ArtifactRef, learner: LanguageModelLearner) -> None:
+        """Keeps what was trained, under the artifact it was saved to."""
+        self._learners[artifact] = learner
+        for name, model in learner.networks.items():
+            self._put(name, ModelRef(artifact=artifact, folder=name), model)
+
+    def forget(self, artifact: ArtifactRef) -> None:
+        """Lets go of what is warm of an artifact, so that it is read from the store."""
+        self._learners.pop(artifact, None)
+        for key in [key for key in self._warm if key[1].artifact == artifact]:
+            del self._warm[key]
+
+    def close(self) -> None:
+        """Lets go of everything."""
+        self._warm.clear()
+        self._learners.clear()
+
+    def _get(self, role: str, ref: ModelRef, load: Callable[[Path], PreTrainedModel]) -> LanguageModel:
+        key = (role, ref)
+        if key not in self._warm:
+            self._make_room(self.config.execution.warm_models - 1)
+            self._warm[key] = self._load(ref, load)
+        self._warm.move_to_end(key)
+        return self._warm[key]
+
+    def _take(self, role: str, ref: ModelRef, load: Callable[[Path], PreTrainedModel]) -> LanguageModel:
+        return self._warm.pop((role, ref), None) or self._load(ref, load)
+
+    def _put(self, role: str, ref: ModelRef, model: LanguageModel) -> None:
+        self._warm[role, ref] = model
+        self._make_room(self.config.execution.warm_models)
+
+    def _make_room(self, size: int) -> None:
+        while len(self._warm) > size:
+            (_, ref), _ = self._warm.popitem(last=False)
+            self._learners.pop(ref.artifact, None)
+
+    def _load(self, ref: ModelRef, load: Callable[[Path], PreTrainedModel]) -> LanguageModel:
+        self.loaded += 1
+        folder, execution = self.store.folder(ref.artifact, ref.folder), self.config.execution
+        tokenizer = load_tokenizer(folder)
+        module = load(folder).to(execution.device).eval()
+        module.config.pad_token_id = tokenizer.pad_token_id
+        return LanguageModel(module, tokenizer, execution.micro_batch_tokens, execution.generation_batch_size)
+
+
+# --- one folder, one model ---
+
+def load_causal(folder: Path) -> PreTrainedModel:
+    """A causal language model in float32, from safetensors alone."""
+    return _own_memory(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **_SAFE))
+
+
+def load_scalar(folder: Path) -> PreTrainedModel:
+    """A sequence classifier with one label in float32; over a causal model's body, its head is new and all zeros."""
+    trained = any("SequenceClassification" in name for name in AutoConfig.from_pretrained(folder).architectures or ())
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, num_labels=1, **_SAFE)
+    if not trained:
+        torch.nn.init.zeros_(model.score.weight)
+    return _own_memory(model)
+
+
+def _own_memory(module: PreTrainedModel) -> PreTrainedModel:
+    """With weights in torch's own memory rather than in a mapped file, where they begin anywhere: the last bits of a product
+    depend on its factors' alignment, and a model that was just trained lies in torch's."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
+    return module
+
+
+_SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer; one without a padding token pads with EOS."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for how_it_was_loaded in ("is_local", "local_files_only"):  # would be saved with it
+        tokenizer.init_kwargs.pop(how_it_was_loaded, None)
+    return tokenizer
+
+
+def context_length(folder: Path) -> int:
+    """The most tokens the model in the folder can attend to, from its config alone."""
+    return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().max_position_embeddings
+
+
+def save_model(attempt: Attempt, inner: str, model: LanguageModel) -> None:
+    """A Hugging Face folder that `from_pretrained` reads with nothing of Baton installed."""
+    folder = attempt.path(inner)
+    model.module.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+
+
+def save_learner(attempt: Attempt, learner: LanguageModelLearner) -> None:
+    """`actor/`, `critic/` if there is one, and `optimizer/actor.safetensors`, `optimizer/critic.safetensors`."""
+    parts = progress_bar(learner.networks.items(), "ppo: save")
+    for name, model in parts:
+        save_model(attempt, name, model)
+        save_file(state_tensors(learner.optimizers[name], model.module), attempt.path(f"optimizer/{name}.safetensors"))
+
+
+def load_optimizers(learner: LanguageModelLearner, folder: Path) -> None:
+    """The inverse of `save_learner` for the optimizers. Raises `StoreError` if they are of another model."""
+    for name, model in learner.networks.items():
+        path = folder / f"{name}.safetensors"
+        try:
+            load_state_tensors(learner.optimizers[name], model.module, load_file(path))
+        except KeyError as error:
+            raise StoreError(f"{path}: {error} does not fit the {name}") from None

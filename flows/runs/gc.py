@@ -1,0 +1,112 @@
+"""`baton gc`: what may go. Artifacts that no run refers to, attempts without a manifest, unfinished records and uploads; and
+what retention does not keep.
+
+A running or broken-off iteration has committed, or found, what no state names yet. So nothing goes that is younger than an
+age, and while a run is being worked on no artifact goes, however old, nor an attempt younger than the run's last state.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from flows.runs.retention import Part, drop, droppable
+from flows.runs.run import open_run, record_key, references, run_folders, run_names
+from flows.store.files import Stat
+from flows.store.lease import holder_of
+from flows.store.store import Store, folder_of
+from schemas.artifacts import ArtifactRef
+from schemas.errors import StoreError
+from schemas.settings import NAME_PATTERN
+from stages.ops.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something that may go."""
+
+    kind: str  # `artifact`, `attempt`, `unfinished` or the part of a checkpoint
+    what: str  # for people
+    bytes: int
+    modified: float
+    of: ArtifactRef | str | Stat | Part  # what is removed
+
+
+def garbage(store: Store, hours: float) -> list[Garbage]:
+    """All that may go and is older than so many hours. Raises `StoreError` if what the runs refer to cannot be told."""
+    working = list(_being_worked_on(store))
+    before = min([time.time() - 3600 * hours, *working])
+    live = _live(store)
+    found = [one for one in _artifacts(store, live) if not working or one.kind != "artifact"]
+    found += (_one("unfinished", stat.key, [stat], stat) for stat in store.files.unfinished())
+    parts = [part for name in run_names(store) for part in droppable(open_run(store, name))]
+    dropped = [Garbage(part.name, f"{part.ref.short}, iteration {part.iteration} of run {part.run}", part.bytes, 0, part)
+               for part in parts]
+    return [*dropped, *(one for one in found if one.modified < before)]
+
+
+def remove(store: Store, found: Iterable[Garbage]) -> None:
+    """Removes them; an artifact's manifest first, so that it is whole or not there at any moment."""
+    for one in progress_bar(list(found), "remove"):
+        if isinstance(one.of, Part):
+            drop(store, one.of)
+        elif isinstance(one.of, Stat):
+            store.files.abort(one.of)
+        elif isinstance(one.of, ArtifactRef):
+            store.files.remove(f"{folder_of(one.of)}/manifest.json")
+            store.files.remove(folder_of(one.of))
+        else:
+            store.files.remove(one.of)
+
+
+def _being_worked_on(store: Store) -> Iterator[float]:
+    """When the last state of each such run was written; 0 where there is none."""
+    for name in run_folders(store):
+        if holder_of(store, name):
+            yield max((stat.modified for stat in store.files.walk(f"runs/{name}/iterations")), default=0.0)
+
+
+def _live(store: Store) -> set[ArtifactRef]:
+    """What the runs refer to, and what that was made from. Raises `StoreError` if some of that is missing."""
+    for name in run_folders(store):
+        if store.files.names(f"runs/{name}/iterations") and not store.files.exists(record_key(name)):
+            raise StoreError(f"{store.files.address(record_key(name))}: is missing, so that nobody can tell what the run "
+                             f"needs; nothing was removed: baton verify {name}")
+    todo = [ref for name in run_names(store) for ref in references(open_run(store, name))]
+    live: set[ArtifactRef] = set()
+    while todo:
+        ref = todo.pop()
+        if ref not in live:
+            live.add(ref)
+            todo += store.manifest(ref).recipe.inputs.values()
+    return live
+
+
+def _artifacts(store: Store, live: set[ArtifactRef]) -> Iterator[Garbage]:
+    """Artifacts that are not live, and attempts that are not those of a manifest."""
+    files: dict[ArtifactRef, list[Stat]] = defaultdict(list)
+    for stat in store.files.walk("artifacts"):
+        _, stage, identity, *_ = [*stat.key.split("/"), "", ""]
+        if re.fullmatch("[0-9a-f]{64}", identity) and re.fullmatch(NAME_PATTERN, stage):
+            files[ArtifactRef(stage=stage, identity=identity)].append(stat)
+    for ref, stats in files.items():
+        folder = folder_of(ref)
+        committed = any(stat.key == f"{folder}/manifest.json" for stat in stats)
+        if committed and ref not in live:
+            yield _one("artifact", ref.short, stats, ref)
+            continue
+        own = store.manifest(ref).attempt if committed else None
+        attempts: dict[str, list[Stat]] = defaultdict(list)
+        for stat in stats:
+            below = stat.key.removeprefix(f"{folder}/attempts/")
+            if below != stat.key and below.partition("/")[0] != own:
+                attempts[below.partition("/")[0]].append(stat)
+        for name, of in attempts.items():
+            yield _one("attempt", f"{ref.short}, attempt {name[:12]}", of, f"{folder}/attempts/{name}")
+
+
+def _one(kind: str, what: str, stats: list[Stat], of: ArtifactRef | str | Stat) -> Garbage:
+    return Garbage(kind, what, sum(stat.bytes for stat in stats), max(stat.modified for stat in stats), of)

@@ -1,0 +1,295 @@
+"""A store on S3, or on what speaks its protocol: uploads in parts, manifests put if absent, a local cache of what is read.
+
+    BATON_S3_ENDPOINT   the address of a server other than AWS's
+    BATON_CACHE         the folder of the cache; ~/.cache/baton by default
+    BATON_CACHE_GB      how much it may hold; 20 by default
+
+Credentials are those of AWS's own variables and files (AWS_ACCESS_KEY_ID …). s3fs does the work; it is an extra, `s3`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from flows.store.cache import Cache
+from flows.store.files import Stat
+from schemas.errors import ConfigError, StoreError, UnreachableStoreError
+from stages.ops.progress import progress_bar
+
+PART = 32 * 2**20  # bytes of an upload's part
+AT_ONCE = 4  # parts, and files
+TRIES = 5  # of every request, by botocore, with growing pauses
+TIMEOUT = 60  # seconds without an answer after which a request has failed
+BEAT, LAPSE = 10, 60  # seconds between signs of life of who holds a lock; without one it lapses
+
+
+class S3Files:
+    """`s3://bucket/prefix`."""
+
+    def __init__(self, uri: str) -> None:
+        parts = urlsplit(uri)
+        if "@" in parts.netloc or not parts.netloc:
+            raise ConfigError("--store s3://…: expected s3://bucket/prefix; credentials come from AWS_ACCESS_KEY_ID and "
+                              "AWS_SECRET_ACCESS_KEY")
+        self.uri, self.bucket = uri.rstrip("/"), parts.netloc
+        self.root = f"{parts.netloc}{parts.path}".rstrip("/")
+        self.fs = _filesystem()
+        endpoint = os.environ.get("BATON_S3_ENDPOINT", "")
+        self.cache = Cache(sha256(f"{endpoint} {self.uri}".encode()).hexdigest()[:16])
+        self.beside = self.cache.folder
+        self._probed = False
+        with self._explained("bucket"):
+            self.fs.call_s3("head_bucket", Bucket=self.bucket)
+
+    # --- reading ---
+
+    def read(self, key: str) -> bytes | None:
+        with self._explained(key), contextlib.suppress(FileNotFoundError):
+            return self.fs.cat_file(self._path(key))
+        return None
+
+    def exists(self, key: str) -> bool:
+        with self._explained(key), contextlib.suppress(FileNotFoundError):
+            self.fs.call_s3("head_object", Bucket=self.bucket, Key=self._object(key))
+            return True
+        return False
+
+    def names(self, key: str) -> list[str]:
+        with self._explained(key), contextlib.suppress(FileNotFoundError):
+            return sorted(path.rstrip("/").rpartition("/")[2] for path in self.fs.ls(self._path(key), detail=False))
+        return []
+
+    def walk(self, key: str) -> Iterator[Stat]:
+        with self._explained(key):
+            found = self.fs.find(self._path(key), detail=True)
+        for path, about in found.items():
+            yield Stat(path.removeprefix(f"{self.root}/"), about["size"], about["LastModified"].timestamp())
+
+    def local(self, key: str, inner: str) -> Path:
+        path = self.cache.path(key, inner)
+        if path.is_file():
+            return path
+        with self._explained(f"{key}/{inner}"), contextlib.suppress(FileNotFoundError), self.cache.arriving(path) as new:
+            self.fs.get_file(self._path(f"{key}/{inner}"), str(new))
+        return path
+
+    def forget(self, key: str, inner: str) -> bool:
+        path = self.cache.path(key, inner)
+        there = path.exists()
+        path.unlink(missing_ok=True)
+        return there
+
+    def address(self, key: str) -> str:
+        return f"{self.uri}/{key}"
+
+    # --- writing ---
+
+    def put_once(self, key: str, data: bytes) -> bool:
+        self.probe()
+        return self._put_once(key, data)
+
+    def _put_once(self, key: str, data: bytes) -> bool:
+        """A put that failed may have arrived, and its repetition then finds itself: what counts is whose bytes are there."""
+        with self._explained(key):
+            for wait in (0.1, 0.2, 0.5, 1, 2, 5, None):
+                try:
+                    self.fs.pipe_file(self._path(key), data, mode="create")
+                    return True
+                except OSError as error:
+                    if _code(error) in ("PreconditionFailed", "412") or isinstance(error, FileExistsError):
+                        return self.fs.cat_file(self._path(key)) == data
+                    if _code(error) not in ("ConditionalRequestConflict", "409") or wait is None:
+                        raise
+                time.sleep(wait)  # somebody is just putting it, and may yet fail
+
+    def probe(self) -> None:
+        """Raises `StoreError` unless the store refuses to put a second time what is there: without that nothing is safe."""
+        if self._probed:
+            return
+        key = f"probes/{uuid.uuid4().hex}"
+        try:
+            honoured = self._put_once(key, b"first") and not self._put_once(key, b"second")
+        finally:
+            self.remove(key)
+        if not honoured:
+            raise StoreError(f"{self.uri}: the server does not honour If-None-Match: two writers of one artifact would "
+                             "overwrite each other; use AWS S3, or a newer version of this server")
+        self._probed = True
+
+    def begin(self, key: str) -> Path:
+        return self.cache.begin(key)
+
+    def sync(self, path: Path) -> None:
+        """Not needed: it is durable when it is uploaded."""
+
+    def publish(self, key: str) -> None:
+        self.probe()
+        folder = self.cache.making(key)
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+        def upload(path: Path) -> None:
+            inner = path.relative_to(folder).as_posix()
+            with self._explained(f"{key}/{inner}"):
+                self.fs.put_file(str(path), self._path(f"{key}/{inner}"), chunksize=PART, max_concurrency=AT_ONCE)
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(progress_bar(pool.map(upload, files), "upload", total=len(files)))
+        self.cache.keep(key)
+
+    def remove(self, key: str) -> None:
+        with self._explained(key):
+            paths = list(self.fs.find(self._path(key)))
+            if paths:
+                self.fs.rm(paths)
+        self.cache.remove(key)
+
+    def unfinished(self) -> list[Stat]:
+        with self._explained("uploads"):
+            found = self.fs.call_s3("list_multipart_uploads", Bucket=self.bucket, Prefix=self._object("artifacts/"))
+        prefix = self._object("")
+        return [Stat(f"{one['Key'].removeprefix(prefix)}?uploadId={one['UploadId']}", 0, one["Initiated"].timestamp())
+                for one in found.get("Uploads", ())]
+
+    def abort(self, unfinished: Stat) -> None:
+        key, _, upload = unfinished.key.partition("?uploadId=")
+        with self._explained(key), contextlib.suppress(FileNotFoundError):
+            self.fs.call_s3("abort_multipart_upload", Bucket=self.bucket, Key=self._object(key), UploadId=upload)
+
+    # --- locking ---
+
+    @contextlib.contextmanager
+    def exclusive(self, key: str, holder: bytes, waiting: Callable[[bytes], None]) -> Iterator[None]:
+        """By terms with growing numbers: `<key>/000007` is put if absent, `.beat` shows life, `.end` says it is over.
+
+        A term whose beat does not change for LAPSE seconds, by the clock of who waits, is over too.
+        """
+        term = self._win(key, holder, waiting)
+        over = threading.Event()
+        beats = threading.Thread(target=self._beat, args=(f"{key}/{term:06d}.beat", over), daemon=True)
+        beats.start()
+        try:
+            yield
+        finally:
+            over.set()
+            beats.join()
+            with contextlib.suppress(StoreError, OSError):  # it will lapse
+                self._put_once(f"{key}/{term:06d}.end", b"")
+
+    def _win(self, key: str, holder: bytes, waiting: Callable[[bytes], None]) -> int:
+        self.probe()
+        mine, seen, since, told = holder + f"\n{uuid.uuid4().hex}".encode(), None, time.monotonic(), False
+        while True:
+            last, ended = self._last_term(key)
+            sign = (last, self.read(f"{key}/{last:06d}.beat"))
+            if sign != seen:
+                seen, since = sign, time.monotonic()
+            if ended or time.monotonic() - since > LAPSE:
+                if self._put_once(f"{key}/{last + 1:06d}", mine):
+                    self._clear(key, last)
+                    return last + 1
+                continue
+            if not told:
+                waiting((self.read(f"{key}/{last:06d}") or b"").rpartition(b"\n")[0])
+                told = True
+            time.sleep(BEAT / 5)
+
+    def _last_term(self, key: str) -> tuple[int, bool]:
+        """The number of the last term, 0 where there was none, and whether it is over."""
+        names = self.names(key)
+        last = max((int(name) for name in names if re.fullmatch("[0-9]+", name)), default=0)
+        return last, last == 0 or f"{last:06d}.end" in names
+
+    def _clear(self, key: str, last: int) -> None:
+        for name in self.names(key):
+            if int(name[:6]) <= last:
+                self.remove(f"{key}/{name}")
+
+    def _beat(self, key: str, over: threading.Event) -> None:
+        count = 0
+        while not over.wait(BEAT):
+            count += 1
+            with contextlib.suppress(Exception):  # a beat that is missed is one missed
+                self.fs.pipe_file(self._path(key), str(count).encode())
+
+    def holder(self, key: str) -> bytes | None:
+        last, ended = self._last_term(key)
+        signs = [] if ended else [stat.modified for stat in self.walk(key) if stat.key.startswith(f"{key}/{last:06d}")]
+        if not signs or self._now() - max(signs) > LAPSE:
+            return None
+        return (self.read(f"{key}/{last:06d}") or b"").rpartition(b"\n")[0]
+
+    def _now(self) -> float:
+        """By the server's clock."""
+        key = f"probes/{uuid.uuid4().hex}"
+        self._put_once(key, b"")
+        try:
+            return next(iter(self.walk(key))).modified
+        finally:
+            self.remove(key)
+
+    # --- names and errors ---
+
+    def _path(self, key: str) -> str:
+        return f"{self.root}/{key}".rstrip("/")
+
+    def _object(self, key: str) -> str:
+        return self._path(key).removeprefix(f"{self.bucket}/") + ("/" if key.endswith("/") or not key else "")
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Turns botocore's own exceptions, which are no OSErrors, into `StoreError`, transient where network or server is in
+        trouble; a missing bucket, or one that is not ours, into `ConfigError`."""
+        from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
+
+        try:
+            yield
+        except BotoCoreError as error:
+            kind = UnreachableStoreError if isinstance(error, (ConnectionError, HTTPClientError)) else StoreError
+            raise kind(f"{self.address(what)}: {' '.join(str(error).split())}; see to AWS_ACCESS_KEY_ID, AWS_SECRET_"
+                       "ACCESS_KEY, BATON_S3_ENDPOINT and the network, then the same command goes on") from error
+        except PermissionError as error:
+            said = " ".join(str(error).split())
+            raise ConfigError(f"--store {self.uri}: the server refuses these credentials ({said}); see to "
+                              "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do in the bucket") from None
+        except FileNotFoundError as error:
+            if what == "bucket" or "NoSuchBucket" in str(error.__cause__):
+                raise ConfigError(f"--store {self.uri}: there is no bucket {self.bucket!r}; make it first") from None
+            raise
+        except OSError as error:
+            if not isinstance(error, TimeoutError) and _status(error) < 500:
+                raise
+            said = " ".join(str(error).split())
+            raise UnreachableStoreError(f"{self.address(what)}: {said}; what was committed before is whole: see to the "
+                                        "server, then the same command goes on") from error
+        except ClientError as error:
+            raise StoreError(f"{self.address(what)}: {error}") from error
+
+
+def _filesystem():
+    try:
+        import s3fs
+    except ImportError:
+        raise ConfigError("--store s3://…: s3fs is not installed; pip install '.[s3]' in Baton's checkout") from None
+    client = {"retries": {"mode": "standard", "max_attempts": TRIES}, "connect_timeout": 10, "read_timeout": TIMEOUT}
+    return s3fs.S3FileSystem(endpoint_url=os.environ.get("BATON_S3_ENDPOINT"), use_listings_cache=False,
+                             skip_instance_cache=True, config_kwargs=client)
+
+
+def _status(error: OSError) -> int:
+    """The HTTP status that the server answered with; 0 where it did not."""
+    return (getattr(error.__cause__, "response", None) or {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+
+
+def _code(error: OSError) -> str:
+    """The server's own code of an error."""
+    return (getattr(error.__cause__, "response", None) or {}).get("Error", {}).get("Code", "")

@@ -1,0 +1,236 @@
+"""MLflow, the only file that knows it: one MLflow run for each training run, brought to what the store says.
+
+Run as `python -m flows.tracking.client STORE RUN` by `mirror.py`, which writes the address and the run's config, and then
+the number of each committed state, to its standard input, a line each. It prints `page …`, where a server shows the run, and
+`wrong …`, why it could not go on.
+
+A point is logged only where MLflow does not have it yet, so that a mirror that was away or broke off is completed by
+the next start of the run, without double points.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import select
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # without these a call waits four minutes
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+import mlflow
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+
+from flows.runs.run import Run, record_key
+from flows.store.store import Store
+from schemas.addresses import without_user_info
+from schemas.artifacts import Manifest, RunRecord, TrainState
+from schemas.config import parse_config
+from schemas.tables import EPISODE_FILM, Returns, Samples
+
+SAMPLES_SHOWN = 32  # rows of the table of samples
+BATCH = 1000  # the most metrics that MLflow takes in one call
+INTERVAL = 2.0  # seconds: states that come faster are logged together
+for _noisy in ("mlflow", "alembic"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
+
+
+class Client:
+    """One MLflow run for the training run."""
+
+    def __init__(self, run: Run, uri: str) -> None:
+        self.run, self.uri, self.client = run, uri, mlflow.MlflowClient(uri)
+        self.run_id = self._find() or self._create()
+        self._log_params()
+        self.logged, self.next = self._logged(), 0
+
+    @property
+    def page(self) -> str:
+        """Where a server shows the run."""
+        experiment = self.client.get_run(self.run_id).info.experiment_id
+        return f"{without_user_info(self.uri).rstrip('/')}/#/experiments/{experiment}/runs/{self.run_id}"
+
+    def bring_to(self, state: TrainState) -> None:
+        """Every point up to `state` that is not there yet, its samples, and the model once the run is finished."""
+        points = []
+        for iteration in range(self.next, state.iteration + 1):
+            points += self._points(self.run.state(iteration))
+            if len(points) >= BATCH or iteration == state.iteration:
+                self._log(points)
+                points = []
+        self.next = state.iteration + 1
+        if state.iteration >= self.run.config.iterations:
+            self._register(state)
+            self.client.set_terminated(self.run_id)
+
+    def _find(self) -> str | None:
+        """The MLflow run that mirrors this one, by its tags."""
+        experiment = self.client.get_experiment_by_name(self.run.config.tracking.experiment)
+        if experiment is None:
+            return None
+        query = f"tags.`baton.run` = '{self.run.name}' and tags.`baton.created` = '{self.run.record.created}'"
+        runs = self.client.search_runs([experiment.experiment_id], query, max_results=1)
+        return runs[0].info.run_id if runs else None
+
+    def _create(self) -> str:
+        name = self.run.config.tracking.experiment
+        experiment = self.client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else self._experiment(name)
+        tags = {"baton.run": self.run.name, "baton.created": self.run.record.created,
+                "baton.store": self.run.store.uri}
+        return self.client.create_run(experiment_id, run_name=self.run.name, tags=tags).info.run_id
+
+    def _log_params(self) -> None:
+        """The settings the run was made with, those that are not there yet."""
+        there = self.client.get_run(self.run_id).data.params
+        params = [Param(key, str(value)[:500]) for key, value in _flat(self.run.record.config) if key not in there]
+        for start in range(0, len(params), 100):
+            self.client.log_batch(self.run_id, params=params[start : start + 100])
+
+    def _experiment(self, name: str) -> str:
+        """A new experiment; over sqlite, its artifacts lie beside the database."""
+        local = self.uri.startswith("sqlite:")
+        place = Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlflow-artifacts"
+        return self.client.create_experiment(name, artifact_location=place.as_uri() if local else None)
+
+    def _logged(self) -> set[tuple[str, int]]:
+        """(metric, iteration) of every point MLflow has."""
+        keys = self.client.get_run(self.run_id).data.metrics
+        return {(key, point.step) for key in keys for point in self.client.get_metric_history(self.run_id, key)}
+
+    def _points(self, state: TrainState) -> list[Metric]:
+        """Those of an iteration that are not there yet; its samples are logged before them."""
+        manifests = {stage: self.run.store.manifest(ref) for stage, ref in state.artifacts.items()}
+        at = max(datetime.fromisoformat(manifest.created).timestamp() for manifest in manifests.values())
+        points = [Metric(key, value, int(at * 1000), state.iteration)
+                  for key, value in (state.metrics | timings(state, manifests)).items()
+                  if (key, state.iteration) not in self.logged]
+        if points and "evaluate" in manifests:
+            self._log_samples(state, manifests["evaluate"])
+        return points
+
+    def _log(self, points: list[Metric]) -> None:
+        for start in range(0, len(points), BATCH):
+            self.client.log_batch(self.run_id, metrics=points[start : start + BATCH])
+        self.logged |= {(point.key, point.step) for point in points}
+
+    def _log_samples(self, state: TrainState, evaluation: Manifest) -> None:
+        """Samples or returns of an evaluation, and its film, as artifacts on MLflow's page; once, since a table appends."""
+        name = f"iteration-{state.iteration:06d}"
+        if f"samples/{name}.json" in {item.path for item in self.client.list_artifacts(self.run_id, "samples")}:
+            return
+        for kind in (Samples, Returns):
+            if kind.file in evaluation.digests():
+                rows = self.run.store.table(evaluation.ref, kind).to_arrow().slice(0, SAMPLES_SHOWN)
+                self.client.log_table(self.run_id, rows.to_pydict(), f"samples/{name}.json")
+        if EPISODE_FILM in evaluation.digests():
+            with tempfile.TemporaryDirectory() as folder:
+                film = shutil.copy(self.run.store.file(evaluation.ref, EPISODE_FILM), Path(folder) / f"{name}.gif")
+                self.client.log_artifact(self.run_id, film, "films")
+
+    def _register(self, state: TrainState) -> None:
+        """The actor as a version of the run's registered model, alias `best`; the weights stay in the store."""
+        name, artifact = f"baton-{self.run.name}", str(state.actor.artifact)
+        with contextlib.suppress(MlflowException):  # it is there already
+            self.client.create_registered_model(name)
+        there = self.client.search_model_versions(f"name = '{name}'")
+        versions = [version.version for version in there if version.tags.get("baton.artifact") == artifact]
+        version = versions[0] if versions else self._new_version(name, artifact, state)
+        self.client.set_registered_model_alias(name, "best", version)
+
+    def _new_version(self, name: str, artifact: str, state: TrainState) -> str:
+        folder = self.run.store.place(state.actor.artifact, state.actor.folder)
+        folder = folder if "://" in folder else str(Path(folder).resolve())
+        tags = {"baton.artifact": artifact, "baton.folder": folder, "baton.iteration": str(state.iteration)}
+        experiment, before = self.client.get_run(self.run_id).info.experiment_id, os.environ.get("MLFLOW_TRACKING_URI")
+        mlflow.set_tracking_uri(self.uri)  # the client has no call for external models, nor looks for them at its own
+        try:
+            model = mlflow.create_external_model(name, self.run_id, tags=tags, experiment_id=experiment)
+            return self.client.create_model_version(name, f"models:/{model.model_id}", self.run_id, tags=tags,
+                                                    model_id=model.model_id).version
+        finally:
+            mlflow.set_tracking_uri(before)
+
+
+def timings(state: TrainState, manifests: Mapping[str, Manifest]) -> dict[str, float]:
+    """Seconds, tokens per second and bytes written of each stage, and the seconds of the iteration."""
+    out = {"iteration/seconds": state.seconds}
+    for stage, manifest in manifests.items():
+        out |= {f"{stage}/seconds": manifest.seconds, f"{stage}/bytes": float(manifest.bytes)}
+        if manifest.tokens_per_second:
+            out[f"{stage}/tokens_per_second"] = manifest.tokens_per_second
+    return out
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`section.key`, value."""
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# --- the process ---
+
+def main(root: str, name: str) -> int:
+    """Brings MLflow to each state it is told of, several at once where they come fast, until its input ends."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # MLflow prints there too
+    try:
+        lines = Lines(sys.stdin.fileno())
+        told = json.loads(lines.first())
+        config = parse_config(told["config"], f"run {name!r}")
+        store = Store(root)
+        run = Run(store, store.get(record_key(name), RunRecord), config)
+        client = Client(run, told["uri"])
+        if told["uri"].startswith("http"):
+            print(f"page {client.page}", file=answers, flush=True)
+        while (iteration := lines.last()) is not None:
+            client.bring_to(run.state(int(iteration)))
+    except Exception as error:  # whatever a tracking server does, the training goes on
+        said = without_user_info(str(error)).strip().splitlines() or [type(error).__name__]
+        print(f"wrong {said[0][:200]}", file=answers, flush=True)
+        return 1
+    return 0
+
+
+class Lines:
+    """Lines of a pipe, read as they come."""
+
+    def __init__(self, file: int) -> None:
+        self.file, self.rest, self.ended = file, b"", False
+
+    def first(self) -> bytes:
+        """The next line."""
+        while b"\n" not in self.rest and not self.ended:
+            self._read()
+        line, _, self.rest = self.rest.partition(b"\n")
+        return line
+
+    def last(self) -> bytes | None:
+        """The newest line after at most INTERVAL of waiting for newer ones; None at the end."""
+        line = self.first()
+        deadline = time.monotonic() + INTERVAL
+        while not self.ended and (left := deadline - time.monotonic()) > 0:
+            if select.select([self.file], [], [], left)[0]:
+                self._read()
+        *_, newest = [line, *self.rest.split(b"\n")[:-1]]
+        self.rest = self.rest[self.rest.rfind(b"\n") + 1 :]
+        return newest or None
+
+    def _read(self) -> None:
+        data = os.read(self.file, 65536)
+        self.rest, self.ended = self.rest + data, not data
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
