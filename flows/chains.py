@@ -1,21 +1,37 @@
-"""Which chain of stages a run is: a language model's or a control task's. All that flows know of the difference."""
+"""The two kinds of run there are: a language model's and a control task's. Each is imported when it is needed."""
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
+from pathlib import Path
 
+from flows.runs.chain import Chain, KindOfRun, Warm
 from flows.runs.run import Run
-from schemas.control import ControlConfig
+from flows.store.store import Store
+from schemas.settings import ExecutionConfig, RunConfig
+from schemas.stages import Kind
 
 
-def chain(run: Run) -> ModuleType:
-    """The chain's module, imported when it is needed, since transformers takes seconds.
+def kind_of(kind: Kind) -> KindOfRun:
+    """What that kind of run brings."""
+    match kind:
+        case "language":
+            from flows.language.language_run import LANGUAGE
+            return LANGUAGE
+        case "control":
+            from flows.control.control_run import CONTROL
+            return CONTROL
 
-    Both have STAGES, the tasks by stage; Warm, what a process keeps in memory; `prepare(run)`, state 0;
-    `iteration(run, state, last)`, the next state; `line(metrics)`, an iteration in words;
-    `saved(stage, run, recorded, iteration)`, what a stage is given again; and `forked(run, recorded, state)`, what a fork
-    begins from.
-    """
-    control = isinstance(run.config, ControlConfig)
-    return importlib.import_module("flows.control.control_chain" if control else "flows.language.language_chain")
+
+def chain_of(run: Run) -> Chain:
+    """Which stages the run has, and what each is called with."""
+    return kind_of(run.config.kind).chain(run)
+
+
+def warm_of(kind: Kind, store: Store, execution: ExecutionConfig) -> Warm:
+    """What a process keeps in memory between calls of that kind."""
+    return kind_of(kind).warm(store, execution)
+
+
+def check_inputs(config: RunConfig, files: dict[str, list[Path]]) -> None:
+    """Reads all that a new run is made of, before anything is imported. Raises `ConfigError`."""
+    kind_of(config.kind).check(config, files)

@@ -9,54 +9,90 @@ from contextlib import closing, contextmanager
 
 from prefect import flow
 
-from flows.chains import chain
+from flows.chains import chain_of, warm_of
+from flows.opening import requested
 from flows.orchestration import page
-from flows.orchestration.tasks import untagged
-from flows.runs.retention import retain_after
-from flows.runs.run import Run
-from flows.runs.start import Source, requested
-from flows.store.lease import lease
+from flows.orchestration.tasks import StageTasks, untagged
+from flows.perform import perform
+from flows.runs.retention import Retention
+from flows.runs.run import Run, lease_key
+from flows.runs.start import Source
+from flows.store.lease import working_on
 from flows.tracking.mirror import Mirror
-from schemas.artifacts import ArtifactRef, TrainState
+from schemas.artifacts import Produced, StageCall, TrainState
 from schemas.settings import NO_OVERRIDES, Name, Overrides
+from schemas.stages import STAGES
 
 log = logging.getLogger("baton")
+LOG_INTERVAL = 1.0  # seconds: of faster iterations not every one gets a line
+
+
+class Session:
+    """A run that this process works on: its chain, what is warm, and what is reported to people meanwhile."""
+
+    def __init__(self, run: Run, tasks: StageTasks, mirror: Mirror) -> None:
+        self.run, self.tasks, self.mirror = run, tasks, mirror
+        self.chain, self.retention = chain_of(run), Retention(run)
+        self.iterations = run.config.iterations
+        self._logged = float("-inf")  # when an iteration last got a line
+
+    def prepare(self) -> TrainState:
+        """State 0, committed."""
+        started = time.perf_counter()
+        state = self.chain.prepare(self._announced)
+        state = state.model_copy(update={"seconds": time.perf_counter() - started})
+        self.run.save(state)
+        self.mirror.push(state)
+        page.report(self.run, state, None)
+        return state
+
+    def iterate(self, state: TrainState) -> TrainState:
+        """The iteration after `state`, committed."""
+        started, found = time.perf_counter(), []
+
+        def tracked(*calls: StageCall) -> dict[str, Produced]:
+            made = self.tasks(*calls)
+            found.extend(stage for stage, produced in made.items() if produced.how == "found")
+            return made
+
+        evaluated = self.run.config.evaluation_due(state.iteration + 1, self.iterations)
+        after = self.chain.iteration(state, tracked, evaluated)
+        after = after.model_copy(update={"seconds": time.perf_counter() - started})
+        self.run.save(after)
+        self.mirror.push(after)
+        self.retention.after(after.iteration)
+        if time.monotonic() - self._logged >= LOG_INTERVAL or after.iteration >= self.iterations:
+            self._logged = time.monotonic()
+            self._log(after, found)
+            page.report(self.run, after, state)
+        return after
+
+    def _announced(self, *calls: StageCall) -> dict[str, Produced]:
+        """Performs what comes before the first iteration, with a line for each stage."""
+        made = self.tasks(*calls)
+        for name, produced in made.items():
+            headline = STAGES[self.run.config.kind][name].headline
+            numbers = "  ".join(f"{metric} {produced.metrics[metric]:.4g}" for metric in headline
+                                if metric in produced.metrics)
+            how = "found" if produced.how == "found" else f"{produced.seconds:.1f} s"
+            log.info(f"{name:<13} {numbers}  {how}")
+        return made
+
+    def _log(self, state: TrainState, found: list[str]) -> None:
+        """A line about the iteration: what it came to, what was there already."""
+        skipped = f"  (found {', '.join(found)})" if found else ""
+        log.info(f"iteration {state.iteration:>{len(str(self.iterations))}}/{self.iterations}  "
+                 f"{self.chain.line(state.metrics)}  {state.seconds:5.1f} s{skipped}")
 
 
 @contextmanager
-def at_work(name: str, config: Source | None, overrides: Overrides, store: str | None) -> Iterator[tuple[Run, Mirror]]:
-    """The run of that name, which nobody else works on meanwhile, and its mirror."""
+def session(name: str, config: Source | None, overrides: Overrides, store: str | None) -> Iterator[Session]:
+    """The run of that name, held by this process alone."""
     run = requested(name, config, overrides, store)
-    with untagged(), lease(run.store, name), closing(run), Mirror(run) as mirror:
-        yield run, mirror
-
-
-def prepare(run: Run) -> TrainState:
-    """State 0, committed."""
-    state = chain(run).prepare(run)
-    page.report(run, state, None)
-    return state
-
-
-def run_iteration(run: Run, state: TrainState, last: int) -> TrainState:
-    """The iteration after `state`, committed; `last`: the one that is evaluated in any case."""
-    started, found = time.perf_counter(), len(run.found)
-    after = chain(run).iteration(run, state, last)
-    after = after.model_copy(update={"seconds": time.perf_counter() - started})
-    run.save(after)
-    retain_after(run, after.iteration)
-    if time.monotonic() - run.said >= 1 or after.iteration >= last:  # not more than one a second is spoken of
-        run.said = time.monotonic()
-        _say(run, after, last, run.found[found:])
-        page.report(run, after, state)
-    return after
-
-
-def _say(run: Run, state: TrainState, last: int, found: list[ArtifactRef]) -> None:
-    """A line about the iteration: what it came to, what was there already."""
-    skipped = f"  (found {', '.join(ref.stage for ref in found)})" if found else ""
-    log.info(f"iteration {state.iteration:>{len(str(last))}}/{last}  {chain(run).line(state.metrics)}  "
-             f"{state.seconds:5.1f} s{skipped}")
+    warm = warm_of(run.config.kind, run.store, run.config.execution)
+    tasks = StageTasks(name, lambda call: perform(call, run.store, warm), run.config.execution.concurrent_stages)
+    with (untagged(), working_on(run.store, lease_key(name), f"run {name!r}"), closing(warm), Mirror(run) as mirror):
+        yield Session(run, tasks, mirror)
 
 
 @flow(name="iterate", flow_run_name="{run}-iterate", persist_result=False)
@@ -74,18 +110,17 @@ def iterate_flow(
         overrides: What holds for this call only.
         store: Where artifacts and runs are kept, a folder or s3://bucket/prefix; BATON_STORE of the worker by default.
     """
-    with at_work(run, config, overrides, store) as (what, mirror):
-        state, last = what.last(), what.config.iterations
+    with session(run, config, overrides, store) as work:
+        state = work.run.last()
         if state is None:
             page.rename(f"{run}-iterate-{0:06d}")
-            state = prepare(what)
-        elif state.iteration < last:
+            state = work.prepare()
+        elif state.iteration < work.iterations:
             page.rename(f"{run}-iterate-{state.iteration + 1:06d}")
-            mirror.push(state)
-            state = run_iteration(what, state, last)
+            state = work.iterate(state)
         else:
-            log.info(f"run {run}: all {last} iterations are there; nothing to do")
-        mirror.push(state)
-        if state.iteration >= last:
-            page.end_schedules(what, state.iteration)
+            log.info(f"run {run}: all {work.iterations} iterations are there; nothing to do")
+            work.mirror.push(state)
+        if state.iteration >= work.iterations:
+            page.end_schedules(work.run, state.iteration)
     return state

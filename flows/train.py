@@ -6,9 +6,8 @@ import gc
 
 from prefect import flow
 
-from flows.iterate import at_work, prepare, run_iteration
+from flows.iterate import session
 from flows.orchestration import page
-from flows.runs.retention import retain
 from flows.runs.start import Source
 from schemas.artifacts import TrainState
 from schemas.settings import NO_OVERRIDES, Name, Overrides
@@ -27,17 +26,16 @@ def train_flow(
         overrides: What holds for this call only.
         store: Where artifacts and runs are kept, a folder or s3://bucket/prefix; BATON_STORE of the worker by default.
     """
-    with at_work(run, config, overrides, store) as (what, mirror):
-        state, last = what.last() or prepare(what), what.config.iterations
-        mirror.push(state)
-        retain(what)
+    with session(run, config, overrides, store) as work:
+        state = work.run.last() or work.prepare()
+        work.mirror.push(state)
+        work.retention.before(state.iteration)
         gc.collect()
         gc.freeze()  # what is imported by now stays: the collector need not go through it again with every generation
         try:
-            while state.iteration < last:
-                state = run_iteration(what, state, last)
-                mirror.push(state)
+            while state.iteration < work.iterations:
+                state = work.iterate(state)
         finally:
             gc.unfreeze()
-        page.end_schedules(what, state.iteration)
+        page.end_schedules(work.run, state.iteration)
     return state

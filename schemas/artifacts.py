@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from schemas.errors import ConfigError
-from schemas.settings import NAME_PATTERN, Name
+from schemas.errors import ConfigError, StoreError
+from schemas.settings import NAME_PATTERN, ExecutionConfig, Name
+from schemas.stages import Kind
 
 
 class Record(BaseModel):
@@ -74,6 +75,69 @@ class Recipe(Record):
         return ArtifactRef(stage=self.stage, identity=sha256_json(self.model_dump(mode="json")))
 
 
+class ModelRef(Record):
+    """A model inside an artifact."""
+
+    artifact: ArtifactRef
+    folder: InnerPath
+
+
+class Moments(Record):
+    """Running moments of scores, or of discounted returns."""
+
+    count: float = 0
+    """How many were seen."""
+    mean: float = 0
+    std: float = 0
+    """Standard deviation (÷ count)."""
+
+
+class StageCall(Record):
+    """One stage's work, by references alone: what decides its result, and how it is computed.
+
+    It is JSON, and the same in this process, in a process of its own (`python -m flows.perform CALL.json`) or on another
+    machine that reaches the store.
+    """
+
+    kind: Kind
+    """Whose stage it is: a language model's or a control task's."""
+    stage: Name
+    version: int = Field(ge=1)
+    """The stage's, of the code that made the call."""
+    settings: dict[str, Any]
+    """All that decides the result, beside inputs and seed."""
+    inputs: dict[str, ArtifactRef | ModelRef]
+    """What is read, by role."""
+    seed: int | None = None
+    iteration: int = Field(ge=0)
+    """Where in the run; for messages, decides nothing."""
+    store: str
+    """A folder, or s3://bucket/prefix."""
+    execution: ExecutionConfig
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The part that decides the result."""
+        inputs = {role: ref.artifact if isinstance(ref, ModelRef) else ref for role, ref in self.inputs.items()}
+        return Recipe(stage=self.stage, version=self.version, config=self.settings, inputs=inputs, seed=self.seed)
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Role → folder of the models among the inputs."""
+        return {role: ref.folder for role, ref in self.inputs.items() if isinstance(ref, ModelRef)}
+
+
+class Outputs(Record):
+    """Numbers that a stage hands to the next iteration. Metrics are for people, and decide nothing."""
+
+    kl: float | None = None
+    """`gae`: KL estimate to the reference, nats a response, mean over the batch."""
+    bias: float | None = None
+    """`reward_bias`: mean weighted sum of the demonstrations."""
+    moments: Moments | None = None
+    """`reward`, or a control task's `rollout`: running moments with this batch's; none where nothing is normalised."""
+
+
 class FileEntry(Record):
     """One file of an artifact."""
 
@@ -111,6 +175,13 @@ class Manifest(Record):
     """The folder below `attempts/` that holds the files."""
     files: tuple[FileEntry, ...]
     metrics: dict[str, float]
+    outputs: Outputs
+    """In formats 1 and 2 they were taken from the metrics."""
+    kind: Kind | None
+    """Whose stage made it; none for inputs and in formats 1 and 2, as the next two."""
+    iteration: int | None
+    folders: dict[str, str]
+    """Role → folder of the models that it read."""
     seconds: float
     """Wall time of the stage, loading and saving included."""
     tokens: int | None = None
@@ -121,11 +192,14 @@ class Manifest(Record):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_format_1(cls, values: Any) -> Any:
-        """It had the sha256 of the input's manifest, which is another one when the same bytes are made again."""
-        if isinstance(values, dict) and "input_manifests" in values:
-            return {key: value for key, value in values.items() if key != "input_manifests"} | {"input_contents": None}
-        return values
+    def _of_older_formats(cls, values: Any) -> Any:
+        """Format 1 had the sha256 of an input's manifest, which is another one when the same bytes are made again; formats 1
+        and 2 had neither outputs nor what a `StageCall` needs beside the recipe."""
+        if not isinstance(values, dict) or "outputs" in values:
+            return values
+        values = {key: value for key, value in values.items() if key != "input_manifests"}
+        return {"input_contents": None, "outputs": _measured(values.get("metrics")), "kind": None, "iteration": None,
+                "folders": {}} | values
 
     @property
     def ref(self) -> ArtifactRef:
@@ -150,27 +224,43 @@ class Manifest(Record):
         return {entry.path: entry.sha256 for entry in self.files}
 
 
-class ModelRef(Record):
-    """A model inside an artifact."""
+def _measured(metrics: Any) -> dict[str, Any]:
+    """Outputs of an artifact of format 1 or 2, which knew them as metrics."""
+    there = metrics if isinstance(metrics, dict) else {}
+    moments = {name: there[f"running_{name}"] for name in Moments.model_fields if f"running_{name}" in there}
+    return {"kl": there.get("kl"), "bias": there.get("bias"), "moments": moments or None}
 
-    artifact: ArtifactRef
-    folder: InnerPath
+
+def call_of(manifest: Manifest, store: str) -> StageCall:
+    """The call that made the artifact, to be performed again in `store`. Raises `StoreError` for one of an older format."""
+    recipe = manifest.recipe
+    if manifest.kind is None:
+        raise StoreError(f"{manifest.ref.short}: the manifest of an input, or of an older format, holds no call; baton "
+                         f"stage {manifest.ref.stage} RUN --iteration I --print-call makes one from the run")
+    inputs = {role: ModelRef(artifact=ref, folder=manifest.folders[role]) if role in manifest.folders else ref
+              for role, ref in recipe.inputs.items()}
+    return StageCall(
+        kind=manifest.kind, stage=recipe.stage, version=recipe.version, settings=recipe.config, inputs=inputs,
+        seed=recipe.seed, iteration=manifest.iteration, store=store,
+        execution=ExecutionConfig.model_validate(manifest.environment.execution))
 
 
-class Moments(Record):
-    """Running moments of scores, or of discounted returns."""
+class Produced(Record):
+    """What came of a call. It is JSON, as the call is."""
 
-    count: float = 0
-    """How many were seen."""
-    mean: float = 0
-    std: float = 0
-    """Standard deviation (÷ count)."""
-
-    @classmethod
-    def measured(cls, stage: str, metrics: Mapping[str, float]) -> Moments:
-        """As the stage's metrics `running_…` have them, this iteration's numbers included; none seen where it keeps none."""
-        there = {name: metrics.get(f"{stage}/running_{name}") for name in cls.model_fields}
-        return cls(**{name: value for name, value in there.items() if value is not None})
+    ref: ArtifactRef
+    how: Literal["made", "found", "adopted", "reproduced", "different"]
+    """`found`: it was committed before. `adopted`: another writer committed it first. `reproduced` and `different`: it was
+    there, and was made again beside itself."""
+    outputs: Outputs
+    metrics: dict[str, float]
+    seconds: float
+    """As the manifest has it."""
+    files: int
+    different: dict[str, tuple[str | None, str | None]] = Field(default_factory=dict)
+    """Path → (committed digest, new digest) where those of this process differ."""
+    folder: str | None = None
+    """Where the new files are, if they are `different`."""
 
 
 class TrainState(Record):

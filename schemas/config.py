@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from schemas.control import ControlConfig
 from schemas.errors import ConfigError
-from schemas.language import LanguageConfig
-from schemas.settings import ComponentConfig, RunConfig, Settings
+from schemas.language import ComponentConfig, LanguageConfig
+from schemas.settings import RunConfig, Settings
 
 
 def parse_config(data: Any, where: str) -> RunConfig:
@@ -63,6 +65,33 @@ def _known_keys(path: tuple, kind: type[RunConfig]) -> list[str]:
         kinds = getattr(field.annotation, "__args__", (field.annotation,)) if field else ()
         section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)), ComponentConfig)
     return list(section.model_fields)
+
+
+def apply_settings(data: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+    """Puts each `a.b=value` into the nested mapping. Raises `ConfigError` on one that is not of that form."""
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        *sections, last = key.split(".")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"--set {setting}: expected key=value, for example ppo.learning_rate=1e-5")
+        place = data
+        for section in sections:
+            if place.get(section) is None:
+                place[section] = {}
+            place = place[section]
+            if not isinstance(place, dict):
+                raise ConfigError(f"--set {setting}: {section} is a value, not a section")
+        place[last] = _value(value)
+    return data
+
+
+def _value(text: str) -> Any:
+    """A setting's value: YAML, and numbers such as 1e-5, which YAML takes for text."""
+    try:
+        value = yaml.safe_load(text)
+        return float(value) if isinstance(value, str) else value
+    except (yaml.YAMLError, ValueError):
+        return text
 
 
 def differences(stored: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from schemas.presets import CONTROL, merged
 from schemas.settings import GAEConfig, PPOConfig, RunConfig, Settings
+from schemas.stages import Kind
 
 ESTIMATORS = get_args(GAEConfig.model_fields["estimator"].annotation)  # `gae` first
 
@@ -100,6 +101,7 @@ class Spaces(Settings):
 class ControlConfig(RunConfig):
     """A whole training run of a control task. `gae` and `ppo` start from `schemas/presets.py`'s CONTROL."""
 
+    kind: ClassVar[Kind] = "control"
     environment: EnvironmentConfig
     gae: GAEConfig = GAEConfig.model_validate(CONTROL["gae"])
     ppo: PPOConfig = PPOConfig.model_validate(CONTROL["ppo"])
@@ -123,6 +125,11 @@ class ControlConfig(RunConfig):
         for problem in _inconsistencies(self):
             raise ValueError(problem)
         return self
+
+    @property
+    def functions(self) -> dict[str, str]:
+        source = self.environment.id
+        return {"environment": source} if source.rpartition(":")[0].endswith(".py") else {}
 
     @property
     def batch_size(self) -> int:

@@ -2,28 +2,167 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from schemas.addresses import Address
 from schemas.presets import PRESETS, merged
-from schemas.settings import (
-    BaseModelConfig,
-    DataConfig,
-    EvaluateConfig,
-    KLConfig,
-    RewardConfig,
-    RewardModelConfig,
-    RolloutConfig,
-    RunConfig,
-    SFTConfig,
-    ValueConfig,
-)
+from schemas.settings import KLConfig, Name, RunConfig, Settings
+from schemas.stages import Kind
+
+
+class DataConfig(Settings):
+    """The input files, JSON lines, relative to the config file. They enter the store by their content."""
+
+    prompts: str
+    """Training prompts: `{"prompt": …}` a line."""
+    heldout_prompts: str
+    """Prompts for `evaluate`, never trained on: `{"prompt": …}` a line."""
+    demonstrations: str | None = None
+    """What `sft` learns from: `{"prompt": …, "completion": …}` a line."""
+    pairs: str | None = None
+    """What `reward_model` learns from: `{"prompt": …, "chosen": …, "rejected": …}` a line."""
+    heldout_pairs: str | None = None
+    """Pairs the reward model is only tested on."""
+    pretraining: str | None = None
+    """What `ppo.ptx_coef` mixes in instead of the demonstrations: `{"text": …}` a line."""
+
+
+class BaseModelConfig(Settings):
+    """Where training starts: a pretrained model (`source`), or a new GPT-2 with a byte-level BPE tokenizer."""
+
+    source: str | None = None
+    """A folder in Hugging Face format, relative to the config file, or the name of a model on the hub."""
+    chat_template: bool = False
+    """Whether a prompt is put to the models as a user's turn in the tokenizer's chat template."""
+    vocab_size: int = Field(1024, ge=259)
+    """New model: V, entries of the tokenizer trained from the demonstrations (256 bytes, 3 special tokens at least)."""
+    context_length: PositiveInt = 128
+    """New model: the most tokens of prompt and response together."""
+    layers: PositiveInt = 4
+    """New model: transformer blocks."""
+    heads: PositiveInt = 4
+    """New model: attention heads; must divide `width`."""
+    width: PositiveInt = 128
+    """New model: size of the residual stream."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} does not divide into heads={self.heads}; make it a multiple")
+        return self
+
+
+class SFTConfig(Settings):
+    """Supervised fine-tuning on demonstrations (TRL's SFTTrainer)."""
+
+    epochs: PositiveFloat = 3
+    """Passes over the demonstrations."""
+    batch_size: PositiveInt = 32
+    """Demonstrations per optimizer step."""
+    learning_rate: PositiveFloat = 2e-5
+    """Peak learning rate of AdamW; warmed up over `warmup_ratio` of the steps, then falls linearly to 0."""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Part of the steps in which the learning rate rises from 0."""
+    completion_only: bool = True
+    """Whether the loss leaves out the prompt's tokens."""
+
+
+class RewardModelConfig(Settings):
+    """Reward-model training on preference pairs (TRL's RewardTrainer): −log σ(r_chosen − r_rejected)."""
+
+    epochs: PositiveFloat = 1
+    """Passes over the pairs."""
+    batch_size: PositiveInt = 32
+    """Pairs per optimizer step."""
+    learning_rate: PositiveFloat = 2e-5
+    """Peak learning rate of AdamW; warmed up over `warmup_ratio` of the steps, then falls linearly to 0."""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Part of the steps in which the learning rate rises from 0."""
+    center_coef: float = Field(0.01, ge=0)
+    """Weight of (r_chosen + r_rejected)², which keeps rewards near 0 (Eisenstein et al. 2023)."""
+
+
+class RolloutConfig(Settings):
+    """Sampling responses from the actor."""
+
+    batch_size: PositiveInt = 128
+    """B, responses per iteration."""
+    responses_per_prompt: PositiveInt = 1
+    """k, responses to each of the B/k prompts of an iteration; must divide `batch_size`."""
+    max_new_tokens: PositiveInt = 32
+    """The most response tokens; a response cut here has finish reason `length`."""
+    temperature: PositiveFloat = 1.0
+    """Logits are divided by it, in rollout, reference and update alike."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What sampling computes in. With bfloat16 the update needs `ppo.recompute_old_logprobs`."""
+
+
+class ComponentConfig(Settings):
+    """One part of the reward."""
+
+    source: Address
+    """`reward_model`, `file.py:function` beside the config, `package.module:function`, or an `http://…` server."""
+    weight: float = 1.0
+    """What its value is multiplied with in the sum."""
+
+    @property
+    def kind(self) -> Literal["reward_model", "server", "function"]:
+        """What the source is."""
+        if self.source == "reward_model":
+            return "reward_model"
+        return "server" if self.source.startswith(("http://", "https://")) else "function"
+
+
+class RewardConfig(Settings):
+    """The score of a response: weighted sum − bias → normalised → clipped → missing-EOS rule → overlong penalty."""
+
+    components: dict[Name, ComponentConfig] = Field(
+        default_factory=lambda: {"reward_model": ComponentConfig(source="reward_model")})
+    """Name → component; the names are those of the `components` column and of the metrics."""
+    center_on_demonstrations: bool = False
+    """Whether the demonstrations' mean is taken off, so that they score 0 on average (Stiennon et al. 2020)."""
+    normalize: Literal["none", "scale", "standardize"] = "none"
+    """By the moments of all scores so far, this batch's included: divided by σ, or (score − μ)/σ."""
+    clip: PositiveFloat | None = None
+    """The score is clipped to ± this; null leaves it."""
+    missing_eos: Literal["none", "subtract", "replace"] = "none"
+    """What happens to the score of a response without EOS: subtract the penalty, or put −penalty in its place."""
+    missing_eos_penalty: float = Field(1.0, ge=0)
+    """The penalty of `missing_eos`."""
+    overlong_buffer: PositiveInt | None = None
+    """The last so many tokens before the limit cost up to `overlong_penalty`, in proportion (Yu et al. 2025, DAPO)."""
+    overlong_penalty: float = Field(1.0, ge=0)
+    """What a response of the full length costs, if there is an `overlong_buffer`."""
+
+    @model_validator(mode="after")
+    def _some_component(self) -> Self:
+        if not self.components:
+            raise ValueError("components is empty; name at least one, for example {reward_model: {source: reward_model}}")
+        return self
+
+
+class ValueConfig(Settings):
+    """The critic."""
+
+    start: Literal["reward_model", "actor"] = "reward_model"
+    """What the critic's weights are before the first iteration; from the actor, its head starts at 0."""
+
+
+class EvaluateConfig(Settings):
+    """Sampling on held-out prompts."""
+
+    every: int = Field(1, ge=0)
+    """Evaluate every so many iterations, and always at the start and after the last; 0: only then."""
+    judge: str | None = None
+    """`file.py:function` or `package.module:function` whose score is reported as gold and never trained on."""
 
 
 class LanguageConfig(RunConfig):
     """A whole training run of a language model."""
 
+    kind: ClassVar[Kind] = "language"
     preset: Literal["classic", "reasoning"] | None = None
     """What the other settings start from instead of their defaults; see schemas/presets.py."""
     data: DataConfig
@@ -59,6 +198,11 @@ class LanguageConfig(RunConfig):
             raise ValueError(problems[0])
         return self
 
+    @property
+    def functions(self) -> dict[str, str]:
+        named = {f"reward.{name}": part.source for name, part in self.reward.components.items() if part.kind == "function"}
+        return named | ({"judge": self.evaluate.judge} if self.evaluate.judge else {})
+
     def decides(self) -> dict[str, Any]:
         """As `RunConfig`'s, without the paths of inputs."""
         settings = super().decides()
@@ -72,7 +216,7 @@ def _inconsistencies(c: LanguageConfig):
     if c.rollout.batch_size % c.ppo.minibatches:
         yield (f"rollout.batch_size={c.rollout.batch_size} does not divide into "
                f"ppo.minibatches={c.ppo.minibatches}; make it a multiple")
-    new_model, sources = c.base_model.source is None, {part.source for part in c.reward.components.values()}
+    new_model, kinds = c.base_model.source is None, {part.kind for part in c.reward.components.values()}
     changed = [name for name, value in c.base_model if value != BaseModelConfig.model_fields[name].default]
     if not new_model and (extra := set(changed) - {"source", "chat_template"}):
         yield f"base_model.{sorted(extra)[0]} describes a new model, but base_model.source names one; remove either"
@@ -84,7 +228,7 @@ def _inconsistencies(c: LanguageConfig):
         yield "data.demonstrations is missing; sft learns from it"
     if c.reward_model and not (c.data.pairs and c.data.heldout_pairs):
         yield "data.pairs and data.heldout_pairs are needed; reward_model learns from the one and is tested on the other"
-    if "reward_model" in sources and not c.reward_model:
+    if "reward_model" in kinds and not c.reward_model:
         yield "reward.components uses the reward model, but there is no reward_model section; add it or another source"
     if c.value and c.value.start == "reward_model" and not c.reward_model:
         yield "value.start is reward_model, but there is no reward_model section; set value.start: actor"

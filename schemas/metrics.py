@@ -240,11 +240,3 @@ class EvaluateMetrics(Metrics):
     """R, mean."""
     eos_fraction: float
     """Part of the samples that ended with EOS."""
-
-
-METRICS: dict[str, type[Metrics]] = {
-    "base_model": BaseModelMetrics, "sft": SFTMetrics, "reward_model": RewardModelMetrics,
-    "reward_bias": RewardBiasMetrics, "rollout": RolloutMetrics, "reference": ReferenceMetrics, "reward": RewardMetrics,
-    "value": ValueMetrics, "gae": GAEMetrics, "ppo": PPOMetrics, "evaluate": EvaluateMetrics,
-    "policy": PolicyMetrics, "control_rollout": ControlRolloutMetrics, "control_evaluate": ControlEvaluateMetrics,
-}

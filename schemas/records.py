@@ -1,9 +1,10 @@
 """Records: the JSON files of a store. How they are written, so that one wrong bit is noticed, and how they are read again.
 
-    {"format_version": 2, "baton": "0.1.0", "sha256": "…", …the fields of the record…}
+    {"format_version": 3, "baton": "0.1.0", "sha256": "…", …the fields of the record…}
 
 `sha256` is that of the file's own bytes with its 64 digits taken as zeros. Format 1 had neither it nor `baton`; it is read
-as it is. These three fields are those of every format to come, so that a newer one can be told from a damaged one.
+as it is. Format 2 had manifests without outputs and calls, which schemas/artifacts.py fills in. The first three fields are
+those of every format to come, so that a newer one can be told from a damaged one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from datetime import UTC, datetime
 from functools import cache
 from typing import TypeVar
 
@@ -18,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from schemas.errors import DamageError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 UNSIGNED = b"0" * 64
 HINT = "baton verify says what helps"
 M = TypeVar("M", bound=BaseModel)
@@ -61,7 +63,7 @@ def _check_digest(data: bytes, where: str, signed: object) -> None:
 
 def _check_version(where: str, header: dict) -> None:
     found, writer = header["format_version"], header["baton"]
-    if found != FORMAT_VERSION:
+    if found not in range(2, FORMAT_VERSION + 1):
         raise DamageError(where, "format_version", f"at most {FORMAT_VERSION}, for Baton {version()}",
                           f"{found}, written by Baton {writer}", f"use Baton {writer} or a newer one")
 
@@ -70,3 +72,8 @@ def _check_version(where: str, header: dict) -> None:
 def version() -> str:
     """Baton's own."""
     return importlib.metadata.version("baton")
+
+
+def now() -> str:
+    """UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -6,11 +6,12 @@ Everything in a stage's class decides its result and is part of the identity of 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from schemas.addresses import Address
+from schemas.stages import Kind
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
@@ -22,129 +23,6 @@ class Settings(BaseModel):
     """Base of all settings: immutable, strict about keys, documented by the strings below its fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class DataConfig(Settings):
-    """The input files, JSON lines, relative to the config file. They enter the store by their content."""
-
-    prompts: str
-    """Training prompts: `{"prompt": …}` a line."""
-    heldout_prompts: str
-    """Prompts for `evaluate`, never trained on: `{"prompt": …}` a line."""
-    demonstrations: str | None = None
-    """What `sft` learns from: `{"prompt": …, "completion": …}` a line."""
-    pairs: str | None = None
-    """What `reward_model` learns from: `{"prompt": …, "chosen": …, "rejected": …}` a line."""
-    heldout_pairs: str | None = None
-    """Pairs the reward model is only tested on."""
-    pretraining: str | None = None
-    """What `ppo.ptx_coef` mixes in instead of the demonstrations: `{"text": …}` a line."""
-
-
-class BaseModelConfig(Settings):
-    """Where training starts: a pretrained model (`source`), or a new GPT-2 with a byte-level BPE tokenizer."""
-
-    source: str | None = None
-    """A folder in Hugging Face format, relative to the config file, or the name of a model on the hub."""
-    chat_template: bool = False
-    """Whether a prompt is put to the models as a user's turn in the tokenizer's chat template."""
-    vocab_size: int = Field(1024, ge=259)
-    """New model: V, entries of the tokenizer trained from the demonstrations (256 bytes, 3 special tokens at least)."""
-    context_length: PositiveInt = 128
-    """New model: the most tokens of prompt and response together."""
-    layers: PositiveInt = 4
-    """New model: transformer blocks."""
-    heads: PositiveInt = 4
-    """New model: attention heads; must divide `width`."""
-    width: PositiveInt = 128
-    """New model: size of the residual stream."""
-
-    @model_validator(mode="after")
-    def _divisible(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} does not divide into heads={self.heads}; make it a multiple")
-        return self
-
-
-class SFTConfig(Settings):
-    """Supervised fine-tuning on demonstrations (TRL's SFTTrainer)."""
-
-    epochs: PositiveFloat = 3
-    """Passes over the demonstrations."""
-    batch_size: PositiveInt = 32
-    """Demonstrations per optimizer step."""
-    learning_rate: PositiveFloat = 2e-5
-    """Peak learning rate of AdamW; warmed up over `warmup_ratio` of the steps, then falls linearly to 0."""
-    warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    """Part of the steps in which the learning rate rises from 0."""
-    completion_only: bool = True
-    """Whether the loss leaves out the prompt's tokens."""
-
-
-class RewardModelConfig(Settings):
-    """Reward-model training on preference pairs (TRL's RewardTrainer): −log σ(r_chosen − r_rejected)."""
-
-    epochs: PositiveFloat = 1
-    """Passes over the pairs."""
-    batch_size: PositiveInt = 32
-    """Pairs per optimizer step."""
-    learning_rate: PositiveFloat = 2e-5
-    """Peak learning rate of AdamW; warmed up over `warmup_ratio` of the steps, then falls linearly to 0."""
-    warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    """Part of the steps in which the learning rate rises from 0."""
-    center_coef: float = Field(0.01, ge=0)
-    """Weight of (r_chosen + r_rejected)², which keeps rewards near 0 (Eisenstein et al. 2023)."""
-
-
-class RolloutConfig(Settings):
-    """Sampling responses from the actor."""
-
-    batch_size: PositiveInt = 128
-    """B, responses per iteration."""
-    responses_per_prompt: PositiveInt = 1
-    """k, responses to each of the B/k prompts of an iteration; must divide `batch_size`."""
-    max_new_tokens: PositiveInt = 32
-    """The most response tokens; a response cut here has finish reason `length`."""
-    temperature: PositiveFloat = 1.0
-    """Logits are divided by it, in rollout, reference and update alike."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What sampling computes in. With bfloat16 the update needs `ppo.recompute_old_logprobs`."""
-
-
-class ComponentConfig(Settings):
-    """One part of the reward."""
-
-    source: Address
-    """`reward_model`, `file.py:function` beside the config, `package.module:function`, or an `http://…` server."""
-    weight: float = 1.0
-    """What its value is multiplied with in the sum."""
-
-
-class RewardConfig(Settings):
-    """The score of a response: weighted sum − bias → normalised → clipped → missing-EOS rule → overlong penalty."""
-
-    components: dict[Name, ComponentConfig] = {"reward_model": ComponentConfig(source="reward_model")}
-    """Name → component; the names are those of the `components` column and of the metrics."""
-    center_on_demonstrations: bool = False
-    """Whether the demonstrations' mean is taken off, so that they score 0 on average (Stiennon et al. 2020)."""
-    normalize: Literal["none", "scale", "standardize"] = "none"
-    """By the moments of all scores so far, this batch's included: divided by σ, or (score − μ)/σ."""
-    clip: PositiveFloat | None = None
-    """The score is clipped to ± this; null leaves it."""
-    missing_eos: Literal["none", "subtract", "replace"] = "none"
-    """What happens to the score of a response without EOS: subtract the penalty, or put −penalty in its place."""
-    missing_eos_penalty: float = Field(1.0, ge=0)
-    """The penalty of `missing_eos`."""
-    overlong_buffer: PositiveInt | None = None
-    """The last so many tokens before the limit cost up to `overlong_penalty`, in proportion (Yu et al. 2025, DAPO)."""
-    overlong_penalty: float = Field(1.0, ge=0)
-    """What a response of the full length costs, if there is an `overlong_buffer`."""
-
-    @model_validator(mode="after")
-    def _some_component(self) -> Self:
-        if not self.components:
-            raise ValueError("components is empty; name at least one, for example {reward_model: {source: reward_model}}")
-        return self
 
 
 class KLConfig(Settings):
@@ -160,6 +38,13 @@ class KLConfig(Settings):
     """Nats a response to which β is adapted from iteration to iteration (Ziegler et al. 2019); null keeps β."""
     horizon: PositiveFloat = 10_000
     """Responses after which a KL 20% off `target`, or more, would have changed β by a fifth; smaller adapts faster."""
+    measure: bool = True
+    """With `coef` 0: whether the reference is run all the same, so that the KL is among the metrics."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether an iteration runs the reference."""
+        return self.measure or self.coef > 0
 
     @model_validator(mode="before")
     @classmethod
@@ -176,13 +61,6 @@ class KLConfig(Settings):
         if self.target is not None and self.coef == 0:
             raise ValueError("target adapts coef by factors, and coef=0 stays 0; set coef above 0, or target to null")
         return self
-
-
-class ValueConfig(Settings):
-    """The critic."""
-
-    start: Literal["reward_model", "actor"] = "reward_model"
-    """What the critic's weights are before the first iteration; from the actor, its head starts at 0."""
 
 
 class GAEConfig(Settings):
@@ -308,15 +186,6 @@ class PPOConfig(Settings):
         return self
 
 
-class EvaluateConfig(Settings):
-    """Sampling on held-out prompts."""
-
-    every: int = Field(1, ge=0)
-    """Evaluate every so many iterations, and always at the start and after the last; 0: only then."""
-    judge: str | None = None
-    """`file.py:function` or `package.module:function` whose score is reported as gold and never trained on."""
-
-
 class ExecutionConfig(Settings):
     """Where and how fast; not part of any identity. Recorded with every artifact, and used again by resume and rerun."""
 
@@ -328,6 +197,9 @@ class ExecutionConfig(Settings):
     """The most tokens, padding included, in one forward or backward pass."""
     generation_batch_size: PositiveInt = 256
     """The most responses generated side by side."""
+    concurrent_stages: PositiveInt = 1
+    """Stages of an iteration that do not need each other (`reference`, `reward`, `value`) and run side by side; each takes
+    `threads` threads, and its models' memory."""
     warm_models: PositiveInt = 5
     """Models kept in memory between stages; 1 on a machine that holds only one (the update itself needs two)."""
     environments: Literal["sync", "async"] = "sync"
@@ -367,7 +239,7 @@ class RetentionConfig(Settings):
         return self
 
 
-FREE = ("execution", "tracking", "retention")  # sections that may differ from call to call
+FREE_SECTIONS = ("execution", "tracking", "retention")  # sections that may differ from call to call
 
 
 class Overrides(Settings):
@@ -397,6 +269,9 @@ NO_OVERRIDES = Overrides()
 class RunConfig(Settings):
     """What every run has, of a language model or of a control task."""
 
+    kind: ClassVar[Kind]
+    """Whose stages its runs have."""
+
     seed: int = Field(0, ge=0)
     """Every stage's seed derives from (this, iteration, stage)."""
     iterations: PositiveInt = 10
@@ -409,7 +284,17 @@ class RunConfig(Settings):
 
     def decides(self) -> dict[str, Any]:
         """The settings that decide what a run's artifacts are: all but its length, speed, tracking and retention."""
-        return self.model_dump(mode="json", exclude={"iterations", *FREE})
+        return self.model_dump(mode="json", exclude={"iterations", *FREE_SECTIONS})
+
+    @property
+    def functions(self) -> dict[str, str]:
+        """Role → source of every function that it names."""
+        raise NotImplementedError
+
+    def evaluation_due(self, iteration: int, last: int) -> bool:
+        """Whether that iteration is evaluated; the `last` one always is."""
+        every = self.evaluate.every
+        return iteration == last or (every > 0 and iteration % every == 0)
 
     @model_validator(mode="after")
     def _agreeing(self) -> Self:

@@ -80,6 +80,8 @@ class Table:
 
     def __post_init__(self) -> None:
         self._check_lengths()
+        for f in fields(self):
+            _make_read_only(getattr(self, f.name))
 
     def __len__(self) -> int:
         return len(self.row_id)
@@ -129,6 +131,17 @@ class Table:
             if letter:
                 first, other = seen.setdefault(letter, (f.name, value))
                 _require_same_lengths(self.row_id, first, other, f.name, value)
+
+
+def _make_read_only(column: np.ndarray | Ragged | tuple[str, ...] | dict[str, np.ndarray]) -> None:
+    """Several stages are given one table while it is in memory; none may change what another reads."""
+    if isinstance(column, Ragged):
+        column.values.flags.writeable = column.offsets.flags.writeable = False
+    elif isinstance(column, np.ndarray):
+        column.flags.writeable = False
+    elif isinstance(column, dict):
+        for values in column.values():
+            values.flags.writeable = False
 
 
 def _to_arrow(value, type_: pa.DataType) -> pa.Array:
@@ -357,5 +370,4 @@ class Returns(Table):
 
 EPISODE_FILM = "episode.gif"  # beside the returns, where the environment renders
 
-TABLES = {table.file: table for table in (
-    Rollouts, Trajectories, ReferenceLogprobs, Rewards, Values, Advantages, Samples, Returns)}
+TABLES = {table.file: table for table in Table.__subclasses__()}

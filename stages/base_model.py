@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from schemas.language import BaseModelConfig
 from schemas.metrics import BaseModelMetrics
-from schemas.settings import BaseModelConfig
 from stages.ops.language_model import LanguageModel
 from stages.ops.seeding import seeded
 
-VERSION = 1
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 
 

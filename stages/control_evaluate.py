@@ -15,8 +15,6 @@ from stages.ops.finite import require_finite
 from stages.ops.networks import Actor, ToEnvironment
 from stages.ops.progress import progress_bar
 
-VERSION = 1
-
 
 @torch.inference_mode()
 def control_evaluate(actor: Actor, environments: Environments, *, max_steps: int) -> Returns:

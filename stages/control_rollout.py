@@ -28,8 +28,6 @@ from stages.ops.networks import Actor, Critic, RunningInputs, ToEnvironment
 from stages.ops.progress import progress_bar
 
 EPSILON = 1e-8
-VERSION = 2  # 2: moments move with every step, not with every batch
-
 
 @torch.inference_mode()
 def control_rollout(

@@ -11,29 +11,26 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from schemas.language import RewardConfig, RolloutConfig
 from schemas.metrics import EvaluateMetrics
-from schemas.settings import RewardConfig, RolloutConfig
 from schemas.tables import Rollouts, Samples
 from stages.ops.finite import require_finite
 from stages.ops.language_model import LanguageModel, score_tokens
 from stages.ops.rewards import Scorer, score_components, weighted_sum
-from stages.ops.sampling import respond
-
-VERSION = 2
+from stages.ops.sampling import Sampler, respond
 
 
 def evaluate(
-    actor: LanguageModel, reference: LanguageModel, prompts: Sequence[str], scorers: Mapping[str, Scorer],
+    sampler: Sampler, reference: LanguageModel, prompts: Sequence[str], scorers: Mapping[str, Scorer],
     judge: Scorer | None, baseline: Samples | None, rollout: RolloutConfig, reward: RewardConfig, *,
-    bias: float, chat_template: bool, seed: int,
+    bias: float, seed: int,
 ) -> Samples:
     """`prompts`: B held-out texts; `baseline`: the starting actor's samples, none when it is the one evaluated; `bias`:
     what the reward takes off.
 
     Raises `RewardError` and `NonFiniteError` with the rows.
     """
-    responses = respond(actor, prompts, np.arange(len(prompts)), rollout, chat_template=chat_template, seed=seed,
-                        progress="evaluate")
+    responses = respond(sampler, prompts, np.arange(len(prompts)), rollout, seed=seed, progress="evaluate")
     gold = score = weighted_sum(score_components(scorers, responses), reward, bias)
     require_finite("the score", score, responses.row_id)
     if judge is not None:

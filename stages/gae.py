@@ -43,8 +43,6 @@ from stages.ops.advantages import (
 from stages.ops.finite import require_finite
 from stages.ops.kl import kl_estimate
 
-VERSION = 3
-
 
 def gae(
     rollouts: Rollouts | Trajectories, reference: ReferenceLogprobs | None, rewards: Rewards | Trajectories,
@@ -71,6 +69,11 @@ def gae(
         row_id=rollouts.row_id, kl=_float32(shaped, divergence), rewards=_float32(shaped, shaped.values),
         raw_advantages=_float32(shaped, advantages.values), advantages=_float32(shaped, white),
         returns=_float32(shaped, returns.values))
+
+
+def mean_kl(advantages: Advantages) -> float:
+    """KL estimate to the reference, nats a response, mean over the batch."""
+    return float(advantages.kl.sums().mean())
 
 
 def _kl(rollouts: Rollouts | Trajectories, reference: ReferenceLogprobs | None, estimator: str) -> np.ndarray:
@@ -122,7 +125,7 @@ def metrics(
     errors, variance = returns - values.values.values if values else None, returns.var()
     measured = kl_coef is not None
     return GAEMetrics(
-        kl=advantages.kl.sums().mean() if measured else None,
+        kl=mean_kl(advantages) if measured else None,
         kl_per_token=advantages.kl.values.mean(dtype=np.float64) if measured else None, kl_coef=kl_coef,
         reward=advantages.rewards.sums().mean(), advantage_mean=raw.mean(), advantage_std=raw.std(),
         return_mean=returns.mean(), return_std=returns.std(),

@@ -15,8 +15,6 @@ from schemas.control import PolicyConfig, Spaces
 from schemas.metrics import PolicyMetrics
 from stages.ops.networks import Actor, Critic, Network
 
-VERSION = 1
-
 
 def policy(spaces: Spaces, config: PolicyConfig, *, seed: int) -> tuple[Actor, Critic]:
     """Actor and critic for an environment of these spaces."""

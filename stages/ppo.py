@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,11 +28,7 @@ from stages.ops.learner import Learner, MicroBatch, Prediction, Units
 from stages.ops.losses import LOG_RATIO_LIMIT, a2c_loss, log_ratio, policy_loss, value_loss
 from stages.ops.progress import progress_bar
 from stages.ops.tally import Tally
-
-if TYPE_CHECKING:
-    from stages.ops.prompts import Texts
-
-VERSION = 3
+from stages.ops.texts import Texts
 
 
 @dataclass(frozen=True)

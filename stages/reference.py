@@ -8,8 +8,6 @@ from schemas.metrics import ReferenceMetrics
 from schemas.tables import ReferenceLogprobs, Rollouts
 from stages.ops.language_model import LanguageModel, score_tokens
 
-VERSION = 1
-
 
 def reference(model: LanguageModel, rollouts: Rollouts, *, temperature: float) -> ReferenceLogprobs:
     """Raises `NonFiniteError` with the rows."""

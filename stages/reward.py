@@ -15,14 +15,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from schemas.artifacts import Moments
+from schemas.language import RewardConfig
 from schemas.metrics import RewardMetrics
-from schemas.settings import RewardConfig
 from schemas.tables import Rewards, Rollouts
 from stages.ops.finite import require_finite
 from stages.ops.moments import normalized, updated_moments
 from stages.ops.rewards import Scorer, overlong_penalty, score_components, weighted_sum
-
-VERSION = 2
 
 
 def reward(

@@ -10,14 +10,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from schemas.language import RewardConfig
 from schemas.metrics import RewardBiasMetrics
-from schemas.settings import RewardConfig
 from schemas.tables import Rewards
 from stages.ops.finite import require_finite
-from stages.ops.prompts import Texts
 from stages.ops.rewards import Scorer, score_components, weighted_sum
-
-VERSION = 1
+from stages.ops.texts import Texts
 
 
 def reward_bias(scorers: Mapping[str, Scorer], demonstrations: Texts, config: RewardConfig) -> Rewards:

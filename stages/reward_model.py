@@ -12,29 +12,27 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from schemas.language import RewardModelConfig
 from schemas.metrics import RewardModelMetrics
-from schemas.settings import RewardModelConfig
 from stages.ops.language_model import LanguageModel, sequence_scores
 from stages.ops.prompts import render
 from stages.ops.seeding import seeded
 from stages.ops.trainer import common_arguments, run
 
-VERSION = 1
 Pairs = list[Mapping[str, str]]
 
 
 def reward_model(
-    start: LanguageModel, pairs: Pairs, heldout_pairs: Pairs, config: RewardModelConfig, *, chat_template: bool,
-    seed: int,
+    start: LanguageModel, pairs: Pairs, heldout_pairs: Pairs, config: RewardModelConfig, *, seed: int
 ) -> RewardModelMetrics:
     """Trains `start`, a sequence classifier with one label, in place. Pairs: `prompt`, `chosen` and `rejected` each."""
     from datasets import Dataset
     from trl import RewardConfig as TRLConfig
     from trl import RewardTrainer
 
-    rows, heldout = (_rendered(start, some, chat_template) for some in (pairs, heldout_pairs))
+    rows, heldout = (_rendered(start, some) for some in (pairs, heldout_pairs))
     with seeded(seed) as seed32, tempfile.TemporaryDirectory() as folder:
-        arguments = common_arguments(config, seed32, len(rows), start.device.type)
+        arguments = common_arguments(config, seed32, len(rows), start.device.torch.type)
         trainer = RewardTrainer(
             model=start.module, train_dataset=Dataset.from_list(rows), processing_class=start.tokenizer,
             args=TRLConfig(output_dir=folder, center_rewards_coefficient=config.center_coef or None, **arguments))
@@ -45,9 +43,9 @@ def reward_model(
                               heldout_margin=float(margins.mean()))
 
 
-def _rendered(model: LanguageModel, pairs: Pairs, chat_template: bool) -> Pairs:
+def _rendered(model: LanguageModel, pairs: Pairs) -> Pairs:
     """The pairs with their prompts as a model is given them."""
-    return [{"prompt": render(model.tokenizer, row["prompt"], chat_template), "chosen": row["chosen"],
+    return [{"prompt": render(model.tokenizer, row["prompt"], model.chat_template), "chosen": row["chosen"],
              "rejected": row["rejected"]} for row in pairs]
 
 

@@ -11,24 +11,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from schemas.language import RolloutConfig
 from schemas.metrics import RolloutMetrics
-from schemas.settings import RolloutConfig
 from schemas.tables import Rollouts
-from stages.ops.language_model import LanguageModel
-from stages.ops.sampling import respond
-
-VERSION = 1
+from stages.ops.sampling import Sampler, respond
 
 
 def rollout(
-    actor: LanguageModel, prompts: Sequence[str], prompt_id: np.ndarray, config: RolloutConfig, *,
-    chat_template: bool, seed: int,
+    sampler: Sampler, prompts: Sequence[str], prompt_id: np.ndarray, config: RolloutConfig, *, seed: int
 ) -> Rollouts:
     """`prompts`: B texts, one a response; `prompt_id`: (B,) their lines in the prompt file.
 
     Raises `NonFiniteError` with the rows.
     """
-    return respond(actor, prompts, prompt_id, config, chat_template=chat_template, seed=seed, progress="rollout")
+    return respond(sampler, prompts, prompt_id, config, seed=seed, progress="rollout")
 
 
 def metrics(rollouts: Rollouts) -> RolloutMetrics:

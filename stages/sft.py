@@ -9,18 +9,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 
+from schemas.language import SFTConfig
 from schemas.metrics import SFTMetrics
-from schemas.settings import SFTConfig
 from stages.ops.language_model import LanguageModel
 from stages.ops.prompts import render
 from stages.ops.seeding import seeded
 from stages.ops.trainer import common_arguments, run
 
-VERSION = 1
-
 
 def sft(
-    base: LanguageModel, demonstrations: list[Mapping[str, str]], config: SFTConfig, *, chat_template: bool, seed: int
+    base: LanguageModel, demonstrations: list[Mapping[str, str]], config: SFTConfig, *, seed: int
 ) -> SFTMetrics:
     """Trains `base` in place. `demonstrations`: `prompt` and `completion` each. Raises `NonFiniteError`."""
     from datasets import Dataset
@@ -28,10 +26,10 @@ def sft(
     from trl import SFTTrainer
 
     rows = Dataset.from_list([
-        {"prompt": render(base.tokenizer, row["prompt"], chat_template), "completion": row["completion"]}
+        {"prompt": render(base.tokenizer, row["prompt"], base.chat_template), "completion": row["completion"]}
         for row in demonstrations])
     with seeded(seed) as seed32, tempfile.TemporaryDirectory() as folder:
-        arguments = common_arguments(config, seed32, len(rows), base.device.type)
+        arguments = common_arguments(config, seed32, len(rows), base.device.torch.type)
         trainer = SFTTrainer(
             model=base.module, train_dataset=rows, processing_class=base.tokenizer,
             args=TRLConfig(output_dir=folder, completion_only_loss=config.completion_only, **arguments))

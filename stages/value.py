@@ -10,15 +10,13 @@ from schemas.tables import Rollouts, Values
 from stages.ops.finite import require_finite
 from stages.ops.language_model import LanguageModel, state_values, tracked_batches
 
-VERSION = 1
-
 
 @torch.inference_mode()
 def value(critic: LanguageModel, rollouts: Rollouts) -> Values:
     """Raises `NonFiniteError` with the rows."""
     flat, bootstrap = np.empty(len(rollouts.logprobs.values), np.float32), np.empty(len(rollouts), np.float32)
     for batch in tracked_batches(rollouts, critic, "value"):
-        states = state_values(critic.module, batch)  # (b, R + 1)
+        states = state_values(critic, batch)  # (b, R + 1)
         flat[batch.tokens] = batch.flat(states[:, :-1]).cpu().numpy()
         last = batch.response_mask.sum(1, keepdim=True)
         bootstrap[batch.rows] = states.gather(1, last).squeeze(1).cpu().numpy()

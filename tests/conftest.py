@@ -176,7 +176,7 @@ def copied(trained, tmp_path):
 @pytest.fixture(scope="session")
 def tiny_model():
     """An untrained GPT-2 of two layers and its tokenizer, in evaluation mode."""
-    from schemas.settings import BaseModelConfig
+    from schemas.language import BaseModelConfig
     from stages.base_model import base_model
 
     rows = [json.loads(line) for line in (REVIEWS / "demonstrations.jsonl").read_text(encoding="utf-8").splitlines()[:40]]
@@ -204,10 +204,11 @@ def tiny_critic(tiny_model):
 @pytest.fixture(scope="session")
 def rollouts(tiny_model):
     """Nine responses of unlike lengths to prompts of unlike lengths."""
-    from schemas.settings import RolloutConfig
+    from schemas.language import RolloutConfig
+    from stages.ops.sampling import ModelSampler
     from stages.rollout import rollout
 
     prompts = ["The soup", "The film The Salt Road", "A night at Villa Rosa", "My copy", "The choir at Saint Agnes",
                "The pancakes at the Blue Lamp", "Our", "The quartet", "The umbrella from Norden"]
-    return rollout(tiny_model, prompts, np.arange(9), RolloutConfig(max_new_tokens=12, temperature=0.8),
-                   chat_template=False, seed=11)
+    return rollout(ModelSampler(tiny_model), prompts, np.arange(9), RolloutConfig(max_new_tokens=12, temperature=0.8),
+                   seed=11)

@@ -15,10 +15,11 @@ from schemas.config import parse_config
 from schemas.control import ControlConfig
 from schemas.settings import KLConfig
 from stages.control_evaluate import control_evaluate
-from stages.control_rollout import control_rollout, metrics
+from stages.control_rollout import control_rollout
 from stages.gae import gae
 from stages.ops.control_learner import ControlLearner
 from stages.ops.episodes import Environments
+from stages.ops.moments import updated_moments
 from stages.ops.optim import learning_rate_factor
 from stages.policy import policy
 from stages.ppo import ppo
@@ -86,8 +87,8 @@ def in_memory(c: ControlConfig):
     learner, moments, batches = ControlLearner(actor, critic, c.ppo), Moments(), []
     for i in range(1, c.iterations + 1):
         batch = play(c, actor, critic, environments, iteration=i, moments=moments)
-        moments = Moments.measured("rollout", {f"rollout/{k}": v for k, v in metrics(
-            batch, actor, c.reward, moments).flat().items()})
+        if c.reward.normalize != "none":
+            moments = updated_moments(moments, batch.discounted_returns.values)
         ppo(learner, batch, batch, gae(batch, None, batch, batch, c.gae, KLConfig(), kl_coef=0.0), c.ppo,
             seed=derive_seed(c.seed, i, "ppo"), learning_rate_factor=learning_rate_factor(i, c.ppo),
             train_actor=i > c.ppo.critic_warmup)

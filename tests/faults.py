@@ -106,7 +106,10 @@ def main() -> None:
     import torch
     from trl import RewardTrainer, SFTTrainer  # noqa: F401 - imported once, for all children
 
-    from flows import control, language, start, store, train  # noqa: F401
+    from flows import train  # noqa: F401
+    from flows.control import control_chain, control_tasks  # noqa: F401
+    from flows.language import check_inputs, language_chain, language_tasks  # noqa: F401
+    from flows.store import store
     from stages.ops import trainer  # noqa: F401
 
     torch.set_num_threads(1)
@@ -135,17 +138,19 @@ def _fork(asked: dict) -> dict:
 
 
 def _train(asked: dict, said: TextIO) -> dict:
-    from flows.runs.start import start
+    from flows.chains import check_inputs
+    from flows.opening import opened
+    from flows.runs.start import Request, start
     from flows.train import train_flow
     from schemas.errors import BatonError
-    from schemas.settings import NO_OVERRIDES
 
     watch = Watch(asked, said)
     try:
         watch.begin("record of the run")
         with watch:
-            run, overrides = start(asked["example"], None, [], NO_OVERRIDES, asked["store"])
-            train_flow(run.name, overrides=overrides, store=asked["store"])
+            run = start(Request(asked["store"], source=asked["example"]), check_inputs)
+            with opened(run):
+                train_flow(run.name, store=asked["store"])
     except BatonError as error:
         return {"code": 1, "error": str(error), "faults": watch.faults}
     except BaseException as error:

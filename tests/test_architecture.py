@@ -6,8 +6,8 @@ from pathlib import Path
 
 from schemas.control import ControlConfig
 from schemas.language import LanguageConfig
-from schemas.metrics import METRICS
 from schemas.settings import Settings
+from schemas.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,9 +25,9 @@ def test_schemas_import_neither_torch_nor_prefect():
 
 
 def test_every_metric_is_defined_where_it_is_declared():
-    for stage, record in METRICS.items():
-        for name, field in record.model_fields.items():
-            assert field.description and len(field.description) > 5, f"{stage}/{name}"
+    for stage in (stage for stages in STAGES.values() for stage in stages.values()):
+        for name, field in stage.metrics.model_fields.items():
+            assert field.description and len(field.description) > 5, f"{stage.name}/{name}"
 
 
 def test_every_setting_is_explained():

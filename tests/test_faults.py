@@ -79,7 +79,7 @@ def test_weights_that_do_not_fit_on_the_disk(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
     try:
         with pytest.raises(StoreError, match="File too large; what was committed before is whole"):
-            write(store, CONFIG, recipe(), make)
+            write(store, recipe(), CONFIG.execution, make)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)

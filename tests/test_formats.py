@@ -1,12 +1,14 @@
 """Stores of every format there has been are read, checked and gone on with: tests/formats has one of each."""
 
 import tarfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from conftest import rewrite
 from test_verify import files_of
 
+from flows.chains import warm_of
 from flows.cli.main import run_command
 from flows.runs.run import open_run, references
 from flows.runs.verify import verify
@@ -43,8 +45,8 @@ def test_everything_in_it_is_read(store_of, number):
         kinds = {entry.path: store.table(ref, TABLES[entry.path]) for ref in references(run)
                  for entry in store.manifest(ref).files if entry.path in TABLES}
         assert len(kinds) == {"language": 6, "control": 3}[name] and all(len(table) for table in kinds.values())
-        run.models.actor(run.last().actor)
-        run.close()
+        with closing(warm_of(run.config.kind, store, run.config.execution)) as warm:
+            warm.critic(run.last().critic)
 
 
 @pytest.mark.parametrize("number", range(1, FORMAT_VERSION + 1))

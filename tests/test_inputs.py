@@ -2,7 +2,8 @@
 
 import pytest
 
-from flows.runs.inputs import apply_settings, function_file, load_function
+from flows.runs.functions import function_file, load_function
+from schemas.config import apply_settings
 from schemas.errors import ConfigError
 
 

@@ -34,7 +34,7 @@ def test_two_trains_of_one_run_and_one_from_another_view_of_the_store(trained, t
                 for place in ("store", "store", "view")]
     said = [command.communicate(timeout=300) for command in commands]
     assert [command.returncode for command in commands] == [0, 0, 0], said
-    assert sum("is being worked on by process" in out for out, _ in said) == 2
+    assert sum("is in use by process" in out for out, _ in said) >= 2
     ours, theirs = open_run(Store(tmp_path / "store"), "tiny"), open_run(Store(reference), "tiny")
     for mine, other in zip(ours.states(), theirs.states(), strict=True):
         assert mine.model_copy(update={"seconds": 0}) == other.model_copy(update={"seconds": 0})
@@ -48,8 +48,8 @@ def test_two_trains_of_one_run_and_one_from_another_view_of_the_store(trained, t
 
 def test_two_that_work_all_the_same_end_well(trained, tmp_path, prefect_server):
     """Without the lease, as where a network's disk knows no locks: whoever commits second adopts."""
-    code = ("import contextlib, sys\nfrom flows import files\n"
-            "files.LocalFiles.exclusive = lambda *_: contextlib.nullcontext()\n"
+    code = ("import contextlib, sys\nfrom flows.store import local\n"
+            "local.LocalFiles.exclusive = lambda *_: contextlib.nullcontext()\n"
             "from flows.cli.main import run_command\nsys.exit(run_command(sys.argv[1:]))\n")
     arguments = ["train", str(trained[0]), "--store", str(tmp_path / "store"), "--set", "tracking.enabled=false"]
     both = [subprocess.Popen([sys.executable, "-c", code, *arguments], env=os.environ, stdout=subprocess.PIPE,
@@ -128,7 +128,8 @@ def test_mlflow_sync_brings_a_server_that_was_away_to_what_the_store_says(copied
     uri, start = mlflow_server
     there = [f"--set=tracking.uri={uri}", "--store", str(root)]
     assert run_command(["train", str(example), "--iterations", "3", *TRACKED, "--set", "iterations=3", *there]) == 0
-    assert "training goes on without it, baton mlflow-sync tiny completes it" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "training goes on without it, and it is tried again; baton mlflow-sync tiny completes it afterwards" in out
     assert run_command(["mlflow-sync", "tiny", *there]) == 1
     assert f"MLflow at {uri}: " in (error := capsys.readouterr().err) and error.count("\n") == 1
     start()

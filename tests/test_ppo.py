@@ -11,12 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from schemas.errors import NonFiniteError
-from schemas.settings import PPOConfig, RolloutConfig
+from schemas.language import RolloutConfig
+from schemas.settings import PPOConfig
 from schemas.tables import Advantages, Ragged, ReferenceLogprobs, Rollouts, Values
 from stages.ops.language_learner import LanguageModelLearner, Responses
 from stages.ops.language_model import entropy, score_tokens
 from stages.ops.optim import learning_rate_factor, load_state_tensors, state_tensors
 from stages.ops.prompts import demonstrations_as_texts
+from stages.ops.sampling import ModelSampler
 from stages.ppo import KLLoss, ppo
 from stages.rollout import rollout
 from stages.value import value
@@ -94,8 +96,8 @@ def eight(tiny_model, tiny_critic):
     """Eight rollouts, sampled in bfloat16, with everything an update can be given."""
     prompts = ["The soup", "The film The Salt Road", "A night at Villa Rosa", "My copy", "The choir at Saint Agnes", "Our",
                "The pancakes at the Blue Lamp", "The quartet"]
-    rollouts = rollout(tiny_model, prompts, np.arange(8), RolloutConfig(max_new_tokens=12, temperature=TEMPERATURE,
-                       precision="bfloat16"), chat_template=False, seed=2)
+    config = RolloutConfig(max_new_tokens=12, temperature=TEMPERATURE, precision="bfloat16")
+    rollouts = rollout(ModelSampler(tiny_model), prompts, np.arange(8), config, seed=2)
     random = np.random.default_rng(3)
     draw = lambda: rollouts.logprobs.with_values(random.normal(size=len(rollouts.logprobs.values)).astype(np.float32))  # noqa: E731
     advantages = Advantages(row_id=rollouts.row_id, kl=draw(), rewards=draw(), raw_advantages=draw(), advantages=draw(),

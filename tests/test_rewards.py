@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flows.cli.main import run_command
 from schemas.artifacts import Moments
 from schemas.errors import NonFiniteError, RewardError
-from schemas.settings import ComponentConfig, RewardConfig
+from schemas.language import ComponentConfig, RewardConfig
 from schemas.tables import Ragged, Rollouts
 from stages.ops.moments import normalized, updated_moments
 from stages.ops.prompts import demonstrations_as_texts, pretraining_as_texts

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.errors import NonFiniteError
-from schemas.settings import RolloutConfig
+from schemas.language import RolloutConfig
 from stages.ops.language_model import score_tokens
-from stages.ops.sampling import row_uniforms, sample_tokens
+from stages.ops.sampling import ModelSampler, row_uniforms, sample_tokens
 from stages.rollout import rollout
 
 
@@ -65,8 +65,8 @@ def test_finished_rows_leave_the_batch_and_change_nothing(tiny_model):
     biased = _with_likely_eos(tiny_model)
     prompts = ["The soup", "The film The Salt Road", "A night", "My copy", "The choir at Saint Agnes", "Our room"]
     config = RolloutConfig(max_new_tokens=16)
-    together = rollout(biased, prompts, np.arange(6), config, chat_template=False, seed=2)
-    alone = rollout(replace(biased, generation_batch_size=1), prompts, np.arange(6), config, chat_template=False, seed=2)
+    together = rollout(ModelSampler(biased), prompts, np.arange(6), config, seed=2)
+    alone = rollout(ModelSampler(replace(biased, generation_batch_size=1)), prompts, np.arange(6), config, seed=2)
     assert len(set(together.response_tokens.lengths)) > 2
     np.testing.assert_array_equal(together.response_tokens.values, alone.response_tokens.values)
     np.testing.assert_allclose(together.logprobs.values, alone.logprobs.values, atol=2e-6)
@@ -115,7 +115,7 @@ def test_a_nan_stops_the_rollout_with_its_rows(tiny_model):
         module.transformer.wte.weight[tiny_model.tokenizer("x")["input_ids"][0]] = float("nan")
     broken = replace(tiny_model, module=module)
     with pytest.raises(NonFiniteError, match="the actor's logprob is nan"):
-        rollout(broken, ["a", "x", "a"], np.arange(3), RolloutConfig(max_new_tokens=3), chat_template=False, seed=1)
+        rollout(ModelSampler(broken), ["a", "x", "a"], np.arange(3), RolloutConfig(max_new_tokens=3), seed=1)
 
 
 def _llama(vocab, eos):
@@ -138,5 +138,5 @@ def test_other_architectures_sample_and_score_alike(tiny_model, make):
         module = make(len(tiny_model.tokenizer), tiny_model.tokenizer.eos_token_id).eval()
     model = replace(tiny_model, module=module)
     prompts = ["The soup", "A night at Villa Rosa", "My", "The choir at Saint Agnes"]
-    out = rollout(model, prompts, np.arange(4), RolloutConfig(max_new_tokens=20), chat_template=False, seed=6)
+    out = rollout(ModelSampler(model), prompts, np.arange(4), RolloutConfig(max_new_tokens=20), seed=6)
     np.testing.assert_allclose(score_tokens(model, out, 1.0, "test").values, out.logprobs.values, atol=5e-6)

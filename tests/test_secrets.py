@@ -14,6 +14,8 @@ from conftest import write_example
 from s3 import BUCKET, moto_server
 
 from flows.cli.main import run_command
+from flows.language.reward_tokens import token_for
+from schemas.errors import ConfigError
 
 CANARY = "canary-d41d8cd98f"
 
@@ -53,12 +55,13 @@ def test_no_secret_is_in_anything_that_was_written(tmp_path, reward_server, pref
     (example / "config.yaml").write_text(yaml.safe_dump(config))
     with moto_server(tmp_path) as port:
         environment = os.environ | {
-            "BATON_REWARD_TOKEN": CANARY, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": CANARY,
+            "BATON_REWARD_TOKEN": f"127.0.0.1={CANARY}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": CANARY,
             "AWS_SESSION_TOKEN": CANARY, "AWS_DEFAULT_REGION": "us-east-1", "BATON_S3_ENDPOINT": f"http://127.0.0.1:{port}",
             "BATON_CACHE": str(tmp_path / "cache"), "MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": CANARY}
         said = []
         for tracking in ({}, {"MLFLOW_TRACKING_URI": f"http://me:{CANARY}@127.0.0.1:9"}):
-            command = [sys.executable, "-m", "flows.cli.main", "train", str(example), "--verbose", "--store", f"s3://{BUCKET}/store"]
+            command = [sys.executable, "-m", "flows.cli.main", "train", str(example), "--verbose", "--store",
+                       f"s3://{BUCKET}/store"]
             done = subprocess.run(command, env=environment | tracking, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr
             said += [done.stdout, done.stderr]
@@ -89,3 +92,23 @@ def test_a_password_in_a_setting_is_refused_and_not_repeated(example, tmp_path, 
     error = capsys.readouterr().err
     assert f"{field}: holds a user name or password" in error and CANARY not in error
     assert not (tmp_path / "store" / "runs").exists()
+
+
+@pytest.mark.parametrize("tokens, url, token", [
+    ("127.0.0.1=a", "http://127.0.0.1:8000/score", "a"), ("127.0.0.1:8000=a", "http://127.0.0.1:8000/score", "a"),
+    ("127.0.0.1:8000=a", "http://127.0.0.1:9000/score", None), ("a.org=a,b.org=b==", "https://b.org/score", "b=="),
+    ("a.org=a", "https://a.org.evil.net/score", None), ("a.org=a", "https://A.ORG/score", "a"),
+    ("a.org=a", "https://evil.net/a.org", None), ("", "https://a.org/score", None)])
+def test_a_token_is_sent_to_its_host_alone(monkeypatch, tokens, url, token):
+    monkeypatch.setenv("BATON_REWARD_TOKEN", tokens)
+    assert token_for(url) == token
+
+
+@pytest.mark.parametrize("tokens, url, message", [
+    (f"a.org={CANARY}", "http://a.org/score", "which would be sent in clear; use https://"),
+    (CANARY, "https://a.org/score", "BATON_REWARD_TOKEN: expected host=token")])
+def test_a_token_that_cannot_be_kept_secret_is_refused(monkeypatch, tokens, url, message):
+    monkeypatch.setenv("BATON_REWARD_TOKEN", tokens)
+    with pytest.raises(ConfigError, match=message) as error:
+        token_for(url)
+    assert CANARY not in str(error.value)

@@ -12,7 +12,7 @@ import torch
 from transformers import GPT2ForSequenceClassification
 
 from schemas.errors import NonFiniteError
-from schemas.settings import RewardModelConfig, SFTConfig
+from schemas.language import RewardModelConfig, SFTConfig
 from stages.reward_model import reward_model
 from stages.sft import sft
 
@@ -39,11 +39,11 @@ def test_sft_learns_repeats_and_leaves_global_generators_alone(tiny_model):
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = (random.random(), np.random.rand(), torch.rand(1).item())
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    first = sft(one, demonstrations, config, chat_template=False, seed=3)
+    first = sft(one, demonstrations, config, seed=3)
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
-    assert sft(two, demonstrations, config, chat_template=False, seed=3) == first
+    assert sft(two, demonstrations, config, seed=3) == first
     assert torch.equal(weights(one), weights(two))
-    begun = sft(short, demonstrations, SFTConfig(epochs=0.5, batch_size=8, learning_rate=1e-2), chat_template=False, seed=3)
+    begun = sft(short, demonstrations, SFTConfig(epochs=0.5, batch_size=8, learning_rate=1e-2), seed=3)
     assert first.steps == 24 and first.loss < 0.8 * begun.loss
     assert one.module.config.use_cache
 
@@ -55,7 +55,7 @@ def test_a_loss_that_is_not_finite_stops_sft(tiny_model):
     with torch.no_grad():  # a position that no other row reaches
         broken.module.transformer.wpe.weight[45] = float("nan")
     with pytest.raises(NonFiniteError, match=r"sft: the loss is nan at step \d, in rows (\d+, ){0,3}7[,;]"):
-        sft(broken, demonstrations, SFTConfig(epochs=1, batch_size=4), chat_template=False, seed=1)
+        sft(broken, demonstrations, SFTConfig(epochs=1, batch_size=4), seed=1)
 
 
 def test_a_reward_model_learns_to_order_pairs(tiny_model):
@@ -66,6 +66,6 @@ def test_a_reward_model_learns_to_order_pairs(tiny_model):
         start = replace(tiny_model, module=GPT2ForSequenceClassification(config))
     pairs = rows("pairs", 24)
     result = reward_model(start, pairs, pairs, RewardModelConfig(epochs=15, batch_size=8, learning_rate=5e-3),
-                          chat_template=False, seed=2)
+                          seed=2)
     assert result.steps == 45
     assert result.heldout_accuracy > 0.9 and result.heldout_margin > 0.5  # of the pairs it was trained on

@@ -12,12 +12,11 @@ import pytest
 from conftest import rewrite
 
 from flows.cli.main import run_command
-from flows.control import control_chain as control
-from flows.language import language_chain as language
 from flows.runs.run import open_run
 from flows.stage import StageName
 from flows.store.store import Store, folder_of
 from schemas.artifacts import ArtifactRef
+from schemas.stages import STAGES as STAGES_OF
 
 STAGES = [("base_model", 0), ("sft", 0), ("reward_model", 0), ("evaluate", 0), ("rollout", 2), ("reference", 2),
           ("reward", 2), ("value", 1), ("gae", 2), ("ppo", 1), ("ppo", 2), ("evaluate", 2)]
@@ -31,7 +30,7 @@ def answer(capsys, *arguments):
 
 
 def test_the_form_on_prefects_page_knows_every_stage():
-    assert set(get_args(StageName)) == set(language.STAGES) | set(control.STAGES)
+    assert set(get_args(StageName)) == {name for stages in STAGES_OF.values() for name in stages}
 
 
 @pytest.mark.parametrize("stage, iteration", STAGES)

@@ -18,8 +18,7 @@ from flows.runs.verify import Verifier
 from flows.store.store import Store, folder_of
 from schemas.artifacts import ArtifactRef, FileEntry, Manifest, Recipe, derive_seed, sha256_json
 from schemas.errors import StoreError
-from schemas.language import LanguageConfig
-from schemas.settings import DataConfig
+from schemas.language import DataConfig, LanguageConfig
 from schemas.tables import Ragged, ReferenceLogprobs
 
 CONFIG = LanguageConfig(data=DataConfig(prompts="p", heldout_prompts="h"), base_model={"source": "m"},
@@ -41,7 +40,7 @@ def write(store, made_from, value=-1.0):
     attempt.table(table(value))
     attempt.path("model/config.json").write_text('{"a": 1}')
     return Manifest(identity=made_from.ref.identity, recipe=made_from, attempt=attempt.name, files=attempt.seal(),
-                    metrics={}, input_contents={}, seconds=1.0, created=now(), environment=environment(CONFIG))
+                    metrics={}, input_contents={}, seconds=1.0, created=now(), environment=environment(CONFIG.execution))
 
 
 def findings(store, ref):
@@ -152,7 +151,7 @@ def edit(store, manifest, change):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda d: d.update(format_version=3, baton="9.1"), "expected at most 2, for .*, found 3, written by Baton 9.1; use"),
+    (lambda d: d.update(format_version=4, baton="9.1"), "expected at most 3, for .*, found 4, written by Baton 9.1; use"),
     (lambda d: d.update(format_version=None), "found None, written by"),
     (lambda d: d["files"][0].update(path="../../../../secret"), "leaves the artifact"),
     (lambda d: d["files"][0].update(path="/etc/passwd"), "leaves the artifact"),

@@ -11,7 +11,7 @@ from flows.cli.main import run_command
 from flows.runs.run import open_run
 from flows.store.store import Store
 from flows.tracking.client import timings
-from flows.tracking.mirror import how_to_open
+from flows.tracking.tracking_uri import how_to_open
 
 
 def manifests(run, state):
@@ -88,7 +88,7 @@ def test_a_mirror_that_cannot_begin_is_said(copied, tmp_path, monkeypatch, capsy
     (tmp_path / "mlflow.py").write_text("raise RuntimeError('broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert run_command(["train", str(copied[0]), "--store", str(copied[1]), *TRACKED]) == 0
-    assert "the process that tells it ended with code 1" in capsys.readouterr().out
+    assert "its process ended with code 1" in capsys.readouterr().out
 
 
 def test_a_finished_run_completes_its_mirror(copied):

@@ -2,19 +2,25 @@
 
 import json
 import logging
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import VARIANTS
+from conftest import VARIANTS, rewrite
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flows.again import call_again
+from flows.chains import warm_of
 from flows.cli.main import run_command
 from flows.language.warm_models import load_causal, load_scalar, save_learner, save_model
+from flows.perform import perform
 from flows.runs.run import open_run
-from flows.store.files import LocalFiles
-from flows.store.store import Attempt, Store
+from flows.store.local import LocalFiles
+from flows.store.store import Attempt, Store, folder_of
 from schemas.artifacts import ArtifactRef, Moments, derive_seed
 from schemas.tables import Rollouts, Samples
 from stages.base_model import base_model
@@ -23,11 +29,11 @@ from stages.gae import gae
 from stages.gae import metrics as gae_metrics
 from stages.ops.kl import adapted_kl_coef
 from stages.ops.language_learner import LanguageModelLearner
-from stages.ops.language_model import LanguageModel
 from stages.ops.moments import updated_moments
 from stages.ops.optim import learning_rate_factor
 from stages.ops.prompts import demonstrations_as_texts, pretraining_as_texts, prompt_order
 from stages.ops.rewards import function_scorer, model_scorer
+from stages.ops.sampling import ModelSampler
 from stages.ppo import KLLoss, ppo
 from stages.reference import reference
 from stages.reward import reward
@@ -48,7 +54,7 @@ def copy_of(model, tmp_path, name, load):
     model.module.save_pretrained(tmp_path / name)
     module = load(tmp_path / name).eval()
     module.config.pad_token_id = model.tokenizer.pad_token_id
-    return LanguageModel(module, model.tokenizer, model.micro_batch_tokens)
+    return replace(model, module=module)
 
 
 def in_memory(folder, config, tmp_path):
@@ -63,12 +69,12 @@ def in_memory(folder, config, tmp_path):
     seed = lambda iteration, stage: derive_seed(config.seed, iteration, stage)  # noqa: E731
 
     start = base_model(rows(folder, "demonstrations"), config.base_model, seed=seed(0, "base_model"))
-    start = LanguageModel(start.module, start.tokenizer, config.execution.micro_batch_tokens)
-    sft(start, rows(folder, "demonstrations"), config.sft, chat_template=False, seed=seed(0, "sft"))
+    start = replace(start, micro_batch_tokens=config.execution.micro_batch_tokens)
+    sft(start, rows(folder, "demonstrations"), config.sft, seed=seed(0, "sft"))
     start.module.eval()
     scorer_model = copy_of(start, tmp_path, "actor", load_scalar)
     reward_model(scorer_model, rows(folder, "pairs"), rows(folder, "heldout_pairs"), config.reward_model,
-                 chat_template=False, seed=seed(0, "reward_model"))
+                 seed=seed(0, "reward_model"))
     actor, ref = (copy_of(start, tmp_path, "actor", load_causal) for _ in range(2))
     critic = copy_of(scorer_model, tmp_path, "reward_model", load_scalar) if config.value else None
     scorers = {"reward_model": model_scorer(copy_of(scorer_model, tmp_path, "reward_model", load_scalar))}
@@ -83,8 +89,8 @@ def in_memory(folder, config, tmp_path):
         bias = bias_metrics(reward_bias(scorers, demonstrations, config.reward)).bias
 
     def samples(baseline):
-        return evaluate(actor, ref, heldout, scorers, judge, baseline, config.rollout, config.reward, bias=bias,
-                        chat_template=False, seed=seed(0, "evaluate"))
+        return evaluate(ModelSampler(actor), ref, heldout, scorers, judge, baseline, config.rollout, config.reward,
+                        bias=bias, seed=seed(0, "evaluate"))
 
     baseline = samples(None)
     learner = LanguageModelLearner(actor, critic, config.ppo, config.rollout.temperature)
@@ -92,7 +98,7 @@ def in_memory(folder, config, tmp_path):
     size, k = config.rollout.batch_size, config.rollout.responses_per_prompt
     for i in range(1, config.iterations + 1):
         ids = np.repeat(prompt_order(len(prompts), size // k, seed=seed(0, "prompt_order"), iteration=i), k)
-        batch = rollout(actor, [prompts[j] for j in ids], ids, config.rollout, chat_template=False, seed=seed(i, "rollout"))
+        batch = rollout(ModelSampler(actor), [prompts[j] for j in ids], ids, config.rollout, seed=seed(i, "rollout"))
         values = value(critic, batch) if critic else None
         rewards = reward(scorers, batch, config.reward, bias=bias, moments=moments,
                          max_new_tokens=config.rollout.max_new_tokens)
@@ -292,12 +298,22 @@ def test_runs_are_found_again_on_prefects_page(trained):
 
 def test_another_writers_bytes_are_used_and_ours_forgotten(copied):
     """Two writers of one checkpoint whose bytes differ: the model kept warm is that of the store."""
-    from flows.runs.produce import _commit
-
     run = open_run(Store(copied[1]), "tiny")
-    state = run.state(1)
-    mine = run.models.actor(state.actor)
-    theirs = run.store.manifest(state.actor.artifact)
-    attempt = run.store.attempt(theirs.recipe)
-    _commit(run, theirs.model_copy(update={"attempt": attempt.name, "files": ()}), attempt)
-    assert run.models.actor(state.actor) is not mine
+    state, before = run.state(2), run.state(1)
+    with closing(warm_of("language", run.store, run.config.execution)) as warm:
+        ref, call = state.actor.artifact, call_again(run, "ppo", 2, ())
+        manifest = Path(copied[1], folder_of(ref), "manifest.json")
+        kept = manifest.read_bytes()
+        manifest.unlink()
+        fresh, original = Store(copied[1]), Store.commit
+
+        def commit(store, ours, tables=None):  # another writer's manifest, of other bytes, is there just before ours
+            manifest.write_bytes(kept)
+            rewrite(manifest, lambda data: data["files"][0].update(sha256="0" * 64))
+            return original(store, ours, tables)
+
+        warm.store = fresh
+        with mock.patch.object(Store, "commit", commit):
+            produced = perform(call, fresh, warm)
+        assert produced.how == "adopted" and len(produced.different) == 1
+        assert before.actor.artifact != ref and not any(key[1].artifact == ref for key in warm._warm)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from flows.runs.diff import Difference
+from flows.runs.gc import Garbage
 from flows.runs.run import Run
-from flows.tracking.mirror import how_to_open
-from schemas.artifacts import ArtifactRef, TrainState
-from schemas.control import ControlConfig
+from flows.tracking.tracking_uri import how_to_open
+from schemas.artifacts import Produced, TrainState
+from schemas.stages import STAGES
 from schemas.tables import EPISODE_FILM, Samples
 
-if TYPE_CHECKING:
-    from flows.runs.diff import Parting
-    from flows.runs.gc import Garbage
-    from flows.stage import StageResult
-
 SAMPLES_SHOWN = 5
-LINES = 40  # iterations shown
 SCORES = (("gold", "evaluate/gold"), ("reward", "evaluate/score"), ("KL, nats a response", "evaluate/kl"),
           ("wins against the start", "evaluate/win_rate"), ("response tokens", "evaluate/response_length"),
           ("ended with EOS", "evaluate/eos_fraction"))
@@ -30,18 +26,19 @@ RETURNS = (("mean", "evaluate/episode_return"), ("σ", "evaluate/episode_return_
            ("steps, mean", "evaluate/episode_length"))
 
 
-def summary(console: Console, run: Run) -> None:
-    """The end of a run: held-out samples before and after, the scores, where the actor lies, MLflow's page."""
-    states = run.states()
-    before, after = states[0], next(state for state in reversed(states) if "evaluate" in state.artifacts)
-    if isinstance(run.config, ControlConfig):
-        console.print(_returns(before, after))
-    else:
+def summary(console: Console, run: Run, before: TrainState, after: TrainState, last: TrainState) -> None:
+    """The end of a run: held-out samples before and after, the scores, where the actor lies, MLflow's page.
+
+    `before`, `after`: the first state and the last one that was evaluated; `last`: the latest.
+    """
+    if STAGES[run.config.kind]["evaluate"].table is Samples:
         console.print(_samples(run, before, after))
         console.print(_scores(before, after))
+    else:
+        console.print(_returns(before, after))
     if (picture := _picture(run, after)) is not None:
         console.print(Text(f"film    {picture}"), soft_wrap=True)
-    console.print(Text(f"actor   {actor_folder(run, states[-1])}"), soft_wrap=True)
+    console.print(Text(f"actor   {actor_folder(run, last)}"), soft_wrap=True)
     if run.config.tracking.enabled:
         console.print(Text(f"MLflow  {how_to_open(run)}"), soft_wrap=True)
 
@@ -90,23 +87,7 @@ def _picture(run: Run, state: TrainState) -> str | None:
     return run.store.place(ref, EPISODE_FILM)
 
 
-def found(run: Run) -> list[str]:
-    """A line per stage: the artifacts of a run that are there."""
-    where: dict[str, list[tuple[int, ArtifactRef]]] = defaultdict(list)
-    for state in run.states():
-        for stage, ref in state.artifacts.items():
-            where[stage].append((state.iteration, ref))
-    return [f"found {stage:<13} {_span([i for i, _ in refs]):<18} {refs[0][1].short if len(refs) == 1 else ''}".rstrip()
-            for stage, refs in where.items()]
-
-
-def _span(iterations: list[int]) -> str:
-    if len(iterations) == 1:
-        return f"iteration {iterations[0]}"
-    return f"{len(iterations)} iterations, {iterations[0]}…{iterations[-1]}"
-
-
-def runs(rows: list[dict]) -> Grid:
+def runs(rows: list[dict[str, Any]]) -> Grid:
     """All runs of a store."""
     grid = Grid()
     for name in ("run", "iterations", "reward", "KL", "gold", "created", "parent"):
@@ -118,16 +99,13 @@ def runs(rows: list[dict]) -> Grid:
 
 
 def iterations(states: list[TrainState]) -> Grid:
-    """A run, a line per iteration, of a long one every so many; the columns that it has."""
+    """A line per iteration; the columns that they have."""
     columns = (
         ("return", "rollout/episode_return"), ("evaluated", "evaluate/episode_return"), ("reward", "reward/score"),
         ("KL", "gae/kl"), ("gold", "evaluate/gold"), ("wins", "evaluate/win_rate"), ("entropy", "ppo/entropy"),
         ("approx KL", "ppo/approx_kl"), ("clipped", "ppo/clip_fraction"), ("expl. var.", "gae/explained_variance"),
         ("tokens", "rollout/response_length"))
     columns = [(label, key) for label, key in columns if any(key in state.metrics for state in states)]
-    stride = -(-len(states) // LINES)
-    states = [state for state in states
-              if state.iteration % stride == 0 or state is states[-1] or "evaluate" in state.artifacts]
     grid = Grid()
     for name in ("iteration", *(label for label, _ in columns), "seconds"):
         grid.add_column(name, justify="right")
@@ -137,15 +115,15 @@ def iterations(states: list[TrainState]) -> Grid:
     return grid
 
 
-def time_of(state: TrainState, rows: list[dict]) -> Grid:
+def time_of(state: TrainState, rows: list[dict[str, Any]]) -> Grid:
     """Where an iteration's time went."""
     grid = Grid(title=f"iteration {state.iteration}", title_justify="left")
     unit = "tokens/s" if state.reference else "steps/s"
-    for name in ("stage", "seconds", "part", unit, "bytes", "artifact"):
+    for name in ("stage", "seconds", "fraction", unit, "bytes", "artifact"):
         grid.add_column(name, justify="left" if name in ("stage", "artifact") else "right")
     for row in rows:
         rate = f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else ""
-        grid.add_row(row["stage"], f"{row['seconds']:.2f}", f"{row['part']:.0%}", rate,
+        grid.add_row(row["stage"], f"{row['seconds']:.2f}", f"{row['fraction']:.0%}", rate,
                      f"{row['bytes']:,}" if row["bytes"] is not None else "", row["artifact"] or "")
     return grid
 
@@ -160,33 +138,35 @@ def metrics(state: TrainState) -> Grid:
     return grid
 
 
-def stage(console: Console, name: str, iteration: int, result: StageResult) -> None:
-    """What a rerun came to."""
-    loaded = f"{result.models_loaded} models loaded" if result.models_loaded else "no model loaded"
-    what, again = f"{name} of iteration {iteration}", result.reproduction
-    if result.verdict == "new":
-        console.print(f"{what}: a new artifact, {result.ref.short}; {loaded}; the run is as it was", highlight=False)
-    elif result.verdict == "same":
-        files = f"{again.files} file{'s' if again.files > 1 else ''}"
-        console.print(f"{what}: reproduced, {files}, the same bytes, {result.ref.short}; {loaded}", highlight=False)
-    else:
-        console.print(f"{what}: NOT reproduced, {result.ref.short}; {loaded}; the new files are in {again.folder}",
+def stage(
+    console: Console, what: str, produced: Produced, metrics: Mapping[str, tuple[float | None, float]], *, loaded: int,
+    new: bool,
+) -> None:
+    """What a rerun came to. `metrics`: name → (in the run, now); `loaded`: models; `new`: not the recorded artifact."""
+    models = f"{loaded} models loaded" if loaded else "no model loaded"
+    if produced.how == "reproduced":
+        files = f"{produced.files} file{'s' if produced.files > 1 else ''}"
+        console.print(f"{what}: reproduced, {files}, the same bytes, {produced.ref.short}; {models}", highlight=False)
+    elif produced.how == "different":
+        console.print(f"{what}: NOT reproduced, {produced.ref.short}; {models}; the new files are in {produced.folder}",
                       highlight=False, soft_wrap=True)
-        for path, (old, new) in again.different.items():
-            console.print(f"  {path}: committed {(old or 'no such file')[:12]}, now {(new or 'no such file')[:12]}")
-    if result.ref != result.recorded:
-        console.print(_compared(result.metrics))
+        for path, (old, now) in produced.different.items():
+            console.print(f"  {path}: committed {(old or 'no such file')[:12]}, now {(now or 'no such file')[:12]}")
+    else:
+        console.print(f"{what}: a new artifact, {produced.ref.short}; {models}; the run is as it was", highlight=False)
+    if new:
+        console.print(_compared(metrics))
 
 
-def parting(console: Console, a: Run, b: Run, found: Parting | None) -> None:
-    """Where two runs part."""
+def difference(console: Console, a: Run, b: Run, found: Difference | None) -> None:
+    """Where two runs differ first."""
     if found is None:
         common = {*a.iterations()} & {*b.iterations()}
         console.print(f"{a.name} and {b.name}: the same bytes in all {len(common)} states that both have", highlight=False)
         return
     where = f"row {found.row}, column {found.column}" if found.row is not None else found.column or ""
     place = f", place {found.place}" if found.place is not None else ""
-    console.print(f"{a.name} and {b.name} part in iteration {found.iteration}, stage {found.stage}: "
+    console.print(f"{a.name} and {b.name} differ first in iteration {found.iteration}, stage {found.stage}: "
                   f"{', '.join(part for part in (found.file, where) if part)}{place}", highlight=False, soft_wrap=True)
     console.print(f"  {a.name}: {found.a}\n  {b.name}: {found.b}", highlight=False, markup=False, soft_wrap=True)
     for setting in found.settings:
@@ -195,16 +175,17 @@ def parting(console: Console, a: Run, b: Run, found: Parting | None) -> None:
         console.print(f"  other inputs: {', '.join(found.inputs)}", highlight=False)
 
 
-def garbage(console: Console, found: list[Garbage], dry_run: bool) -> None:
+def garbage(console: Console, found: Iterable[Garbage], dry_run: bool) -> None:
     """What goes, and how much that is."""
-    for one in found:
+    rows = list(found)
+    for one in rows:
         console.print(f"{one.kind:<10} {one.bytes:>15,} bytes  {one.what}", highlight=False, markup=False, soft_wrap=True)
-    total = sum(one.bytes for one in found)
+    total = sum(one.bytes for one in rows)
     done = "would be removed; nothing was" if dry_run else "removed"
-    console.print(f"{len(found)} things, {total:,} bytes {done}", highlight=False)
+    console.print(f"{len(rows)} things, {total:,} bytes {done}", highlight=False)
 
 
-def _compared(metrics: dict[str, tuple[float | None, float]]) -> Grid:
+def _compared(metrics: Mapping[str, tuple[float | None, float]]) -> Grid:
     grid = Grid()
     for column in ("metric", "in the run", "with these settings"):
         grid.add_column(column, justify="left" if column == "metric" else "right")

@@ -16,21 +16,22 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from flows.store.files import MENDED
+from flows.store.files import REMEDIES
 from schemas.addresses import without_user_info
 from schemas.errors import BatonError, ConfigError
 
 if TYPE_CHECKING:
     from flows.runs.run import Run
+    from schemas.artifacts import TrainState
 
 log = logging.getLogger("baton")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command found: `data` for --json, `show` for people; `code` is the exit code."""
+    """What a command found: `data` for --json, a function where it is read only then; `show` for people; exit code."""
 
-    data: Any
+    data: Any | Callable[[], Any]
     show: Callable[[Console], None]
     code: int = 0
 
@@ -66,10 +67,10 @@ def command(function: Callable[..., Answer]) -> click.Command:
     def wrapped(**arguments: Any) -> int:
         before = click.get_current_context().obj
         as_json, quiet, verbose = (arguments.pop(name) or before[name] for name in ("as_json", "quiet", "verbose"))
-        settle(as_json, quiet, verbose)
+        configure_output(as_json, quiet, verbose)
         answer = function(**arguments | {"root": arguments["root"] or before["root"] or "data/store"})
         if as_json:
-            click.echo(json.dumps(answer.data, indent=1))
+            click.echo(json.dumps(answer.data() if callable(answer.data) else answer.data, indent=1))
         elif not quiet:
             answer.show(Console(width=None if sys.stdout.isatty() else 140))
         return answer.code
@@ -77,8 +78,8 @@ def command(function: Callable[..., Answer]) -> click.Command:
     return baton.command(name=function.__name__.removesuffix("_command").replace("_", "-"))(global_options(wrapped))
 
 
-def settle(as_json: bool, quiet: bool, verbose: bool) -> None:
-    """Who may write to the terminal. Before Prefect is imported, since it reads its settings then."""
+def configure_output(as_json: bool, quiet: bool, verbose: bool) -> None:
+    """What is written to the terminal. Before Prefect is imported, since it reads its settings then."""
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # it would go to stdout
@@ -106,12 +107,12 @@ SETTINGS = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
                         help="A setting of the config, for example ppo.learning_rate=1e-5; may be repeated.")
 
 
-def opened(root: str, name: str, settings: tuple[str, ...] = ()) -> Run:
-    """A run of the store. Raises `ConfigError` if there is none, or a setting is wrong."""
+def open_existing(root: str, name: str) -> Run:
+    """A run of the store. Raises `ConfigError` if there is none."""
     from flows.runs.run import open_run
     from flows.store.store import Store
 
-    return open_run(Store(root), name, settings=settings)
+    return open_run(Store(root), name)
 
 
 def tagged(flow: Callable[..., Any], name: str, **parameters: Any) -> Any:
@@ -119,10 +120,10 @@ def tagged(flow: Callable[..., Any], name: str, **parameters: Any) -> Any:
     from prefect import tags
     from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-    from flows.orchestration.server import explained
+    from flows.orchestration.server import server_errors
 
-    alone = not PREFECT_API_URL.value()  # nobody looks for a heart that beats, and its end takes a second
-    with (explained("what was committed is whole, the same command goes on"), tags("baton", name),
+    alone = not PREFECT_API_URL.value()  # no server is watching for heartbeats, and stopping them takes a second
+    with (server_errors("what was committed is whole, the same command goes on"), tags("baton", name),
           temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None} if alone else {})):
         return flow(name, **parameters)
 
@@ -137,62 +138,73 @@ def tagged(flow: Callable[..., Any], name: str, **parameters: Any) -> Any:
 @SETTINGS
 def train(config: str | None, name: str | None, iterations: int | None, settings: tuple[str, ...], root: str) -> Answer:
     """Make a run, or go on with one. CONFIG is an example's folder or a YAML file; a run that is there needs none."""
-    from flows.runs.start import resume, start
-    from schemas.settings import NO_OVERRIDES, Overrides
-
     if config is None and name is None:
         raise ConfigError("train: name a CONFIG, for example data/reviews, or a run that is there with --run")
-    said = Overrides(iterations=iterations) if iterations else NO_OVERRIDES
-    run, overrides = start(config, name, settings, said, root) if config else resume(name, settings, said, root)
+    from flows.chains import check_inputs
+    from flows.runs.start import Request, start
+    from flows.views.overview import progress
+    from schemas.settings import NO_OVERRIDES, Overrides
+
+    overrides = Overrides(iterations=iterations) if iterations else NO_OVERRIDES
+    run = start(Request(root, name, config, settings, overrides), check_inputs)
+    last = run.last()
     if iterations == 0:
-        return _made(run)
-    if run.finished:
+        return _made(run, last)
+    if run.finished_by(last):
         return _nothing_to_do(run)
-    log.info(f"run {run.name} in {root}: {run.progress}")
+    log.info(f"run {run.name} in {root}: {progress(run, last)}")
+    from flows.opening import opened
     from flows.train import train_flow
 
-    tagged(train_flow, run.name, overrides=overrides, store=run.store.uri)
-    return _finished(run, [])
+    with opened(run):
+        state = tagged(train_flow, run.name, overrides=overrides, store=run.store.uri)
+    return _finished(run, run.state(0), state, state, [])
 
 
-def _made(run: Run) -> Answer:
-    last = run.last()
+def _made(run: Run, last: TrainState | None) -> Answer:
+    from flows.views.overview import progress
+
     data = {"run": run.name, "iteration": last and last.iteration}
     return Answer(data, lambda console: console.print(
-        f"run {run.name} is made: {run.progress}; baton train --run {run.name}, or baton iterate {run.name}, goes on",
+        f"run {run.name} is made: {progress(run, last)}; baton train --run {run.name}, or baton iterate {run.name}, goes on",
         highlight=False))
 
 
 def _nothing_to_do(run: Run) -> Answer:
-    from flows.cli import display
     from flows.tracking.mirror import Mirror
+    from flows.views.overview import found
 
     log.info(f"run {run.name}: all {run.config.iterations} iterations are there; nothing to do")
-    for line in (found := display.found(run)):
+    states = run.states()
+    for line in (lines := found(states)):
         log.info(line)
     with Mirror(run) as mirror:
-        mirror.push(run.last())
-    return _finished(run, found)
+        mirror.push(states[-1])
+    evaluated = next(state for state in reversed(states) if "evaluate" in state.artifacts)
+    return _finished(run, states[0], evaluated, states[-1], lines)
 
 
-def _finished(run: Run, found: list[str]) -> Answer:
+def _finished(run: Run, before: TrainState, evaluated: TrainState, last: TrainState, found: list[str]) -> Answer:
+    """The end of a run that was at `before` when it began, and was `evaluated` last in that state."""
     from flows.cli import display
-    from flows.tracking.mirror import how_to_open
+    from flows.tracking.tracking_uri import how_to_open
 
-    last = run.last()
     data = {"run": run.name, "iteration": last.iteration, "metrics": last.metrics, "found": found,
             "actor": display.actor_folder(run, last), "mlflow": how_to_open(run)}
-    return Answer(data, lambda console: display.summary(console, run))
+    return Answer(data, lambda console: display.summary(console, run, before, evaluated, last))
 
 
 @command
 @click.argument("run")
 def iterate(run: str, root: str) -> Answer:
     """Exactly the next iteration of RUN. The first one prepares it."""
-    opened(root, run).require_unfinished()  # a mistake is said before Prefect starts
+    there = open_existing(root, run)
+    there.require_unfinished(there.last())  # before Prefect starts
     from flows.iterate import iterate_flow
+    from flows.opening import opened
 
-    state = tagged(iterate_flow, run, store=root)
+    with opened(there):
+        state = tagged(iterate_flow, run, store=root)
     return Answer(state.model_dump(mode="json"), lambda console: None)
 
 
@@ -202,29 +214,48 @@ def iterate(run: str, root: str) -> Answer:
 @click.option("--iteration", type=click.IntRange(min=0), required=True,
               help="0 for base_model, sft, reward_model, policy and the first evaluate.")
 @SETTINGS
-def stage_command(stage: str, run: str, iteration: int, settings: tuple[str, ...], root: str) -> Answer:
+@click.option("--print-call", is_flag=True, help="Print the stage's call as JSON and do nothing: python -m flows.perform "
+              "performs it, in any process that reaches the store.")
+def stage_command(
+    stage: str, run: str, iteration: int, settings: tuple[str, ...], print_call: bool, root: str
+) -> Answer:
     """A STAGE of RUN again, from saved artifacts. The run is left alone."""
+    there = open_existing(root, run)
+    there.recorded(stage, iteration)  # mistakes are reported before Prefect starts
+    if print_call:
+        return _call(there, stage, iteration, settings)
     from flows.cli import display
+    from flows.runs.run import changed
 
-    opened(root, run, settings).recorded(stage, iteration)  # a mistake is said before Prefect starts
+    changed(there, settings=settings)
     from flows.stage import stage_flow
 
     result = tagged(stage_flow, run, stage=stage, iteration=iteration, settings=list(settings), store=root)
-    data = {"recorded": str(result.recorded), "artifact": str(result.ref), "verdict": result.verdict,
-            "models_loaded": result.models_loaded, "metrics": result.metrics,
-            "different": sorted(result.reproduction.different) if result.reproduction else []}
-    return Answer(data, lambda console: display.stage(console, stage, iteration, result),
-                  code=1 if result.verdict == "different" else 0)
+    produced, metrics = result.produced, result.metrics
+    data = {"recorded": str(result.recorded), "artifact": str(produced.ref), "verdict": result.verdict,
+            "models_loaded": result.models_loaded, "metrics": metrics, "different": sorted(produced.different)}
+    return Answer(data, lambda console: display.stage(
+        console, f"{stage} of iteration {iteration}", produced, metrics, loaded=result.models_loaded,
+        new=produced.ref != result.recorded), code=1 if result.verdict == "different" else 0)
+
+
+def _call(run: Run, stage: str, iteration: int, settings: tuple[str, ...]) -> Answer:
+    from flows.again import call_again
+
+    call = call_again(run, stage, iteration, settings)
+    return Answer(call.model_dump(mode="json"), lambda console: click.echo(call.model_dump_json(indent=1)))
 
 
 @command
 def runs(root: str) -> Answer:
     """The runs of the store."""
     from flows.cli import display
-    from flows.runs.run import overview, run_names
+    from flows.runs.run import open_run, run_names
     from flows.store.store import Store
+    from flows.views.overview import overview
 
-    rows = [overview(opened(root, name)) for name in run_names(Store(root))]
+    store = Store(root)
+    rows = [overview(open_run(store, name)) for name in run_names(store)]
     return Answer(rows, lambda console: console.print(display.runs(rows) if rows else f"no runs in {root}"))
 
 
@@ -234,19 +265,22 @@ def runs(root: str) -> Answer:
 def show(run: str, iteration: int | None, root: str) -> Answer:
     """The iterations of RUN. And where the time of the last, or of one, went."""
     from flows.cli import display
-    from flows.runs.run import time_spent
+    from flows.views.overview import time_spent, worth_showing
 
-    what = opened(root, run)
-    states = what.states() if iteration is None else [what.state(iteration)]
-    if not states:
+    what = open_existing(root, run)
+    there = what.iterations() if iteration is None else [iteration]
+    if not there:
         raise ConfigError(f"run {run!r} is not prepared yet; go on with baton train")
-    spent = time_spent(what, states[-1])
+    last = what.state(there[-1])
+    spent = time_spent(what, last)
 
     def print_all(console: Console) -> None:
-        console.print(display.iterations(states) if iteration is None else display.metrics(states[0]))
-        console.print(display.time_of(states[-1], spent))
+        states = [what.state(number) for number in worth_showing(what, there)[:-1]]
+        console.print(display.iterations([*states, last]) if iteration is None else display.metrics(last))
+        console.print(display.time_of(last, spent))
 
-    return Answer({"states": [state.model_dump(mode="json") for state in states], "time": spent}, print_all)
+    return Answer(lambda: {"states": [what.state(number).model_dump(mode="json") for number in there], "time": spent},
+                  print_all)
 
 
 @command
@@ -274,9 +308,10 @@ def verify(run: str | None, root: str) -> Answer:
 @SETTINGS
 def fork(run: str, at: int, name: str, settings: tuple[str, ...], root: str) -> Answer:
     """A new run from an iteration of RUN. With other settings or the same; what came before is shared."""
+    from flows.chains import chain_of
     from flows.runs.fork import fork as fork_run
 
-    made = fork_run(opened(root, run), at, name, settings)
+    made = fork_run(open_existing(root, run), at, name, settings, chain_of)
     data = {"run": made.name, "parent": made.record.parent}
     return Answer(data, lambda console: console.print(
         f"run {made.name}, forked from {made.record.parent}; baton train --run {made.name} goes on", highlight=False))
@@ -286,29 +321,23 @@ def fork(run: str, at: int, name: str, settings: tuple[str, ...], root: str) -> 
 @click.argument("a")
 @click.argument("b")
 def diff(a: str, b: str, root: str) -> Answer:
-    """Where the runs A and B part. The first iteration, stage, row and column, and the setting it comes from."""
+    """Where the runs A and B differ first. Iteration, stage, row and column, and the setting it comes from."""
     from flows.cli import display
-    from flows.runs.diff import first_parting
+    from flows.runs.diff import first_difference
 
-    ours, theirs = opened(root, a), opened(root, b)
-    parting = first_parting(ours, theirs)
-    return Answer(parting and asdict(parting), lambda console: display.parting(console, ours, theirs, parting))
+    ours, theirs = open_existing(root, a), open_existing(root, b)
+    found = first_difference(ours, theirs)
+    return Answer(found and asdict(found), lambda console: display.difference(console, ours, theirs, found))
 
 
 @command
 @click.argument("run")
 def rm(run: str, root: str) -> Answer:
     """Remove RUN. Its artifacts stay until baton gc finds that no other run needs them."""
-    from flows.runs.run import remove_run, run_folders
-    from flows.store.lease import holder_of
+    from flows.runs.run import remove_run
     from flows.store.store import Store
 
-    store = Store(root)
-    if run not in (there := run_folders(store)):
-        raise ConfigError(f"no run {run!r} in {store.uri}; runs there: {', '.join(there) or 'none'}")
-    if holder := holder_of(store, run):
-        raise ConfigError(f"run {run!r} is being worked on by {holder}; end that first")
-    remove_run(store, run)
+    remove_run(Store(root), run)
     return Answer({"removed": run}, lambda console: console.print(
         f"run {run} is removed; baton gc removes the artifacts that nothing else refers to", highlight=False))
 
@@ -320,13 +349,10 @@ def rm(run: str, root: str) -> Answer:
 def gc(dry_run: bool, hours: float, root: str) -> Answer:
     """Remove what nothing needs. What no run refers to, broken-off attempts, and what retention does not keep."""
     from flows.cli import display
-    from flows.runs import gc as collect
+    from flows.runs.gc import collect
     from flows.store.store import Store
 
-    store = Store(root)
-    found = collect.garbage(store, hours)
-    if not dry_run:
-        collect.remove(store, found)
+    found = collect(Store(root), hours, dry_run=dry_run)
     data = {"removed": not dry_run, "bytes": sum(one.bytes for one in found),
             "found": [{"kind": one.kind, "what": one.what, "bytes": one.bytes} for one in found]}
     return Answer(data, lambda console: display.garbage(console, found, dry_run))
@@ -337,9 +363,11 @@ def gc(dry_run: bool, hours: float, root: str) -> Answer:
 @SETTINGS
 def mlflow_sync(run: str, settings: tuple[str, ...], root: str) -> Answer:
     """Bring MLflow to what the store says. Nothing is logged twice; --set tracking.uri=… names another server."""
-    from flows.tracking.mirror import how_to_open, sync
+    from flows.runs.run import changed
+    from flows.tracking.mirror import sync
+    from flows.tracking.tracking_uri import how_to_open
 
-    what = opened(root, run, settings)
+    what = changed(open_existing(root, run), settings=settings)
     states = sync(what)
     return Answer({"run": run, "iterations": states, "mlflow": how_to_open(what)}, lambda console: console.print(
         f"run {run}: MLflow has its {states} states; {how_to_open(what)}", highlight=False, soft_wrap=True))
@@ -356,9 +384,9 @@ def run_command(arguments: list[str] | None = None) -> int:
     except BatonError as error:
         return _complain(str(error), 2 if isinstance(error, ConfigError) else 1)
     except OSError as error:
-        if error.errno not in MENDED:
+        if error.errno not in REMEDIES:
             raise
-        return _complain(f"{error.filename or 'the store'}: {error.strerror}; {MENDED[error.errno]}", 1)
+        return _complain(f"{error.filename or 'the store'}: {error.strerror}; {REMEDIES[error.errno]}", 1)
     except (click.Abort, KeyboardInterrupt):
         return _complain("interrupted; the same command goes on from here", 130)
     except TerminatedError:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from flows.control.environments import Watch, make_environment
-from schemas.control import ControlConfig
+from schemas.control import EnvironmentConfig
 from stages.control_evaluate import film
 from stages.ops.networks import Actor
 
@@ -24,18 +24,19 @@ _END = object()
 
 
 def film_of(
-    config: ControlConfig, function: Callable[..., gymnasium.Env] | None, actor: Actor, *, seed: int
+    config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | None, actor: Actor, *, seed: int, max_steps: int,
+    timeout: float,
 ) -> bytes | None:
     """A GIF of the episode with that seed; None, after saying why, where the environment cannot render.
 
     `function`: the user's that makes the environment, if there is one.
     """
-    watch = Watch(config.environment.id, config.execution.environment_timeout)
+    watch = Watch(config.id, timeout)
     try:
         with warnings.catch_warnings(action="ignore"):
-            environment = make_environment(config.environment, function, render_mode="rgb_array")
+            environment = make_environment(config, function, render_mode="rgb_array")
             with closing(environment):
-                frames = film(actor, environment, seed=seed, max_steps=config.evaluate.max_steps)
+                frames = film(actor, environment, seed=seed, max_steps=max_steps)
                 stride, images = _thinned(_watched(frames, watch))
                 return _gif(images, stride / environment.metadata.get("render_fps", 30))
     except Exception as error:  # a picture is worth no training: whatever a renderer lacks

@@ -13,14 +13,14 @@ import gymnasium
 from safetensors.torch import load_file, save
 
 from flows.control.environments import Watch, make_vector
-from flows.runs.inputs import stored_function
-from flows.runs.run import Run
 from flows.store.store import Attempt, Store
 from schemas.artifacts import ArtifactRef, ModelRef
-from schemas.control import ControlConfig, PolicyConfig, Spaces
+from schemas.control import EnvironmentConfig, PolicyConfig, Spaces
 from schemas.errors import StoreError
+from schemas.settings import ExecutionConfig, PPOConfig
 from schemas.tables import Trajectories
 from stages.ops.control_learner import ControlLearner
+from stages.ops.device import Device
 from stages.ops.episodes import Environments, actions_since_reset
 from stages.ops.networks import Actor, Critic, Network
 
@@ -28,11 +28,14 @@ log = logging.getLogger("baton")
 N = TypeVar("N", bound=Network)
 
 
+Function = Callable[..., gymnasium.Env] | None
+
+
 class WarmPolicies:
     """What the last update trained, and the environments where the last rollout left them."""
 
-    def __init__(self, store: Store, config: ControlConfig) -> None:
-        self.store, self.config, self.loaded = store, config, 0
+    def __init__(self, store: Store, execution: ExecutionConfig) -> None:
+        self.store, self.execution, self.loaded = store, execution, 0
         self.renders = True  # until a picture fails: a renderer that finds no display may end the process the second time
         self._learner: tuple[ArtifactRef, ControlLearner] | None = None
         self._environments: tuple[ArtifactRef, Environments] | None = None
@@ -43,12 +46,14 @@ class WarmPolicies:
     def critic(self, ref: ModelRef) -> Critic:
         return self._network(ref, Critic)
 
-    def take_learner(self, actor: ModelRef, critic: ModelRef, optimizer: ModelRef | None) -> ControlLearner:
+    def take_learner(
+        self, actor: ModelRef, critic: ModelRef, optimizer: ModelRef | None, config: PPOConfig
+    ) -> ControlLearner:
         """Actor, critic and optimizer to train; they leave the cache, since training changes them."""
         warm, self._learner = self._learner, None
-        if warm and optimizer and warm[0] == optimizer.artifact:
+        if warm and optimizer and warm[0] == optimizer.artifact and warm[1].config == config:
             return warm[1]
-        learner = ControlLearner(self._load(actor, Actor), self._load(critic, Critic), self.config.ppo)
+        learner = ControlLearner(self._load(actor, Actor), self._load(critic, Critic), config)
         if optimizer:
             load_optimizer(learner, self.store.folder(optimizer.artifact, optimizer.folder))
         return learner
@@ -59,15 +64,15 @@ class WarmPolicies:
 
     @contextmanager
     def environments(
-        self, run: Run, spaces: Spaces, previous: ArtifactRef | None, rollout: ArtifactRef
+        self, config: EnvironmentConfig, function: Function, spaces: Spaces, count: int, *, seed: int,
+        previous: ArtifactRef | None, rollout: ArtifactRef,
     ) -> Iterator[Environments]:
         """The environments where `previous`, a rollout, has left them; afterwards kept under the one that moves them on,
         `rollout`, or closed if that fails."""
         if self._environments and self._environments[0] != previous:
             self._close_environments()
         warm, self._environments = self._environments, None
-        count = self.config.rollout.num_envs
-        environments = warm[1] if warm else new_environments(run, spaces, count, seed=run.seed(0, "environments"))
+        environments = warm[1] if warm else self.new_environments(config, function, spaces, count, seed=seed)
         try:
             if not warm and previous is None:
                 environments.begin()
@@ -78,6 +83,15 @@ class WarmPolicies:
             environments.close(force=True)
             raise
         self._environments = rollout, environments
+
+    def new_environments(
+        self, config: EnvironmentConfig, function: Function, spaces: Spaces, count: int, *, seed: int, once: bool = False
+    ) -> Environments:
+        """Environments that were never stepped."""
+        watch = Watch(config.id, self.execution.environment_timeout)
+        with watch("making them"):
+            vector = make_vector(config, function, count, self.execution)
+        return Environments(vector, spaces, config.id, seed=seed, once=once, watch=watch)
 
     def forget(self, artifact: ArtifactRef) -> None:
         """Lets go of what is warm of an artifact, so that it is read from the store."""
@@ -100,7 +114,7 @@ class WarmPolicies:
         replay = actions_since_reset(batches_before(self.store, previous))
         strayed = environments.resume(self.store.table(previous, Trajectories), replay)
         if strayed:
-            log.warning(f"{self.config.environment.id}: environments {strayed} did not come to the same observation with "
+            log.warning(f"{environments.name}: environments {strayed} did not come to the same observation with "
                         "the same seed and actions; they are not deterministic, and begin a new episode")
 
     def _network(self, ref: ModelRef, kind: type[N]) -> N:
@@ -110,21 +124,7 @@ class WarmPolicies:
 
     def _load(self, ref: ModelRef, kind: type[N]) -> N:
         self.loaded += 1
-        return load_network(self.store.folder(ref.artifact, ref.folder), kind).to(self.config.execution.device)
-
-
-def environment_function(run: Run) -> Callable[..., gymnasium.Env] | None:
-    """The user's function that makes an environment, none where its id is Gymnasium's."""
-    return stored_function(run, "environment", run.config.environment.id) if "environment" in run.inputs else None
-
-
-def new_environments(run: Run, spaces: Spaces, count: int, *, seed: int, once: bool = False) -> Environments:
-    """Environments of the run's config that nobody has stepped."""
-    config = run.config
-    watch = Watch(config.environment.id, config.execution.environment_timeout)
-    with watch("making them"):
-        vector = make_vector(config.environment, environment_function(run), count, config.execution)
-    return Environments(vector, spaces, config.environment.id, seed=seed, once=once, watch=watch)
+        return load_network(self.store.folder(ref.artifact, ref.folder), kind).to(Device(self.execution.device).torch)
 
 
 def batches_before(store: Store, rollout: ArtifactRef) -> Iterator[Trajectories]:

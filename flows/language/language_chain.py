@@ -1,164 +1,285 @@
-"""The chain of a language model: what comes before the first iteration, and which stage of one reads what."""
+"""The chain of a language model: what comes before the first iteration, and which stage of one reads what.
+
+Each stage has a method that makes its call, with the settings that decide its result and no others. An iteration gives it
+what the stages before have just made; a rerun what a saved state names.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from flows.language import language_tasks
-from flows.language.warm_models import WarmModels
-from flows.orchestration.tasks import said
+from flows.runs.chain import ITERATION_DECIDES, Perform, made_in, require, settings_of
 from flows.runs.run import Run
-from schemas.artifacts import ArtifactRef, ModelRef, Moments, TrainState
+from schemas.artifacts import ArtifactRef, ModelRef, Moments, Produced, StageCall, TrainState
 from schemas.errors import ConfigError
-from schemas.settings import RewardConfig
+from schemas.language import RewardConfig
 from stages.ops.kl import adapted_kl_coef
-
-STAGES, Warm = language_tasks.STAGES, WarmModels
-
-
-def prepare(run: Run) -> TrainState:
-    """State 0: the starting actor, critic and reward model, and how the actor does before any PPO."""
-    started, artifacts = time.perf_counter(), {}
-    if run.config.base_model.source is None:
-        artifacts["base_model"] = said(run, language_tasks.base_model(run, 0))
-    actor = base_of(run, artifacts)
-    if run.config.sft:
-        artifacts["sft"] = said(run, language_tasks.sft(run, 0, base=actor))
-        actor = ModelRef(artifact=artifacts["sft"], folder="actor")
-    reward_model = None
-    if run.config.reward_model:
-        artifacts["reward_model"] = said(run, language_tasks.reward_model(run, 0, start=actor))
-        reward_model = ModelRef(artifact=artifacts["reward_model"], folder="reward_model")
-    bias = 0.0
-    if run.config.reward.center_on_demonstrations:
-        artifacts["reward_bias"] = said(run, language_tasks.reward_bias(
-            run, 0, reference_model=actor, reward_model=reward_model))
-        bias = run.store.manifest(artifacts["reward_bias"]).metrics["bias"]
-    artifacts["evaluate"] = said(run, language_tasks.evaluate(
-        run, 0, updated_actor=actor, reference_model=actor, reward_model=reward_model, baseline=None, reward_bias=bias))
-    critic = run.config.value and (reward_model if run.config.value.start == "reward_model" else actor)
-    state = TrainState(
-        iteration=0, actor=actor, critic=critic, optimizer=None, reference=actor, reward_model=reward_model,
-        baseline=artifacts["evaluate"], artifacts=artifacts, kl_coef=run.config.kl.coef, reward_bias=bias,
-        metrics=run.metrics_of(artifacts), seconds=time.perf_counter() - started)
-    run.save(state)
-    return state
+from stages.ops.optim import learning_rate_factor
 
 
-def base_of(run: Run, artifacts: dict[str, ArtifactRef]) -> ModelRef:
-    """The base model: the one made for the run, or the one it was given."""
-    return ModelRef(artifact=artifacts.get("base_model") or run.inputs["base_model"], folder="model")
+@dataclass(frozen=True)
+class LanguageChain:
+    """The chain of one run."""
+
+    run: Run
+
+    # --- which stages follow each other ---
+
+    def prepare(self, perform: Perform) -> TrainState:
+        """State 0: the starting actor, critic and reward model, and how the actor does before any PPO."""
+        config, made = self.run.config, {}
+        if config.base_model.source is None:
+            made |= perform(self.base_model())
+        actor = self._base(made)
+        if config.sft:
+            made |= perform(self.sft(actor))
+            actor = ModelRef(artifact=made["sft"].ref, folder="actor")
+        reward_model, bias = None, 0.0
+        if config.reward_model:
+            made |= perform(self.reward_model(actor))
+            reward_model = ModelRef(artifact=made["reward_model"].ref, folder="reward_model")
+        if config.reward.center_on_demonstrations:
+            made |= perform(self.reward_bias(actor, reward_model))
+            bias = require(made["reward_bias"].outputs.bias, "reward_bias", "bias")
+        made |= perform(self.evaluate(0, actor, actor, reward_model, None, bias))
+        critic = config.value and (reward_model if config.value.start == "reward_model" else actor)
+        return TrainState(
+            iteration=0, actor=actor, critic=critic, optimizer=None, reference=actor, reward_model=reward_model,
+            baseline=made["evaluate"].ref, kl_coef=config.kl.coef, reward_bias=bias, **made_in(made))
+
+    def iteration(self, state: TrainState, perform: Perform, evaluated: bool) -> TrainState:
+        """The iteration after `state`. Stages already committed are found."""
+        i = state.iteration + 1
+        made = perform(self.rollout(i, state.actor))
+        rollouts = made["rollout"].ref
+        scores = [self.reward(i, state.reward_model, rollouts, state.reward_bias, state.reward_moments)]
+        if self.run.config.kl.needs_reference:
+            scores.insert(0, self.reference(i, state.reference, rollouts))
+        if state.critic:
+            scores.append(self.value(i, state.critic, rollouts))
+        made |= perform(*scores)
+        reference, values = (made[stage].ref if stage in made else None for stage in ("reference", "value"))
+        made |= perform(self.gae(i, rollouts, reference, made["reward"].ref, values, state.kl_coef))
+        made |= perform(self.ppo(i, state.actor, state.critic, state.optimizer, rollouts, reference, values,
+                                 made["gae"].ref, state.kl_coef))
+        actor, critic, optimizer = (ModelRef(artifact=made["ppo"].ref, folder=name)
+                                    for name in ("actor", "critic", "optimizer"))
+        if evaluated:
+            made |= perform(self.evaluate(i, actor, state.reference, state.reward_model, state.baseline,
+                                          state.reward_bias))
+        return state.model_copy(update=dict(
+            iteration=i, actor=actor, critic=critic if state.critic else None, optimizer=optimizer,
+            kl_coef=self._next_kl_coef(state, made["gae"]), reward_moments=self._next_moments(made["reward"]),
+            **made_in(made)))
+
+    def _base(self, made: Mapping[str, Produced]) -> ModelRef:
+        """The base model: the one made for the run, or the one it was given."""
+        artifact = made["base_model"].ref if "base_model" in made else self.run.inputs["base_model"]
+        return ModelRef(artifact=artifact, folder="model")
+
+    def _next_kl_coef(self, state: TrainState, gae: Produced) -> float:
+        """β after the iteration that follows `state`; kept in a critic warm-up, where the actor stays and the KL is 0."""
+        config = self.run.config
+        if config.kl.target is None or state.iteration < config.ppo.critic_warmup:
+            return state.kl_coef
+        return adapted_kl_coef(state.kl_coef, require(gae.outputs.kl, "gae", "kl"), config.rollout.batch_size, config.kl)
+
+    def _next_moments(self, reward: Produced) -> Moments:
+        if self.run.config.reward.normalize == "none":
+            return Moments()
+        return require(reward.outputs.moments, "reward", "moments")
+
+    @staticmethod
+    def line(metrics: Mapping[str, float]) -> str:
+        """An iteration in a line: reward, KL, gold."""
+        kl = f"  KL {metrics['gae/kl']:6.2f}" if "gae/kl" in metrics else ""
+        gold = f"  gold {metrics['evaluate/gold']:7.3f}" if "evaluate/gold" in metrics else ""
+        return f"reward {metrics['reward/score']:7.3f}{kl}{gold}"
+
+    # --- what each stage is called with ---
+
+    def base_model(self) -> StageCall:
+        return self.run.call("base_model", 0, settings_of(self.run.config.base_model), seed=self.run.seed(0, "base_model"),
+                             demonstrations=self.run.inputs["demonstrations"])
+
+    def sft(self, base: ModelRef) -> StageCall:
+        return self.run.call("sft", 0, settings_of(self.run.config.sft) | self._template, seed=self.run.seed(0, "sft"),
+                             base=base, demonstrations=self.run.inputs["demonstrations"])
+
+    def reward_model(self, start: ModelRef) -> StageCall:
+        return self.run.call(
+            "reward_model", 0, settings_of(self.run.config.reward_model) | self._template,
+            seed=self.run.seed(0, "reward_model"), start=start, pairs=self.run.inputs["pairs"],
+            heldout_pairs=self.run.inputs["heldout_pairs"])
+
+    def reward_bias(self, tokenizer: ModelRef, reward_model: ModelRef | None) -> StageCall:
+        return self.run.call(
+            "reward_bias", 0, _components(self.run.config.reward) | self._template, tokenizer=tokenizer,
+            demonstrations=self.run.inputs["demonstrations"], **self._reward_inputs(reward_model))
+
+    def rollout(self, iteration: int, actor: ModelRef) -> StageCall:
+        order = {"order_seed": self.run.seed(0, "prompt_order"), "iteration": iteration}
+        return self.run.call("rollout", iteration, settings_of(self.run.config.rollout) | self._template | order,
+                             seed=self.run.seed(iteration, "rollout"), actor=actor, prompts=self.run.inputs["prompts"])
+
+    def reference(self, iteration: int, reference_model: ModelRef, rollouts: ArtifactRef) -> StageCall:
+        return self.run.call("reference", iteration, {"temperature": self._temperature(rollouts)},
+                             reference_model=reference_model, rollouts=rollouts)
+
+    def reward(self, iteration: int, reward_model: ModelRef | None, rollouts: ArtifactRef, bias: float,
+               moments: Moments) -> StageCall:
+        config = self.run.config.reward
+        settings = settings_of(config) | {"bias": bias, "max_new_tokens": self._made_with(rollouts)["max_new_tokens"]}
+        if config.normalize != "none":
+            settings["moments"] = moments.model_dump(mode="json")
+        return self.run.call("reward", iteration, settings, rollouts=rollouts, **self._reward_inputs(reward_model))
+
+    def value(self, iteration: int, critic: ModelRef, rollouts: ArtifactRef) -> StageCall:
+        return self.run.call("value", iteration, {}, critic=critic, rollouts=rollouts)
+
+    def gae(self, iteration: int, rollouts: ArtifactRef, reference: ArtifactRef | None, rewards: ArtifactRef,
+            values: ArtifactRef | None, kl_coef: float) -> StageCall:
+        kl = self.run.config.kl
+        settings = {"kl_coef": kl_coef, "kl_estimator": kl.estimator, "kl_placement": kl.placement}
+        return self.run.call("gae", iteration, settings_of(self.run.config.gae) | settings, rollouts=rollouts,
+                             reference=reference, rewards=rewards, values=values)
+
+    def ppo(self, iteration: int, actor: ModelRef, critic: ModelRef | None, optimizer: ModelRef | None,
+            rollouts: ArtifactRef, reference: ArtifactRef | None, values: ArtifactRef | None, advantages: ArtifactRef,
+            kl_coef: float) -> StageCall:
+        config, kl = self.run.config.ppo, self.run.config.kl
+        settings = settings_of(config, exclude=ITERATION_DECIDES) | {
+            "temperature": self._temperature(rollouts), "learning_rate_factor": learning_rate_factor(iteration, config),
+            "train_actor": iteration > config.critic_warmup}
+        mixed = {}
+        if kl.placement == "loss":
+            settings |= {"kl_coef": kl_coef, "kl_estimator": kl.estimator}
+        if config.ptx_coef:
+            role = "pretraining" if "pretraining" in self.run.inputs else "demonstrations"
+            mixed = {role: self.run.inputs[role]}
+        return self.run.call(
+            "ppo", iteration, settings, seed=self.run.seed(iteration, "ppo"), actor=actor, critic=critic,
+            optimizer=optimizer, rollouts=rollouts, reference=reference if kl.placement == "loss" else None, values=values,
+            advantages=advantages, **mixed)
+
+    def evaluate(self, iteration: int, actor: ModelRef, reference_model: ModelRef, reward_model: ModelRef | None,
+                 baseline: ArtifactRef | None, bias: float) -> StageCall:
+        config = self.run.config
+        settings = {"rollout": settings_of(config.rollout, exclude={"batch_size", "responses_per_prompt"}),
+                    "reward": _components(config.reward), "bias": bias, "judge": config.evaluate.judge}
+        return self.run.call(
+            "evaluate", iteration, settings | self._template, seed=self.run.seed(0, "evaluate"), actor=actor,
+            reference_model=reference_model, baseline=baseline, prompts=self.run.inputs["heldout_prompts"],
+            judge=self.run.inputs["judge"] if config.evaluate.judge else None, **self._reward_inputs(reward_model))
+
+    @property
+    def _template(self) -> dict[str, Any]:
+        return {"chat_template": self.run.config.base_model.chat_template}
+
+    def _made_with(self, rollouts: ArtifactRef) -> dict[str, Any]:
+        """Settings the rollouts were made with."""
+        return self.run.store.manifest(rollouts).recipe.config
+
+    def _temperature(self, rollouts: ArtifactRef) -> float:
+        """At which the rollouts were sampled, so that their tokens are scored at no other."""
+        return self._made_with(rollouts)["temperature"]
+
+    def _reward_inputs(self, reward_model: ModelRef | None) -> dict[str, ArtifactRef | ModelRef | None]:
+        """Artifacts that the reward's components are, by role."""
+        used = any(part.kind == "reward_model" for part in self.run.config.reward.components.values())
+        functions = {role: self.run.inputs[role] for role in self.run.config.functions if role != "judge"}
+        return functions | ({"reward_model": reward_model} if used else {})
+
+    # --- one stage again ---
+
+    def again(self, stage: str, recorded: Run, iteration: int) -> StageCall:
+        """That stage's call with this run's settings, from the states of `recorded` before and after that iteration.
+
+        Raises `ConfigError` where what was saved cannot be used with other settings than those it was made with.
+        """
+        run, after = self.run, recorded.state(iteration)
+        before, made = recorded.state(iteration - 1) if iteration else after, after.artifacts
+        match stage:
+            case "base_model":
+                return self.base_model()
+            case "sft":
+                base = made.get("base_model") or run.inputs["base_model"]
+                return self.sft(ModelRef(artifact=base, folder="model"))
+            case "reward_model":
+                return self.reward_model(after.reference)
+            case "reward_bias":
+                return self.reward_bias(after.reference, after.reward_model)
+            case "rollout":
+                return self.rollout(iteration, before.actor)
+            case "reference":
+                return self.reference(iteration, after.reference, made["rollout"])
+            case "reward":
+                return self.reward(iteration, after.reward_model, made["rollout"], self._bias(recorded, after),
+                                   self._moments(recorded, before))
+            case "value":
+                return self.value(iteration, before.critic, made["rollout"])
+            case "gae":
+                return self.gae(iteration, made["rollout"], made.get("reference"), made["reward"],
+                                self._values(recorded, iteration), self._kl_coef(recorded, before))
+            case "ppo":
+                self._require_same_placement(recorded)
+                critic = before.critic if run.config.gae.has_critic else None
+                return self.ppo(iteration, before.actor, critic, before.optimizer, made["rollout"], made.get("reference"),
+                                self._values(recorded, iteration), made["gae"], self._kl_coef(recorded, before))
+            case _:
+                return self.evaluate(iteration, after.actor, after.reference, after.reward_model,
+                                     after.baseline if iteration else None, self._bias(recorded, after))
+
+    def forked(self, recorded: Run, state: TrainState) -> TrainState:
+        """The state that a fork with this run's settings begins from. Raises `ConfigError` where it cannot."""
+        config, old = self.run.config, recorded.config
+        if config.gae.has_critic and not state.critic:
+            raise ConfigError(f"gae.estimator={config.gae.estimator}: it needs a critic, and run {recorded.name!r} has none")
+        judge, old_judge = (c.evaluate.judge or _raw(c.reward) for c in (config, old))
+        if judge != old_judge:
+            raise ConfigError("evaluate.judge: wins are over what the starting actor got from the judge of the run, "
+                              "or from its reward where there is none; make another run")
+        return state.model_copy(update={
+            "critic": state.critic if config.gae.has_critic else None, "kl_coef": self._kl_coef(recorded, state),
+            "reward_bias": self._bias(recorded, state), "reward_moments": self._moments(recorded, state)})
+
+    def _values(self, recorded: Run, iteration: int) -> ArtifactRef | None:
+        return recorded.recorded("value", iteration) if self.run.config.gae.has_critic else None
+
+    def _kl_coef(self, recorded: Run, state: TrainState) -> float:
+        """β of the state, unless the settings name another."""
+        coef = self.run.config.kl.coef
+        return state.kl_coef if coef == recorded.config.kl.coef else coef
+
+    def _require_same_placement(self, recorded: Run) -> None:
+        if self.run.config.kl.placement != recorded.config.kl.placement:
+            raise ConfigError("kl.placement: the recorded advantages were made with the other: the KL would be charged "
+                              "twice, or not at all; make another run")
+
+    def _bias(self, recorded: Run, state: TrainState) -> float:
+        """What is taken off the weighted sum. Raises `ConfigError` where the run did not score its demonstrations so."""
+        now, old = self.run.config.reward, recorded.config.reward
+        if not now.center_on_demonstrations:
+            return 0.0
+        if not old.center_on_demonstrations or now.components != old.components:
+            raise ConfigError("reward.center_on_demonstrations: the run has no demonstrations scored with these components; "
+                              "set it to false, or make another run")
+        return state.reward_bias
+
+    def _moments(self, recorded: Run, state: TrainState) -> Moments:
+        """Those of the scores before. Raises `ConfigError` where settings normalise by moments that the run did not keep."""
+        now, old = self.run.config.reward, recorded.config.reward
+        if now.normalize != "none" and (old.normalize == "none" or _raw(now) != _raw(old)):
+            raise ConfigError("reward.normalize: the run kept no running moments of these scores; set it to none, or make "
+                              "another run")
+        return state.reward_moments
 
 
-def iteration(run: Run, state: TrainState, last: int) -> TrainState:
-    """The iteration after `state`; evaluated if it is due, or the `last` one. Stages already committed are found."""
-    i = state.iteration + 1
-    made = {"rollout": language_tasks.rollout(run, i, actor=state.actor)}
-    rollouts = made["rollout"]
-    made["reference"] = language_tasks.reference(run, i, reference_model=state.reference, rollouts=rollouts)
-    made["reward"] = language_tasks.reward(run, i, reward_model=state.reward_model, rollouts=rollouts,
-                                  reward_bias=state.reward_bias, reward_moments=state.reward_moments)
-    if state.critic:
-        made["value"] = language_tasks.value(run, i, critic=state.critic, rollouts=rollouts)
-    values = made.get("value")
-    made["gae"] = language_tasks.gae(run, i, rollouts=rollouts, reference=made["reference"], rewards=made["reward"],
-                            values=values, kl_coef=state.kl_coef)
-    made["ppo"] = language_tasks.ppo(
-        run, i, actor=state.actor, critic=state.critic, optimizer=state.optimizer, rollouts=rollouts,
-        reference=made["reference"], values=values, advantages=made["gae"], kl_coef=state.kl_coef)
-    actor = ModelRef(artifact=made["ppo"], folder="actor")
-    if run.evaluation_due(i, last):
-        made["evaluate"] = language_tasks.evaluate(run, i, updated_actor=actor, reference_model=state.reference,
-                                          reward_model=state.reward_model, baseline=state.baseline,
-                                          reward_bias=state.reward_bias)
-    metrics = run.metrics_of(made)
-    return state.model_copy(update=dict(
-        iteration=i, actor=actor, critic=ModelRef(artifact=made["ppo"], folder="critic") if state.critic else None,
-        optimizer=ModelRef(artifact=made["ppo"], folder="optimizer"), artifacts=made, metrics=metrics,
-        kl_coef=_next_kl_coef(run, state, metrics["gae/kl"]), reward_moments=Moments.measured("reward", metrics)))
-
-
-def _next_kl_coef(run: Run, state: TrainState, kl: float) -> float:
-    """β after the iteration that follows `state`; kept in a critic warm-up, where the KL is 0 and nobody's merit."""
-    if state.iteration < run.config.ppo.critic_warmup:
-        return state.kl_coef
-    return adapted_kl_coef(state.kl_coef, kl, run.config.rollout.batch_size, run.config.kl)
-
-
-def line(metrics: Mapping[str, float]) -> str:
-    """An iteration in a line: reward, KL, gold."""
-    gold = f"  gold {metrics['evaluate/gold']:7.3f}" if "evaluate/gold" in metrics else ""
-    return f"reward {metrics['reward/score']:7.3f}  KL {metrics['gae/kl']:6.2f}{gold}"
-
-
-# --- one stage again ---
-
-def saved(stage: str, run: Run, recorded: Run, iteration: int) -> dict[str, Callable[[], Any]]:
-    """What tasks are given, by the names of their parameters, from the states before and after that iteration.
-
-    Raises `ConfigError` where `run`, with other settings than those `recorded`, cannot use what was saved.
-    """
-    after = run.state(iteration)
-    before = run.state(iteration - 1) if iteration else after
-    changed = run.config.kl.coef != recorded.config.kl.coef
-    if stage == "ppo" and run.config.kl.placement != recorded.config.kl.placement:
-        raise ConfigError("kl.placement: the recorded advantages were made with the other: the KL would be charged twice, "
-                          "or not at all; make another run")
-    return {
-        "base": lambda: base_of(run, after.artifacts),
-        "start": lambda: after.reference,
-        "actor": lambda: before.actor,
-        "critic": lambda: before.critic if run.config.gae.has_critic else None,
-        "optimizer": lambda: before.optimizer,
-        "reference_model": lambda: after.reference,
-        "reward_model": lambda: after.reward_model,
-        "updated_actor": lambda: after.actor,
-        "baseline": lambda: after.baseline if iteration else None,
-        "kl_coef": lambda: run.config.kl.coef if changed else before.kl_coef,
-        "reward_bias": lambda: _bias(run.config.reward, recorded.config.reward, after),
-        "reward_moments": lambda: _moments(run.config.reward, recorded.config.reward, before),
-        "rollouts": lambda: after.artifacts["rollout"],
-        "reference": lambda: after.artifacts["reference"],
-        "rewards": lambda: after.artifacts["reward"],
-        "values": lambda: run.recorded("value", iteration) if run.config.gae.has_critic else None,
-        "advantages": lambda: after.artifacts["gae"],
-    }
-
-
-def forked(run: Run, recorded: Run, state: TrainState) -> TrainState:
-    """The state that a fork with the settings of `run` begins from. Raises `ConfigError` where it cannot."""
-    if run.config.gae.has_critic and not state.critic:
-        raise ConfigError(f"gae.estimator={run.config.gae.estimator}: it needs a critic, and run {recorded.name!r} has none")
-    judged = lambda config: config.evaluate.judge or _raw(config.reward)  # noqa: E731 - what gold is
-    if judged(run.config) != judged(recorded.config):
-        raise ConfigError("evaluate.judge: wins are over what the starting actor got from the judge of the run, "
-                          "or from its reward where there is none; make another run")
-    changed = run.config.kl.coef != recorded.config.kl.coef
-    return state.model_copy(update={
-        "critic": state.critic if run.config.gae.has_critic else None,
-        "kl_coef": run.config.kl.coef if changed else state.kl_coef,
-        "reward_bias": _bias(run.config.reward, recorded.config.reward, state),
-        "reward_moments": _moments(run.config.reward, recorded.config.reward, state)})
-
-
-def _bias(now: RewardConfig, recorded: RewardConfig, state: TrainState) -> float:
-    """What is taken off the weighted sum. Raises `ConfigError` where the run did not score its demonstrations so."""
-    if not now.center_on_demonstrations:
-        return 0.0
-    if not recorded.center_on_demonstrations or now.components != recorded.components:
-        raise ConfigError("reward.center_on_demonstrations: the run has no demonstrations scored with these components; "
-                          "set it to false, or make another run")
-    return state.reward_bias
-
-
-def _moments(now: RewardConfig, recorded: RewardConfig, state: TrainState) -> Moments:
-    """Those of the scores before. Raises `ConfigError` where the settings normalise by moments that the run did not keep."""
-    if now.normalize != "none" and (recorded.normalize == "none" or _raw(now) != _raw(recorded)):
-        raise ConfigError("reward.normalize: the run kept no running moments of these scores; set it to none, or make "
-                          "another run")
-    return state.reward_moments
+def _components(config: RewardConfig) -> dict[str, Any]:
+    """What of the reward's settings decides the raw score."""
+    return config.model_dump(mode="json", include={"components"})
 
 
 def _raw(config: RewardConfig) -> tuple:

@@ -1,19 +1,19 @@
-"""The tasks of a language model's chain, one per stage; see flows/orchestration/tasks.py for what all tasks are."""
+"""The tasks of a language model's stages: each loads what its call names, calls the stage, and saves what it gives.
+
+All that decides a result is in the call, whose settings are those of the recipe; see `StageCall` in schemas/artifacts.py.
+"""
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
 import numpy as np
 
-from flows.language.warm_models import load_causal, load_scalar, load_tokenizer, save_learner, save_model
-from flows.orchestration.tasks import ITERATION_DECIDES, given, settings_of, stage_task
-from flows.runs.inputs import functions_of, stored_function, stored_lines
-from flows.runs.produce import Made, produce
-from flows.runs.run import Run
-from schemas.artifacts import ArtifactRef, ModelRef, Moments, Recipe
-from schemas.settings import RewardConfig
+from flows.language.reward_tokens import token_for
+from flows.language.warm_models import WarmModels, load_causal, load_scalar, load_tokenizer, save_learner, save_model
+from flows.runs.produce import StageOutput
+from flows.runs.work import Task, Work
+from schemas.artifacts import Outputs
+from schemas.language import BaseModelConfig, RewardConfig, RewardModelConfig, RolloutConfig, SFTConfig
+from schemas.settings import GAEConfig, KLConfig, PPOConfig
 from schemas.tables import Advantages, ReferenceLogprobs, Rewards, Rollouts, Samples, Values
 from stages import base_model as base_model_stage
 from stages import evaluate as evaluate_stage
@@ -27,281 +27,164 @@ from stages import rollout as rollout_stage
 from stages import sft as sft_stage
 from stages import value as value_stage
 from stages.ops.language_model import LanguageModel
-from stages.ops.optim import learning_rate_factor
-from stages.ops.prompts import Texts, demonstrations_as_texts, pretraining_as_texts, prompt_order
+from stages.ops.moments import updated_moments
+from stages.ops.prompts import demonstrations_as_texts, pretraining_as_texts, prompt_order
 from stages.ops.rewards import Scorer, function_scorer, model_scorer, server_scorer
+from stages.ops.sampling import ModelSampler
+from stages.ops.texts import Texts
 
 # --- once, before the first iteration ---
 
-@stage_task
-def base_model(run: Run, iteration: int) -> ArtifactRef:
-    config = run.config.base_model
-    recipe = Recipe(stage="base_model", version=base_model_stage.VERSION, config=settings_of(config),
-                    inputs={"demonstrations": run.inputs["demonstrations"]}, seed=run.seed(iteration, "base_model"))
 
-    def make(attempt):
-        model = base_model_stage.base_model(stored_lines(run, "demonstrations"), config, seed=recipe.seed)
-        save_model(attempt, "model", model)
-        return Made(base_model_stage.metrics(model))
-
-    return produce(run, recipe, make)
+def base_model(work: Work[WarmModels]) -> StageOutput:
+    model = base_model_stage.base_model(list(work.rows("demonstrations")), work.settings(BaseModelConfig),
+                                        seed=work.call.seed)
+    save_model(work.attempt, "model", model)
+    return StageOutput(base_model_stage.metrics(model))
 
 
-@stage_task
-def sft(run: Run, iteration: int, base: ModelRef) -> ArtifactRef:
-    config, template = run.config.sft, run.config.base_model.chat_template
-    recipe = Recipe(stage="sft", version=sft_stage.VERSION, config=settings_of(config, chat_template=template),
-                    inputs={"base": base.artifact, "demonstrations": run.inputs["demonstrations"]},
-                    seed=run.seed(iteration, "sft"))
-
-    def make(attempt):
-        model = run.models.trainable(base, load_causal)
-        metrics = sft_stage.sft(model, stored_lines(run, "demonstrations"), config, chat_template=template,
-                                seed=recipe.seed)
-        save_model(attempt, "actor", model)
-        return Made(metrics)
-
-    return produce(run, recipe, make)
+def sft(work: Work[WarmModels]) -> StageOutput:
+    model = work.warm.trainable(work.model("base"), load_causal, work.setting("chat_template"))
+    metrics = sft_stage.sft(model, list(work.rows("demonstrations")), work.settings(SFTConfig), seed=work.call.seed)
+    save_model(work.attempt, "actor", model)
+    return StageOutput(metrics)
 
 
-@stage_task
-def reward_model(run: Run, iteration: int, start: ModelRef) -> ArtifactRef:
-    config, template = run.config.reward_model, run.config.base_model.chat_template
-    recipe = Recipe(stage="reward_model", version=reward_model_stage.VERSION,
-                    config=settings_of(config, chat_template=template),
-                    inputs={"start": start.artifact, "pairs": run.inputs["pairs"],
-                            "heldout_pairs": run.inputs["heldout_pairs"]}, seed=run.seed(iteration, "reward_model"))
-
-    def make(attempt):
-        model = run.models.trainable(start, load_scalar)
-        metrics = reward_model_stage.reward_model(model, stored_lines(run, "pairs"), stored_lines(run, "heldout_pairs"),
-                                                  config, chat_template=template, seed=recipe.seed)
-        save_model(attempt, "reward_model", model)
-        return Made(metrics)
-
-    return produce(run, recipe, make)
+def reward_model(work: Work[WarmModels]) -> StageOutput:
+    model = work.warm.trainable(work.model("start"), load_scalar, work.setting("chat_template"))
+    metrics = reward_model_stage.reward_model(model, list(work.rows("pairs")), list(work.rows("heldout_pairs")),
+                                              work.settings(RewardModelConfig), seed=work.call.seed)
+    save_model(work.attempt, "reward_model", model)
+    return StageOutput(metrics)
 
 
-@stage_task
-def reward_bias(run: Run, iteration: int, reference_model: ModelRef, reward_model: ModelRef | None) -> ArtifactRef:
-    config, template = run.config.reward, run.config.base_model.chat_template
-    recipe = Recipe(
-        stage="reward_bias", version=reward_bias_stage.VERSION, config=_sources(config) | {"chat_template": template},
-        inputs={"tokenizer": reference_model.artifact, "demonstrations": run.inputs["demonstrations"]}
-        | _reward_inputs(run, reward_model))
-
-    def make(attempt):
-        tokenizer = load_tokenizer(run.store.folder(reference_model.artifact, reference_model.folder))
-        texts = demonstrations_as_texts(tokenizer, stored_lines(run, "demonstrations"), template)
-        rewards = reward_bias_stage.reward_bias(_scorers(run, reward_model), texts, config)
-        attempt.table(rewards)
-        return Made(reward_bias_stage.metrics(rewards), _tokens(texts) if reward_model else None)
-
-    return produce(run, recipe, make)
+def reward_bias(work: Work[WarmModels]) -> StageOutput:
+    config, model = work.settings(RewardConfig), work.model("tokenizer")
+    tokenizer = load_tokenizer(work.store.folder(model.artifact, model.folder))
+    texts = demonstrations_as_texts(tokenizer, work.rows("demonstrations"), work.setting("chat_template"))
+    rewards = reward_bias_stage.reward_bias(_scorers(work, config), texts, config)
+    work.attempt.table(rewards)
+    metrics = reward_bias_stage.metrics(rewards)
+    return StageOutput(metrics, _tokens(texts) if work.model("reward_model") else None, Outputs(bias=metrics.bias))
 
 
 # --- every iteration ---
 
-@stage_task
-def rollout(run: Run, iteration: int, actor: ModelRef) -> ArtifactRef:
-    config, template = run.config.rollout, run.config.base_model.chat_template
-    order_seed = run.seed(0, "prompt_order")
-    recipe = Recipe(
-        stage="rollout", version=rollout_stage.VERSION, seed=run.seed(iteration, "rollout"),
-        config=settings_of(config, chat_template=template, order_seed=order_seed, iteration=iteration),
-        inputs={"actor": actor.artifact, "prompts": run.inputs["prompts"]})
-
-    def make(attempt):
-        prompts = [row["prompt"] for row in stored_lines(run, "prompts")]
-        k = config.responses_per_prompt
-        ids = np.repeat(prompt_order(len(prompts), config.batch_size // k, seed=order_seed, iteration=iteration), k)
-        rollouts = rollout_stage.rollout(run.models.actor(actor), [prompts[i] for i in ids], ids, config,
-                                         chat_template=template, seed=recipe.seed)
-        attempt.table(rollouts)
-        return Made(rollout_stage.metrics(rollouts), len(rollouts.response_tokens.values))
-
-    return produce(run, recipe, make)
+def rollout(work: Work[WarmModels]) -> StageOutput:
+    config, prompts = work.settings(RolloutConfig), work.rows("prompts")
+    k = config.responses_per_prompt
+    ids = np.repeat(prompt_order(len(prompts), config.batch_size // k, seed=work.setting("order_seed"),
+                                 iteration=work.setting("iteration")), k)
+    actor = work.warm.actor(work.model("actor"), work.setting("chat_template"))
+    rollouts = rollout_stage.rollout(ModelSampler(actor), [prompts[i]["prompt"] for i in ids], ids, config,
+                                     seed=work.call.seed)
+    work.attempt.table(rollouts)
+    return StageOutput(rollout_stage.metrics(rollouts), len(rollouts.response_tokens.values))
 
 
-@stage_task
-def reference(run: Run, iteration: int, reference_model: ModelRef, rollouts: ArtifactRef) -> ArtifactRef:
-    temperature = _temperature(run, rollouts)
-    recipe = Recipe(stage="reference", version=reference_stage.VERSION, config={"temperature": temperature},
-                    inputs={"reference_model": reference_model.artifact, "rollouts": rollouts})
-
-    def make(attempt):
-        table = run.store.table(rollouts, Rollouts)
-        scored = reference_stage.reference(run.models.reference(reference_model), table, temperature=temperature)
-        attempt.table(scored)
-        return Made(reference_stage.metrics(scored), _tokens(table))
-
-    return produce(run, recipe, make)
+def reference(work: Work[WarmModels]) -> StageOutput:
+    rollouts = work.table("rollouts", Rollouts)
+    model = work.warm.reference(work.model("reference_model"))
+    scored = reference_stage.reference(model, rollouts, temperature=work.setting("temperature"))
+    work.attempt.table(scored)
+    return StageOutput(reference_stage.metrics(scored), _tokens(rollouts))
 
 
-@stage_task
-def reward(run: Run, iteration: int, reward_model: ModelRef | None, rollouts: ArtifactRef, reward_bias: float,
-           reward_moments: Moments) -> ArtifactRef:
-    config, limit = run.config.reward, run.store.manifest(rollouts).recipe.config["max_new_tokens"]
-    state = {"bias": reward_bias}
-    if config.normalize != "none":
-        state["moments"] = reward_moments.model_dump(mode="json")
-    recipe = Recipe(stage="reward", version=reward_stage.VERSION, config=settings_of(config, max_new_tokens=limit, **state),
-                    inputs={"rollouts": rollouts} | _reward_inputs(run, reward_model))
-
-    def make(attempt):
-        table = run.store.table(rollouts, Rollouts)
-        rewards = reward_stage.reward(_scorers(run, reward_model), table, config, bias=reward_bias,
-                                      moments=reward_moments, max_new_tokens=limit)
-        attempt.table(rewards)
-        return Made(reward_stage.metrics(rewards, config, reward_moments), _tokens(table) if reward_model else None)
-
-    return produce(run, recipe, make)
+def reward(work: Work[WarmModels]) -> StageOutput:
+    config, rollouts, before = work.settings(RewardConfig), work.table("rollouts", Rollouts), work.moments
+    rewards = reward_stage.reward(_scorers(work, config), rollouts, config, bias=work.setting("bias"), moments=before,
+                                  max_new_tokens=work.setting("max_new_tokens"))
+    work.attempt.table(rewards)
+    moments = updated_moments(before, rewards.raw_score) if config.normalize != "none" else None
+    return StageOutput(reward_stage.metrics(rewards, config, before),
+                       _tokens(rollouts) if work.model("reward_model") else None, Outputs(moments=moments))
 
 
-@stage_task
-def value(run: Run, iteration: int, critic: ModelRef, rollouts: ArtifactRef) -> ArtifactRef:
-    recipe = Recipe(stage="value", version=value_stage.VERSION, config={},
-                    inputs={"critic": critic.artifact, "rollouts": rollouts})
-
-    def make(attempt):
-        table = run.store.table(rollouts, Rollouts)
-        values = value_stage.value(run.models.critic(critic), table)
-        attempt.table(values)
-        return Made(value_stage.metrics(values), _tokens(table))
-
-    return produce(run, recipe, make)
+def value(work: Work[WarmModels]) -> StageOutput:
+    rollouts = work.table("rollouts", Rollouts)
+    values = value_stage.value(work.warm.critic(work.model("critic")), rollouts)
+    work.attempt.table(values)
+    return StageOutput(value_stage.metrics(values), _tokens(rollouts))
 
 
-@stage_task
-def gae(run: Run, iteration: int, rollouts: ArtifactRef, reference: ArtifactRef, rewards: ArtifactRef,
-        values: ArtifactRef | None, kl_coef: float) -> ArtifactRef:
-    config, kl = run.config.gae, run.config.kl
-    recipe = Recipe(
-        stage="gae", version=gae_stage.VERSION,
-        config=settings_of(config, kl_coef=kl_coef, kl_estimator=kl.estimator, kl_placement=kl.placement),
-        inputs={"rollouts": rollouts, "reference": reference, "rewards": rewards} | given(values=values))
-
-    def make(attempt):
-        table = run.store.table(rollouts, Rollouts)
-        value_table = run.store.table(values, Values) if values else None
-        advantages = gae_stage.gae(table, run.store.table(reference, ReferenceLogprobs),
-                                   run.store.table(rewards, Rewards), value_table, config, kl, kl_coef=kl_coef)
-        attempt.table(advantages)
-        return Made(gae_stage.metrics(advantages, table, value_table, config, kl_coef=kl_coef))
-
-    return produce(run, recipe, make)
+def gae(work: Work[WarmModels]) -> StageOutput:
+    config, kl_coef = work.settings(GAEConfig), work.setting("kl_coef")
+    kl = KLConfig(coef=kl_coef, estimator=work.setting("kl_estimator"), placement=work.setting("kl_placement"))
+    rollouts, values = work.table("rollouts", Rollouts), work.table_if_given("values", Values)
+    reference = work.table_if_given("reference", ReferenceLogprobs)
+    advantages = gae_stage.gae(rollouts, reference, work.table("rewards", Rewards), values, config, kl, kl_coef=kl_coef)
+    work.attempt.table(advantages)
+    metrics = gae_stage.metrics(advantages, rollouts, values, config, kl_coef=kl_coef if reference else None)
+    return StageOutput(metrics, outputs=Outputs(kl=gae_stage.mean_kl(advantages) if reference else None))
 
 
-@stage_task
-def ppo(run: Run, iteration: int, actor: ModelRef, critic: ModelRef | None, optimizer: ModelRef | None,
-        rollouts: ArtifactRef, reference: ArtifactRef, values: ArtifactRef | None, advantages: ArtifactRef,
-        kl_coef: float) -> ArtifactRef:
-    config, temperature, in_loss = run.config.ppo, _temperature(run, rollouts), run.config.kl.placement == "loss"
-    factor, train_actor = learning_rate_factor(iteration, config), iteration > config.critic_warmup
-    settings = settings_of(config, ITERATION_DECIDES, temperature=temperature, learning_rate_factor=factor,
-                         train_actor=train_actor)
-    settings |= {"kl_coef": kl_coef, "kl_estimator": run.config.kl.estimator} if in_loss else {}
-    inputs = {"actor": actor.artifact, "rollouts": rollouts, "advantages": advantages} | given(
-        critic=critic and critic.artifact, values=values, optimizer=optimizer and optimizer.artifact,
-        reference=reference if in_loss else None, **{_mixed(run): run.inputs[_mixed(run)]} if config.ptx_coef else {})
-    recipe = Recipe(stage="ppo", version=ppo_stage.VERSION, config=settings, inputs=inputs, seed=run.seed(iteration, "ppo"))
-
-    def make(attempt):
-        table = run.store.table(rollouts, Rollouts)
-        learner = run.models.take_learner(actor, critic, optimizer, temperature)
-        penalty = None
-        if in_loss:
-            penalty = ppo_stage.KLLoss(run.store.table(reference, ReferenceLogprobs), kl_coef, run.config.kl.estimator)
-        metrics = ppo_stage.ppo(
-            learner, table, run.store.table(values, Values) if values else None, run.store.table(advantages, Advantages),
-            config, seed=recipe.seed, learning_rate_factor=factor, train_actor=train_actor,
-            kl_loss=penalty, texts=_texts(run, learner.actor) if config.ptx_coef else None)
-        save_learner(attempt, learner)
-        run.models.put_learner(recipe.ref, learner)
-        return Made(metrics, _tokens(table) * metrics.steps // config.minibatches)
-
-    return produce(run, recipe, make)
+def ppo(work: Work[WarmModels]) -> StageOutput:
+    config, rollouts = work.settings(PPOConfig), work.table("rollouts", Rollouts)
+    learner = work.warm.take_learner(work.model("actor"), work.model("critic"), work.model("optimizer"), config,
+                                     work.setting("temperature"))
+    penalty = None
+    if reference := work.table_if_given("reference", ReferenceLogprobs):
+        penalty = ppo_stage.KLLoss(reference, work.setting("kl_coef"), work.setting("kl_estimator"))
+    metrics = ppo_stage.ppo(
+        learner, rollouts, work.table_if_given("values", Values), work.table("advantages", Advantages), config,
+        seed=work.call.seed, learning_rate_factor=work.setting("learning_rate_factor"),
+        train_actor=work.setting("train_actor"), kl_loss=penalty,
+        texts=_texts(work, learner.actor) if config.ptx_coef else None)
+    save_learner(work.attempt, learner)
+    work.warm.put_learner(work.call.recipe.ref, learner)
+    return StageOutput(metrics, _tokens(rollouts) * metrics.steps // config.minibatches)
 
 
-@stage_task
-def evaluate(run: Run, iteration: int, updated_actor: ModelRef, reference_model: ModelRef,
-             reward_model: ModelRef | None, baseline: ArtifactRef | None, reward_bias: float) -> ArtifactRef:
-    sampling, rewards, template = run.config.rollout, run.config.reward, run.config.base_model.chat_template
-    inputs = {"actor": updated_actor.artifact, "reference_model": reference_model.artifact,
-              "prompts": run.inputs["heldout_prompts"]} | _reward_inputs(run, reward_model)
-    inputs |= given(baseline=baseline, judge=run.inputs["judge"] if run.config.evaluate.judge else None)
-    recipe = Recipe(
-        stage="evaluate", version=evaluate_stage.VERSION, inputs=inputs, seed=run.seed(0, "evaluate"),
-        config={"rollout": sampling.model_dump(mode="json", exclude={"batch_size", "responses_per_prompt"}),
-                "reward": _sources(rewards), "bias": reward_bias, "judge": run.config.evaluate.judge,
-                "chat_template": template})
-
-    def make(attempt):
-        samples = evaluate_stage.evaluate(
-            run.models.actor(updated_actor), run.models.reference(reference_model),
-            [row["prompt"] for row in stored_lines(run, "heldout_prompts")], _scorers(run, reward_model), _judge(run),
-            run.store.table(baseline, Samples) if baseline else None, sampling, rewards, bias=reward_bias,
-            chat_template=template, seed=recipe.seed)
-        attempt.table(samples)
-        return Made(evaluate_stage.metrics(samples), int(samples.response_length.sum()))
-
-    return produce(run, recipe, make)
+def evaluate(work: Work[WarmModels]) -> StageOutput:
+    sampling, rewards = work.settings(RolloutConfig, "rollout"), work.settings(RewardConfig, "reward")
+    actor = work.warm.actor(work.model("actor"), work.setting("chat_template"))
+    samples = evaluate_stage.evaluate(
+        ModelSampler(actor), work.warm.reference(work.model("reference_model")),
+        [row["prompt"] for row in work.rows("prompts")], _scorers(work, rewards), _judge(work),
+        work.table_if_given("baseline", Samples), sampling, rewards, bias=work.setting("bias"), seed=work.call.seed)
+    work.attempt.table(samples)
+    return StageOutput(evaluate_stage.metrics(samples), int(samples.response_length.sum()))
 
 
-STAGES = {stage.__name__: stage for stage in (base_model, sft, reward_model, reward_bias, rollout, reference, reward, value,
-                                          gae, ppo, evaluate)}
+TASKS: dict[str, Task] = {task.__name__: task for task in (
+    base_model, sft, reward_model, reward_bias, rollout, reference, reward, value, gae, ppo, evaluate)}
 
 
 # --- what several of them need ---
-
-def _temperature(run: Run, rollouts: ArtifactRef) -> float:
-    """At which the rollouts were sampled, so that their tokens are scored at no other."""
-    return run.store.manifest(rollouts).recipe.config["temperature"]
-
 
 def _tokens(rollouts: Rollouts | Texts) -> int:
     """Prompt and response tokens: what a model that scores them reads."""
     return len(rollouts.prompt_tokens.values) + len(rollouts.response_tokens.values)
 
 
-def _sources(config: RewardConfig) -> dict[str, Any]:
-    """What of the reward's settings decides the raw score."""
-    return config.model_dump(mode="json", include={"components"})
+def _texts(work: Work[WarmModels], actor: LanguageModel) -> Texts:
+    """The texts that the update mixes in, as the actor reads them; tokenized once in a process."""
+    role = "pretraining" if "pretraining" in work.call.inputs else "demonstrations"
+    chat_template = work.made_with("rollouts")["chat_template"]
+
+    def tokenized() -> Texts:
+        if role == "pretraining":
+            return pretraining_as_texts(actor.tokenizer, work.rows(role))
+        return demonstrations_as_texts(actor.tokenizer, work.rows(role), chat_template)
+
+    return work.warm.texts(work.ref(role), work.model("actor"), chat_template, tokenized)
 
 
-def _mixed(run: Run) -> str:
-    """The role of the texts that the update mixes in."""
-    return "pretraining" if "pretraining" in run.inputs else "demonstrations"
-
-
-def _texts(run: Run, actor: LanguageModel) -> Texts:
-    """Those texts, as the actor reads them."""
-    rows = stored_lines(run, _mixed(run))
-    if _mixed(run) == "pretraining":
-        return pretraining_as_texts(actor.tokenizer, rows)
-    return demonstrations_as_texts(actor.tokenizer, rows, run.config.base_model.chat_template)
-
-
-def _reward_inputs(run: Run, reward_model: ModelRef | None) -> dict[str, ArtifactRef]:
-    """Artifacts that the reward's components are, by role."""
-    functions = {role: run.inputs[role] for role in functions_of(run.config) if role != "judge"}
-    used = any(part.source == "reward_model" for part in run.config.reward.components.values())
-    return functions | ({"reward_model": reward_model.artifact} if used else {})
-
-
-def _scorers(run: Run, reward_model: ModelRef | None) -> dict[str, Scorer]:
+def _scorers(work: Work[WarmModels], config: RewardConfig) -> dict[str, Scorer]:
     """Component → scorer."""
-    scorers: dict[str, Scorer] = {}
-    for name, part in run.config.reward.components.items():
-        if part.source == "reward_model":
-            scorers[name] = model_scorer(run.models.reward_model(reward_model))
-        elif part.source.startswith(("http://", "https://")):
-            scorers[name] = server_scorer(part.source, token=os.environ.get("BATON_REWARD_TOKEN"))
-        else:
-            scorers[name] = function_scorer(part.source, stored_function(run, f"reward.{name}", part.source))
-    return scorers
+    return {name: _scorer(work, name, part.kind, part.source) for name, part in config.components.items()}
 
 
-def _judge(run: Run) -> Scorer | None:
-    source = run.config.evaluate.judge
-    return function_scorer(source, stored_function(run, "judge", source)) if source else None
+def _scorer(work: Work[WarmModels], name: str, kind: str, source: str) -> Scorer:
+    match kind:
+        case "reward_model":
+            return model_scorer(work.warm.reward_model(work.model("reward_model")))
+        case "server":
+            return server_scorer(source, token=token_for(source))
+        case _:
+            return function_scorer(source, work.function(f"reward.{name}", source))
+
+
+def _judge(work: Work[WarmModels]) -> Scorer | None:
+    source = work.setting("judge")
+    return function_scorer(source, work.function("judge", source)) if source else None

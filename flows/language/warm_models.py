@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,26 +22,36 @@ from transformers import (
 from flows.store.store import Attempt, Store
 from schemas.artifacts import ArtifactRef, ModelRef
 from schemas.errors import StoreError
-from schemas.language import LanguageConfig
+from schemas.settings import ExecutionConfig, PPOConfig
+from stages.ops.device import Device
 from stages.ops.language_learner import LanguageModelLearner
 from stages.ops.language_model import LanguageModel
 from stages.ops.optim import load_state_tensors, state_tensors
 from stages.ops.progress import progress_bar
+from stages.ops.texts import Texts
+
+NOT_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+Load = Callable[[Path], PreTrainedModel]
 
 
 class WarmModels:
     """A cache by (role, model), `execution.warm_models` large; the least recently used goes first.
 
-    Roles do not share: training changes the actor in place, and the reference may be the same artifact.
+    Roles do not share: training changes the actor in place, and the reference may be the same artifact. Stages that run side
+    by side ask for models one after another.
     """
 
-    def __init__(self, store: Store, config: LanguageConfig) -> None:
-        self.store, self.config, self.loaded = store, config, 0
+    def __init__(self, store: Store, execution: ExecutionConfig) -> None:
+        self.store, self.execution, self.loaded = store, execution, 0
+        self._lock = threading.Lock()
         self._warm: OrderedDict[tuple[str, ModelRef], LanguageModel] = OrderedDict()
         self._learners: dict[ArtifactRef, LanguageModelLearner] = {}
+        self._texts: tuple[object, Texts] | None = None
 
-    def actor(self, ref: ModelRef) -> LanguageModel:
-        return self._get("actor", ref, load_causal)
+    def actor(self, ref: ModelRef, chat_template: bool) -> LanguageModel:
+        return replace(self._get("actor", ref, load_causal), chat_template=chat_template)
 
     def reference(self, ref: ModelRef) -> LanguageModel:
         return self._get("reference", ref, load_causal)
@@ -50,20 +62,20 @@ class WarmModels:
     def reward_model(self, ref: ModelRef) -> LanguageModel:
         return self._get("reward_model", ref, load_scalar)
 
-    def trainable(self, ref: ModelRef, load: Callable[[Path], PreTrainedModel]) -> LanguageModel:
+    def trainable(self, ref: ModelRef, load: Load, chat_template: bool) -> LanguageModel:
         """A copy of its own for a stage that trains it and lets it go."""
-        return self._load(ref, load)
+        return replace(self._load(ref, load), chat_template=chat_template)
 
     def take_learner(
-        self, actor: ModelRef, critic: ModelRef | None, optimizer: ModelRef | None, temperature: float
+        self, actor: ModelRef, critic: ModelRef | None, optimizer: ModelRef | None, config: PPOConfig, temperature: float
     ) -> LanguageModelLearner:
         """Actor, critic if there is one, and optimizers to train; they leave the cache, since training changes them."""
         warm = self._learners.pop(optimizer.artifact, None) if optimizer else None
         actor_model = self._take("actor", actor, load_causal)
         critic_model = self._take("critic", critic, load_scalar) if critic else None
-        if warm:
+        if warm and (warm.config, warm.temperature) == (config, temperature):
             return warm
-        learner = LanguageModelLearner(actor_model, critic_model, self.config.ppo, temperature)
+        learner = LanguageModelLearner(actor_model, critic_model, config, temperature)
         if optimizer:
             load_optimizers(learner, self.store.folder(optimizer.artifact, optimizer.folder))
         return learner
@@ -73,6 +85,13 @@ class WarmModels:
         self._learners[artifact] = learner
         for name, model in learner.networks.items():
             self._put(name, ModelRef(artifact=artifact, folder=name), model)
+
+    def texts(self, ref: ArtifactRef, model: ModelRef, chat_template: bool, tokenize: Callable[[], Texts]) -> Texts:
+        """The texts of an input as the model's tokenizer reads them; kept, since each checkpoint has that tokenizer."""
+        key = ref, chat_template, self._tokenizer(model)
+        if self._texts is None or self._texts[0] != key:
+            self._texts = key, tokenize()
+        return self._texts[1]
 
     def forget(self, artifact: ArtifactRef) -> None:
         """Lets go of what is warm of an artifact, so that it is read from the store."""
@@ -84,34 +103,44 @@ class WarmModels:
         """Lets go of everything."""
         self._warm.clear()
         self._learners.clear()
+        self._texts = None
 
-    def _get(self, role: str, ref: ModelRef, load: Callable[[Path], PreTrainedModel]) -> LanguageModel:
+    def _tokenizer(self, model: ModelRef) -> frozenset[tuple[str, str]]:
+        """Name and digest of the tokenizer's files, which are all that is neither weights nor their config."""
+        files = ((entry.path.removeprefix(f"{model.folder}/"), entry.sha256)
+                 for entry in self.store.manifest(model.artifact).files if entry.path.startswith(f"{model.folder}/"))
+        return frozenset((name, digest) for name, digest in files
+                         if not name.endswith(".safetensors") and name not in NOT_TOKENIZER)
+
+    def _get(self, role: str, ref: ModelRef, load: Load) -> LanguageModel:
         key = (role, ref)
-        if key not in self._warm:
-            self._make_room(self.config.execution.warm_models - 1)
-            self._warm[key] = self._load(ref, load)
-        self._warm.move_to_end(key)
-        return self._warm[key]
+        with self._lock:
+            if key not in self._warm:
+                self._make_room(self.execution.warm_models - 1)
+                self._warm[key] = self._load(ref, load)
+            self._warm.move_to_end(key)
+            return self._warm[key]
 
-    def _take(self, role: str, ref: ModelRef, load: Callable[[Path], PreTrainedModel]) -> LanguageModel:
+    def _take(self, role: str, ref: ModelRef, load: Load) -> LanguageModel:
         return self._warm.pop((role, ref), None) or self._load(ref, load)
 
     def _put(self, role: str, ref: ModelRef, model: LanguageModel) -> None:
         self._warm[role, ref] = model
-        self._make_room(self.config.execution.warm_models)
+        self._make_room(self.execution.warm_models)
 
     def _make_room(self, size: int) -> None:
         while len(self._warm) > size:
             (_, ref), _ = self._warm.popitem(last=False)
             self._learners.pop(ref.artifact, None)
 
-    def _load(self, ref: ModelRef, load: Callable[[Path], PreTrainedModel]) -> LanguageModel:
+    def _load(self, ref: ModelRef, load: Load) -> LanguageModel:
         self.loaded += 1
-        folder, execution = self.store.folder(ref.artifact, ref.folder), self.config.execution
+        folder, execution = self.store.folder(ref.artifact, ref.folder), self.execution
         tokenizer = load_tokenizer(folder)
-        module = load(folder).to(execution.device).eval()
+        module = load(folder).to(Device(execution.device).torch).eval()
         module.config.pad_token_id = tokenizer.pad_token_id
-        return LanguageModel(module, tokenizer, execution.micro_batch_tokens, execution.generation_batch_size)
+        return LanguageModel(module, tokenizer, micro_batch_tokens=execution.micro_batch_tokens,
+                             generation_batch_size=execution.generation_batch_size)
 
 
 # --- one folder, one model ---

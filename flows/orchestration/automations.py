@@ -20,7 +20,7 @@ from prefect.events.actions import CancelFlowRun, ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.settings import PREFECT_API_URL
 
-from flows.orchestration.server import explained
+from flows.orchestration.server import server_errors
 from schemas.errors import PrefectError
 
 OURS = {"prefect.resource.role": "tag", "prefect.resource.id": "prefect.tag.baton"}
@@ -91,7 +91,7 @@ def main() -> int:
     try:
         if not PREFECT_API_URL.value():
             raise PrefectError("PREFECT_API_URL is not set: automations are of a server that stays")
-        with explained("then once more"):
+        with server_errors("then once more"):
             install(wanted)
     except PrefectError as error:
         print(f"automations: {error}", file=sys.stderr)

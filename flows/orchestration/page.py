@@ -11,9 +11,9 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefect.artifacts import (
     create_link_artifact,
@@ -38,9 +38,6 @@ from schemas.artifacts import TrainState
 from schemas.tables import Returns, Rewards, Rollouts, Samples
 from stages.ops.progress import heard_by
 
-if TYPE_CHECKING:
-    from flows.stage import StageResult
-
 log = logging.getLogger("baton")
 SHOWN = 8  # samples of a report
 EVERY = 5.0  # seconds between two signs of progress
@@ -48,7 +45,7 @@ PAUSE = 60.0  # seconds without further calls after one has failed
 _silent_until = 0.0  # of the monotonic clock
 
 
-def settle() -> None:
+def configure_events() -> None:
     """Once per process, before its first flow.
 
     Prefect is to give up an event that its server does not take, rather than try each for ten seconds at the end. Without a
@@ -112,12 +109,14 @@ def report(run: Run, state: TrainState, before: TrainState | None) -> None:
 
 
 @_best_effort
-def compare(run: Run, stage: str, iteration: int, result: StageResult) -> None:
-    """What a rerun of a stage came to, its metrics beside those of the run."""
+def compare(
+    run: Run, stage: str, iteration: int, metrics: Mapping[str, tuple[float | None, float]], summary: str
+) -> None:
+    """What a rerun of a stage came to; `metrics`: name → (in the run, now)."""
     rows = [{"metric": f"{stage}/{name}", "now": f"{now:.6g}", "in the run": "" if before is None else f"{before:.6g}"}
-            for name, (before, now) in result.metrics.items()]
+            for name, (before, now) in metrics.items()]
     create_table_artifact(rows, key=_key(run, stage),
-                          description=f"{run.name}, {stage} of iteration {iteration}: {result.said}")
+                          description=f"{run.name}, {stage} of iteration {iteration}: {summary}")
 
 
 @_best_effort

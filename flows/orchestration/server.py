@@ -14,7 +14,7 @@ from schemas.errors import PrefectError
 
 
 @contextmanager
-def explained(then: str) -> Iterator[None]:
+def server_errors(then: str) -> Iterator[None]:
     """Raises `PrefectError` for what goes wrong inside it about the server; `then`: what to do once that is mended."""
     try:
         yield

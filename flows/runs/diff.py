@@ -1,22 +1,23 @@
-"""`baton diff`: where two runs part, the first iteration, stage, row and column; and the setting or input it comes from."""
+"""`baton diff`: where two runs differ first: iteration, stage, row and column; and the setting or input it comes from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flows.chains import chain
 from flows.runs.run import Run
 from schemas.artifacts import ArtifactRef, FileEntry, Manifest
 from schemas.config import differences
+from schemas.stages import STAGES
 from schemas.tables import TABLES, Table
 
 
 @dataclass(frozen=True)
-class Parting:
+class Difference:
     """The first artifact in which two runs have other bytes."""
 
     iteration: int
@@ -31,20 +32,20 @@ class Parting:
     inputs: tuple[str, ...]  # roles that are other artifacts
 
 
-def first_parting(a: Run, b: Run) -> Parting | None:
+def first_difference(a: Run, b: Run) -> Difference | None:
     """None where all that both have is the same, byte for byte."""
     for iteration in sorted({*a.iterations()} & {*b.iterations()}):
         ours, theirs = a.state(iteration).artifacts, b.state(iteration).artifacts
-        for stage in [stage for stage in chain(a).STAGES if stage in ours or stage in theirs]:
+        for stage in [stage for stage in STAGES[a.config.kind] if stage in ours or stage in theirs]:
             if stage not in ours or stage not in theirs:
-                return Parting(iteration, stage, "", None, None, None, *(
+                return Difference(iteration, stage, "", None, None, None, *(
                     "there" if stage in has else "no such stage" for has in (ours, theirs)), (), ())
-            if ours[stage] != theirs[stage] and (found := _parted(a, b, iteration, ours[stage], theirs[stage])):
+            if ours[stage] != theirs[stage] and (found := _difference(a, b, iteration, ours[stage], theirs[stage])):
                 return found
     return None
 
 
-def _parted(a: Run, b: Run, iteration: int, ours: ArtifactRef, theirs: ArtifactRef) -> Parting | None:
+def _difference(a: Run, b: Run, iteration: int, ours: ArtifactRef, theirs: ArtifactRef) -> Difference | None:
     """How the artifacts differ; None where another recipe has led to the same bytes."""
     one, other = a.store.manifest(ours), b.store.manifest(theirs)
     settings = tuple(differences(one.recipe.config, other.recipe.config))
@@ -57,7 +58,7 @@ def _parted(a: Run, b: Run, iteration: int, ours: ArtifactRef, theirs: ArtifactR
         if here.get(path) != there.get(path):
             where = _where(a, b, one, other, path) if path in here and path in there else (
                 None, None, None, *("there" if path in has else "no such file" for has in (here, there)))
-            return Parting(iteration, ours.stage, path, *where, settings, inputs)
+            return Difference(iteration, ours.stage, path, *where, settings, inputs)
     return None
 
 
@@ -102,19 +103,23 @@ def _in_cell(x: Any, y: Any) -> tuple[int | None, str, str]:
     if np.ndim(x) == 0 or np.ndim(y) == 0:
         return None, str(x), str(y)
     short = min(len(x), len(y))
-    unlike = np.flatnonzero([not _same(p, q) for p, q in zip(x[:short], y[:short], strict=True)])
-    if len(unlike):
-        return int(unlike[0]), str(x[unlike[0]]), str(y[unlike[0]])
+    ours, theirs = (np.asarray(values)[:short] for values in (x, y))
+    unlike = (ours != theirs) & ~((ours != ours) & (theirs != theirs))  # NaN is like NaN
+    if unlike.any():
+        first = int(unlike.reshape(short, -1).any(1).argmax())
+        return first, str(x[first]), str(y[first])
     return short, f"{len(x)} long", f"{len(y)} long"
 
 
-def _in_tensors(one: Any, other: Any) -> tuple[Any, ...]:
-    from safetensors.numpy import load_file
+def _in_tensors(one: Path, other: Path) -> tuple[Any, ...]:
+    """The first tensor that differs; each is read only when it is its turn."""
+    from safetensors import safe_open
 
-    ours, theirs = load_file(one), load_file(other)
-    for name in sorted({*ours, *theirs}):
-        if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
-            return None, name, None, *(str(has[name].shape) if name in has else "no such tensor" for has in (ours, theirs))
-        if not _same(ours[name], theirs[name]):
-            return None, name, *_in_cell(ours[name].reshape(-1), theirs[name].reshape(-1))
+    with safe_open(one, "numpy") as ours, safe_open(other, "numpy") as theirs:
+        for name in sorted({*ours.keys(), *theirs.keys()}):
+            x, y = (has.get_tensor(name) if name in has.keys() else None for has in (ours, theirs))  # noqa: SIM118
+            if x is None or y is None or x.shape != y.shape:
+                return None, name, None, *("no such tensor" if has is None else str(has.shape) for has in (x, y))
+            if not _same(x, y):
+                return None, name, *_in_cell(x.reshape(-1), y.reshape(-1))
     return None, None, None, "other bytes", "the same numbers"

@@ -2,52 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
-from flows.chains import chain
-from flows.runs.produce import now
-from flows.runs.run import Run, open_run, record_key, remove_run, remove_states, run_names
-from flows.stage import use_new_functions
-from flows.store.lease import lease
+from flows.runs.chain import Chain
+from flows.runs.run import Run, changed, lease_key, record_key, remove_states, run_names
+from flows.runs.start import with_new_functions
+from flows.store.lease import working_on
 from flows.store.store import attempt_of
 from schemas.artifacts import ModelRef, RunRecord, TrainState, check_name
 from schemas.errors import ConfigError
+from schemas.records import now
 
 BEFORE = ("sft", "reward_model", "value", "policy")  # sections that decide what was made before the first iteration
 
 
-def fork(parent: Run, at: int, name: str, settings: Iterable[str]) -> Run:
+def fork(parent: Run, at: int, name: str, settings: Iterable[str], chain_of: Callable[[Run], Chain]) -> Run:
     """The run `name`, whose states up to `at` are the parent's. Raises `ConfigError`, and then makes nothing."""
     store = parent.store
     check_name(name, "run name")
     if name in run_names(store):
         raise ConfigError(f"run {name!r} exists; choose another name with --run, or baton rm {name}")
     state = parent.state(at)
-    run = open_run(store, parent.name, settings=settings)
+    run = changed(parent, settings=settings)
     for section in BEFORE:
         new, old = (getattr(config, section, None) for config in (run.config, parent.config))
         if new != old and not (section == "value" and new is None):
             raise ConfigError(f"--set {section}…: it was decided before the first iteration; make another run with it")
-    use_new_functions(run, parent)
+    run = with_new_functions(run, parent)
     _require_kept(state, run)
-    changed = chain(run).forked(run, parent, state)
+    first = chain_of(run).forked(parent, state)
     record = RunRecord(name=name, config=run.config.model_dump(mode="json"), inputs=run.inputs,
                        parent=f"{parent.name}@{at}", created=now())
-    with lease(store, name):
+    with working_on(store, lease_key(name), f"run {name!r}"):
         if name in run_names(store):
             raise ConfigError(f"run {name!r} exists by now; choose another name with --run")
         remove_states(store, name)  # what an interrupted fork has left
-        run.record = record
+        run = replace(run, record=record)
         for iteration in parent.iterations():
             if iteration <= at:
-                run.save(changed if iteration == at else parent.state(iteration))
+                run.save(first if iteration == at else parent.state(iteration))
         store.put(record_key(name), record)  # last: with it the run is there, and retention keeps what it needs
         try:
             _require_kept(state, run)
         except ConfigError:
-            remove_run(store, name)
+            remove_states(store, name)
+            store.files.remove(record_key(name))
             raise
-    return open_run(store, name)
+    return run
 
 
 def _require_kept(state: TrainState, run: Run) -> None:

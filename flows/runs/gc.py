@@ -1,8 +1,8 @@
 """`baton gc`: what may go. Artifacts that no run refers to, attempts without a manifest, unfinished records and uploads; and
 what retention does not keep.
 
-A running or broken-off iteration has committed, or found, what no state names yet. So nothing goes that is younger than an
-age, and while a run is being worked on no artifact goes, however old, nor an attempt younger than the run's last state.
+A running or interrupted iteration has committed, or found, what no state names yet. So nothing goes that is younger than an
+age; and while the lease of any run is held no artifact goes, however old, nor an attempt younger than the run's last state.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from flows.runs.retention import Part, drop, droppable
-from flows.runs.run import open_run, record_key, references, run_folders, run_names
+from flows.runs.retention import Part, all_droppable, drop
+from flows.runs.run import Run, lease_key, open_run, record_key, references, run_folders, run_names
 from flows.store.files import Stat
-from flows.store.lease import holder_of
+from flows.store.lease import GC, holder_of, lease
 from flows.store.store import Store, folder_of
 from schemas.artifacts import ArtifactRef
 from schemas.errors import StoreError
@@ -35,14 +35,28 @@ class Garbage:
     of: ArtifactRef | str | Stat | Part  # what is removed
 
 
+def collect(store: Store, hours: float, *, dry_run: bool) -> list[Garbage]:
+    """All that may go and is older than so many hours; removed, unless that is only asked for.
+
+    Raises `StoreError` if what the runs refer to cannot be told.
+    """
+    if dry_run:
+        return garbage(store, hours)
+    with lease(store, GC, "the store"):  # a start waits meanwhile, so that nothing it finds is removed
+        found = garbage(store, hours)
+        remove(store, found)
+    return found
+
+
 def garbage(store: Store, hours: float) -> list[Garbage]:
     """All that may go and is older than so many hours. Raises `StoreError` if what the runs refer to cannot be told."""
-    working = list(_being_worked_on(store))
+    working = list(_in_use(store))
     before = min([time.time() - 3600 * hours, *working])
-    live = _live(store)
+    runs = [open_run(store, name) for name in run_names(store)]
+    live = _live(store, runs)
     found = [one for one in _artifacts(store, live) if not working or one.kind != "artifact"]
     found += (_one("unfinished", stat.key, [stat], stat) for stat in store.files.unfinished())
-    parts = [part for name in run_names(store) for part in droppable(open_run(store, name))]
+    parts = [part for run in runs for part in all_droppable(run)]
     dropped = [Garbage(part.name, f"{part.ref.short}, iteration {part.iteration} of run {part.run}", part.bytes, 0, part)
                for part in parts]
     return [*dropped, *(one for one in found if one.modified < before)]
@@ -62,20 +76,20 @@ def remove(store: Store, found: Iterable[Garbage]) -> None:
             store.files.remove(one.of)
 
 
-def _being_worked_on(store: Store) -> Iterator[float]:
-    """When the last state of each such run was written; 0 where there is none."""
+def _in_use(store: Store) -> Iterator[float]:
+    """Of each run whose lease is held, when its last state was written; 0 where there is none."""
     for name in run_folders(store):
-        if holder_of(store, name):
+        if holder_of(store, lease_key(name)):
             yield max((stat.modified for stat in store.files.walk(f"runs/{name}/iterations")), default=0.0)
 
 
-def _live(store: Store) -> set[ArtifactRef]:
+def _live(store: Store, runs: list[Run]) -> set[ArtifactRef]:
     """What the runs refer to, and what that was made from. Raises `StoreError` if some of that is missing."""
     for name in run_folders(store):
         if store.files.names(f"runs/{name}/iterations") and not store.files.exists(record_key(name)):
             raise StoreError(f"{store.files.address(record_key(name))}: is missing, so that nobody can tell what the run "
                              f"needs; nothing was removed: baton verify {name}")
-    todo = [ref for name in run_names(store) for ref in references(open_run(store, name))]
+    todo = [ref for run in runs for ref in references(run)]
     live: set[ArtifactRef] = set()
     while todo:
         ref = todo.pop()

@@ -1,30 +1,24 @@
-"""What a user brings: files, models and functions; checked, and imported into the store by their content."""
+"""What a user brings: files, models and functions; found, read, and imported into the store by their content."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
+import codecs
 import json
 import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
-from flows.runs.produce import Made, write
+from flows.runs.functions import function_file
+from flows.runs.produce import StageOutput, write
 from flows.store.store import Attempt, Store, sha256_file
 from schemas.artifacts import ArtifactRef, Recipe
-from schemas.config import parse_config
-from schemas.control import ControlConfig
+from schemas.config import apply_settings, parse_config
 from schemas.errors import ConfigError
-from schemas.settings import RunConfig
-
-if TYPE_CHECKING:
-    from flows.runs.run import Run
+from schemas.language import LanguageConfig
+from schemas.settings import ExecutionConfig, RunConfig
 
 COLUMNS = {
     "prompts": ("prompt",), "heldout_prompts": ("prompt",), "demonstrations": ("prompt", "completion"),
@@ -56,56 +50,47 @@ def read_config(source: str, settings: Iterable[str] = ()) -> tuple[RunConfig, P
     return parse_config(data, str(file)), file.parent
 
 
-def apply_settings(data: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
-    """Puts each `a.b=value` into the nested mapping. Raises `ConfigError` on one that is not of that form."""
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        *sections, last = key.split(".")
-        if not equals or not all(key.split(".")):
-            raise ConfigError(f"--set {setting}: expected key=value, for example ppo.learning_rate=1e-5")
-        place = data
-        for section in sections:
-            if place.get(section) is None:
-                place[section] = {}
-            place = place[section]
-            if not isinstance(place, dict):
-                raise ConfigError(f"--set {setting}: {section} is a value, not a section")
-        place[last] = _value(value)
-    return data
-
-
-def _value(text: str) -> Any:
-    """A setting's value: YAML, and numbers such as 1e-5, which YAML takes for text."""
-    try:
-        value = yaml.safe_load(text)
-        return float(value) if isinstance(value, str) else value
-    except (yaml.YAMLError, ValueError):
-        return text
-
-
 # --- JSON lines ---
 
+class Rows(Sequence[dict[str, str]]):
+    """The rows of a JSON-lines file, parsed one by one as they are asked for; the file itself is only searched for newlines.
+
+    Raises `ConfigError` naming file, line and column.
+    """
+
+    def __init__(self, path: Path, role: str) -> None:
+        if not path.is_file():
+            raise ConfigError(f"data.{role}: no such file: {path}")
+        self.path, self.columns = path, COLUMNS[role]
+        self.data = path.read_bytes().removeprefix(codecs.BOM_UTF8).rstrip()
+        newlines = np.flatnonzero(np.frombuffer(self.data, np.uint8) == ord("\n"))  # U+2028 may stand in text
+        self.begins, self.ends = np.append(0, newlines + 1), np.append(newlines, len(self.data))
+        if not self.data:
+            raise ConfigError(f"data.{role}: {path} is empty; expected a line of JSON with {_keys(self.columns)} per row")
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    def __getitem__(self, row: int) -> dict[str, str]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return _row(self.data[self.begins[row] : self.ends[row]], f"{self.path}, line {row + 1}", self.columns)
+
+
 def read_lines(path: Path, role: str) -> list[dict[str, str]]:
-    """The rows of a JSON-lines file. Raises `ConfigError` naming file, line and column."""
-    if not path.is_file():
-        raise ConfigError(f"data.{role}: no such file: {path}")
+    """All rows of a JSON-lines file. Raises `ConfigError` naming file, line and column."""
+    return list(Rows(path, role))
+
+
+def _row(line: bytes, where: str, columns: tuple[str, ...]) -> dict[str, str]:
     try:
-        lines = path.read_bytes().decode("utf-8-sig").rstrip().split("\n")  # not splitlines: U+2028 may stand in text
+        row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"data.{role}: {path} is not UTF-8: {error.reason} at byte {error.start}") from None
-    rows = [_row(line, f"{path}, line {number}", COLUMNS[role]) for number, line in enumerate(lines, 1) if lines != [""]]
-    if not rows:
-        raise ConfigError(f"data.{role}: {path} is empty; expected a line of JSON with {_keys(COLUMNS[role])} per row")
-    return rows
-
-
-def _row(line: str, where: str, columns: tuple[str, ...]) -> dict[str, str]:
-    try:
-        row = json.loads(line)
+        raise ConfigError(f"{where}: is not UTF-8: {error.reason} at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(row, dict):
-        raise ConfigError(f"{where}: expected an object with {_keys(columns)}, found {line[:40]}")
+        raise ConfigError(f"{where}: expected an object with {_keys(columns)}, found {line.decode()[:40]}")
     for column in columns:
         if not isinstance(row.get(column), str):
             found = f"found {row[column]!r:.40}" if column in row else f"found only {_keys(row) or 'nothing'}"
@@ -117,91 +102,23 @@ def _keys(columns: Iterable[str]) -> str:
     return ", ".join(repr(column) for column in columns)
 
 
-def stored_lines(run: Run, role: str) -> list[dict[str, str]]:
+def stored_rows(store: Store, ref: ArtifactRef) -> Rows:
     """The rows of an imported file."""
-    return read_lines(run.store.file(run.inputs[role], f"{role}.jsonl"), role)
-
-
-# --- functions ---
-
-def function_file(source: str, folder: Path) -> Path:
-    """The Python file of `file.py:function` (below `folder`) or `package.module:function`. Raises `ConfigError`."""
-    place, colon, name = source.rpartition(":")
-    if not place or not colon or not name.isidentifier():
-        raise ConfigError(f"function {source!r}: expected file.py:function or package.module:function")
-    if place.endswith(".py"):
-        path = folder / place
-        if not path.is_file():
-            raise ConfigError(f"function {source!r}: no such file: {path}")
-        return path
-    try:
-        return Path(inspect.getsourcefile(importlib.import_module(place)))
-    except (Exception, SystemExit) as error:  # whatever a user's module does when it is run
-        raise ConfigError(f"function {source!r}: {place} cannot be imported: {error}") from None
-
-
-def load_function(source: str, file: Path) -> Callable:
-    """The function, from `file` or from its installed package, which must have the same source. Raises `ConfigError`."""
-    place, _, name = source.rpartition(":")
-    if not place.endswith(".py") and sha256_file(function_file(source, file.parent)) != sha256_file(file):
-        raise ConfigError(f"function {source!r}: the installed file is not the one the run was made with; install that "
-                          "version, or make another run")
-    module = _module_of(file, source) if place.endswith(".py") else importlib.import_module(place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(f"function {source!r}: {place} has no function {name!r}")
-    return function
-
-
-def check_function(source: str, folder: Path) -> Path:
-    """The function's file, after it was loaded alone, as it will be from the store. Raises `ConfigError`."""
-    file = function_file(source, folder)
-    with tempfile.TemporaryDirectory() as alone:
-        load_function(source, Path(shutil.copy(file, alone)))
-    return file
-
-
-def _module_of(file: Path, source: str):
-    """The file as a module, under a name made from its content, so that a process can hold several versions."""
-    name = f"baton_user_{sha256_file(file)[:16]}"
-    if (module := sys.modules.get(name)) is None:
-        spec = importlib.util.spec_from_file_location(name, file)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their module up there
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # whatever a user's file does when it is run
-            del sys.modules[name]
-            raise ConfigError(f"function {source!r}: {file} cannot be run: {type(error).__name__}: {error}") from None
-    return module
-
-
-def functions_of(config: RunConfig) -> dict[str, str]:
-    """Role → source of every function that the config names."""
-    if isinstance(config, ControlConfig):
-        source = config.environment.id
-        return {"environment": source} if source.rpartition(":")[0].endswith(".py") else {}
-    named = {f"reward.{name}": part.source for name, part in config.reward.components.items()
-             if part.source != "reward_model" and not part.source.startswith(("http://", "https://"))}
-    return named | ({"judge": config.evaluate.judge} if config.evaluate.judge else {})
-
-
-def stored_function(run: Run, role: str, source: str) -> Callable:
-    """The user's function: of a file, from its copy in the store; of a package, as it is installed."""
-    (entry,) = run.store.manifest(run.inputs[role]).files
-    return load_function(source, run.store.file(run.inputs[role], entry.path))
+    role = ref.stage.removeprefix("input.")
+    return Rows(store.file(ref, f"{role}.jsonl"), role)
 
 
 # --- import ---
 
-def check_inputs(config: RunConfig, folder: Path) -> dict[str, list[Path]]:
-    """Role → files of everything the config names, all of it read and checked. Raises `ConfigError`."""
-    files = {role: [check_function(source, folder)] for role, source in functions_of(config).items()}
-    if isinstance(config, ControlConfig):
+def input_files(config: RunConfig, folder: Path) -> dict[str, list[Path]]:
+    """Role → files of everything the config names; that they are there, not what is in them. Raises `ConfigError`."""
+    files = {role: [function_file(source, folder)] for role, source in config.functions.items()}
+    if not isinstance(config, LanguageConfig):
         return files
     for role in COLUMNS:
         if (name := getattr(config.data, role)) is not None:
-            read_lines(folder / name, role)
+            if not (folder / name).is_file():
+                raise ConfigError(f"data.{role}: no such file: {folder / name}")
             files[role] = [folder / name]
     if config.base_model.source is not None:
         files["base_model"] = model_files(config.base_model.source, folder)
@@ -254,18 +171,18 @@ def _inner(role: str, path: Path) -> str:
 
 
 def import_files(
-    store: Store, config: RunConfig, files: dict[str, list[Path]], recipes: dict[str, Recipe]
+    store: Store, execution: ExecutionConfig, files: dict[str, list[Path]], recipes: dict[str, Recipe]
 ) -> dict[str, ArtifactRef]:
     """Commits every input that is not in the store yet; role → artifact."""
     for role, recipe in recipes.items():
         if store.find(recipe.ref) is None:
-            _, manifest = write(store, config, recipe, lambda attempt, role=role: _copy(role, files[role], attempt))
+            _, manifest = write(store, recipe, execution, lambda attempt, role=role: _copy(role, files[role], attempt))
             store.commit(manifest)
     return {role: recipe.ref for role, recipe in recipes.items()}
 
 
-def _copy(role: str, paths: list[Path], attempt: Attempt) -> Made:
+def _copy(role: str, paths: list[Path], attempt: Attempt) -> StageOutput:
     for path in paths:
         shutil.copyfile(path, attempt.path(_inner(role, path)))
-    return Made()
+    return StageOutput()
 

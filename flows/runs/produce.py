@@ -10,21 +10,16 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from flows.store.files import explained
+from flows.store.files import disk_errors
 from flows.store.store import Attempt, Store
-from schemas.artifacts import ArtifactRef, Environment, Manifest, Recipe
+from schemas.artifacts import Environment, Manifest, Outputs, Produced, Recipe, StageCall
 from schemas.errors import NonFiniteError, StoreError
 from schemas.metrics import Metrics
-from schemas.settings import RunConfig
+from schemas.records import now
+from schemas.settings import ExecutionConfig
 from schemas.tables import EPISODE_FILM
-
-if TYPE_CHECKING:
-    from flows.runs.run import Run
 
 log = logging.getLogger("baton")
 PACKAGES = ("baton", "torch", "transformers", "trl", "numpy", "pyarrow", "tokenizers", "safetensors", "prefect", "mlflow",
@@ -32,61 +27,52 @@ PACKAGES = ("baton", "torch", "transformers", "trl", "numpy", "pyarrow", "tokeni
 
 
 @dataclass(frozen=True)
-class Made:
+class StageOutput:
     """What a stage says of an artifact that it has just written."""
 
     metrics: Metrics | None = None
     tokens: int | None = None
+    outputs: Outputs = Outputs()
 
 
-@dataclass(frozen=True)
-class Reproduction:
-    """A stage computed again next to its committed artifact: path → (committed digest, new digest) where they differ."""
+def produce(store: Store, call: StageCall, make: Callable[[Attempt], StageOutput], *, again: bool = False) -> Produced:
+    """The call's artifact. `make` writes it into an attempt, and is not called if it is committed already.
 
-    ref: ArtifactRef
-    files: int
-    different: dict[str, tuple[str | None, str | None]]
-    folder: Path | None  # the new files, kept only where they differ
-
-
-def produce(run: Run, recipe: Recipe, make: Callable[[Attempt], Made]) -> ArtifactRef:
-    """The recipe's artifact. `make` writes it into an attempt, and is not called if it is committed already.
-
-    In a rerun of its stage a committed artifact is made again beside itself and the digests are compared.
+    `again`: a committed artifact is made again beside itself and the digests are compared.
     """
-    found = run.store.find(recipe.ref)
-    if found and run.rerun != recipe.stage:
-        log.debug("found %s", recipe.ref.short)
-        run.found.append(recipe.ref)
-        return recipe.ref
-    _use_threads(run.config)
-    attempt, manifest = write(run.store, run.config, recipe, make)
-    if found:
-        run.reproduction = _compare(run.store, found, manifest, attempt)
-    else:
-        _commit(run, manifest, attempt)
-    return recipe.ref
+    there = store.find(call.recipe.ref)
+    if there and not again:
+        log.debug("found %s", there.ref.short)
+        return _produced(there, "found")
+    attempt, ours = write(store, call.recipe, call.execution, make, call)
+    if there:
+        return _compared(store, there, ours, attempt)
+    theirs = _commit(store, ours, attempt)
+    if theirs.attempt == ours.attempt:
+        return _produced(theirs, "made")
+    different = differing(theirs, ours)
+    log.warning("%s was committed by another writer meanwhile, with %s; it is used", theirs.ref.short,
+                "OTHER BYTES than ours" if different else "the same bytes")
+    return _produced(theirs, "adopted", different)
 
 
-def _use_threads(config: RunConfig) -> None:
-    """Before anything is computed, new weights included: the last bits of a matrix product or a QR depend on it."""
-    import torch
-
-    torch.set_num_threads(config.execution.threads)
-
-
-def write(store: Store, config: RunConfig, recipe: Recipe, make: Callable[[Attempt], Made]) -> tuple[Attempt, Manifest]:
-    """A sealed attempt and its manifest, not committed; nothing is left behind if that fails."""
+def write(
+    store: Store, recipe: Recipe, execution: ExecutionConfig, make: Callable[[Attempt], StageOutput],
+    call: StageCall | None = None,
+) -> tuple[Attempt, Manifest]:
+    """A sealed attempt and its manifest, not committed; nothing is left behind if that fails. `call`: none for an input."""
     attempt, started = store.attempt(recipe), time.perf_counter()
     try:
-        with explained(store.uri, attempt.folder.parent):
+        with disk_errors(store.uri, attempt.folder.parent):
             made = make(attempt)
             files = attempt.seal()
         metrics = _finite(recipe, made.metrics.flat() if made.metrics else {})
         return attempt, Manifest(
             identity=recipe.ref.identity, recipe=recipe, attempt=attempt.name, files=files, tokens=made.tokens,
             input_contents={role: store.manifest(ref).content for role, ref in recipe.inputs.items()}, metrics=metrics,
-            environment=environment(config), created=now(), seconds=time.perf_counter() - started)
+            outputs=made.outputs, kind=call and call.kind, iteration=None if call is None else call.iteration,
+            folders=call.folders if call else {}, environment=environment(execution), created=now(),
+            seconds=time.perf_counter() - started)
     except BaseException:
         with contextlib.suppress(OSError, StoreError):  # of a disk that is the reason why we are here
             store.discard(attempt)
@@ -100,53 +86,48 @@ def _finite(recipe: Recipe, metrics: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
-def _commit(run: Run, ours: Manifest, attempt: Attempt) -> None:
+def _commit(store: Store, ours: Manifest, attempt: Attempt) -> Manifest:
+    """The manifest that is the artifact's now."""
     try:
-        theirs = run.store.commit(ours, attempt.tables)
+        return store.commit(ours, attempt.tables)
     except BaseException:
         with contextlib.suppress(OSError, StoreError):
-            if run.store.find(ours.ref) is None:  # or somebody else's, or ours after all
-                run.store.discard(attempt)
+            if store.find(ours.ref) is None:  # or somebody else's, or ours after all
+                store.discard(attempt)
         raise
-    if theirs.attempt == ours.attempt:
-        return
-    same = theirs.digests() == ours.digests()
-    log.warning("%s was committed by another writer meanwhile, with %s; it is used", theirs.ref.short,
-                "the same bytes" if same else "OTHER BYTES than ours")
-    if not same:
-        run.models.forget(theirs.ref)
 
 
-def _compare(store: Store, found: Manifest, again: Manifest, attempt: Attempt) -> Reproduction:
-    old, new = found.digests(), again.digests()
+def _produced(manifest: Manifest, how: str, different: dict | None = None, folder: str | None = None) -> Produced:
+    files = len(set(manifest.digests()) - {EPISODE_FILM})
+    return Produced(ref=manifest.ref, how=how, outputs=manifest.outputs, metrics=manifest.metrics, seconds=manifest.seconds,
+                    files=files, different=different or {}, folder=folder)
+
+
+def _compared(store: Store, there: Manifest, again: Manifest, attempt: Attempt) -> Produced:
+    different = differing(there, again)
+    if different:
+        return _produced(there, "different", different, str(attempt.folder))
+    store.discard(attempt)
+    return _produced(there, "reproduced")
+
+
+def differing(committed: Manifest, ours: Manifest) -> dict[str, tuple[str | None, str | None]]:
+    """Path → (committed digest, our digest) of the files in which they differ, the film aside."""
+    old, new = committed.digests(), ours.digests()
     paths = sorted({*old, *new} - {EPISODE_FILM})  # drawn by whatever a machine draws with, or by nothing
-    different = {path: (old.get(path), new.get(path)) for path in paths if old.get(path) != new.get(path)}
-    if not different:
-        store.discard(attempt)
-    return Reproduction(found.ref, len(paths), different, attempt.folder if different else None)
+    return {path: (old.get(path), new.get(path)) for path in paths if old.get(path) != new.get(path)}
 
 
-def environment(config: RunConfig) -> Environment:
+def environment(execution: ExecutionConfig) -> Environment:
     """What this process makes artifacts with."""
-    execution = config.execution
+    from stages.ops.device import Device  # torch: not before something is made
+
     return Environment(
         packages={package: _version(package) for package in PACKAGES}, python=platform.python_version(),
-        device=execution.device, device_name=_device_name(execution.device), threads=execution.threads or 0,
+        device=execution.device, device_name=Device(execution.device).description, threads=execution.threads or 0,
         execution=execution.model_dump(mode="json"))
-
-
-def _device_name(device: str) -> str:
-    if not device.startswith("cuda"):
-        return platform.machine()
-    import torch
-    return torch.cuda.get_device_name(device)
 
 
 @cache
 def _version(package: str) -> str:
     return importlib.metadata.version(package)
-
-
-def now() -> str:
-    """UTC, ISO 8601, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -3,20 +3,20 @@
     whole:   those of the last `keep_last` iterations, and of every `keep_every`-th
     others:  lose optimizer, critic and actor, in this order, up to `drop`
 
-What goes is said beside the manifest (`dropped/<part>.json`) before it goes, so that nothing takes it for damage. A part
+What goes is recorded beside the manifest (`dropped/<part>.json`) before it goes, so that it is not taken for damage. A part
 that another run keeps stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from flows.runs.produce import now
-from flows.runs.run import Run, open_run, run_names
+from flows.runs.run import Run, find_run, other_runs
 from flows.store.store import Store, attempt_of, folder_of
 from schemas.artifacts import ArtifactRef, Dropped
-from schemas.errors import BatonError
+from schemas.errors import ConfigError, StoreError
+from schemas.records import now
 from schemas.settings import PARTS, RetentionConfig
 
 
@@ -37,53 +37,71 @@ def kept_whole(config: RetentionConfig, iteration: int, last: int) -> bool:
             or (config.keep_every is not None and iteration % config.keep_every == 0))
 
 
-def droppable(run: Run, iterations: list[int] | None = None) -> Iterator[Part]:
-    """The parts that are still there and need not be, of those iterations, or of all."""
-    config, there = run.config.retention, run.iterations()
-    if config.keep_last is None or not there:
-        return
-    for iteration in there if iterations is None else iterations:
-        if iteration < 1 or kept_whole(config, iteration, there[-1]):
-            continue
-        ref = run.state(iteration).artifacts["ppo"]
-        if not _kept_elsewhere(run, ref, iteration):
-            manifest = run.store.manifest(ref)
-            for name in PARTS[: PARTS.index(config.drop) + 1]:
-                if run.store.files.names(f"{attempt_of(manifest)}/{name}"):
+class Retention:
+    """What a run keeps of its checkpoints, and what other runs of the store keep of the same ones.
+
+    An iteration asks each other run for one state, however many iterations there are. Their records, which are written once,
+    are read once.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.config = run, run.config.retention
+        self._records: dict[str, Run | None] = {}  # other runs by name; none where the record cannot be read
+
+    def droppable(self, iterations: Iterable[int], last: int) -> Iterator[Part]:
+        """The parts that are still there and need not be, of those iterations; `last`: the run's latest."""
+        for iteration in iterations:
+            if iteration < 1 or kept_whole(self.config, iteration, last):
+                continue
+            ref = self.run.state(iteration).artifacts["ppo"]
+            manifest = self.run.store.manifest(ref)
+            there = [name for name in PARTS[: PARTS.index(self.config.drop) + 1]
+                     if self.run.store.files.names(f"{attempt_of(manifest)}/{name}")]
+            if there and not self._kept_elsewhere(ref, iteration):
+                for name in there:
                     size = sum(entry.bytes for entry in manifest.files if entry.path.startswith(f"{name}/"))
-                    yield Part(ref, name, run.name, iteration, size)
+                    yield Part(ref, name, self.run.name, iteration, size)
+
+    def before(self, last: int) -> None:
+        """Before a run goes on from its iteration `last`: drops what is not kept of all its checkpoints."""
+        if self.config.keep_last is not None:
+            for part in list(self.droppable(range(1, last + 1), last)):
+                drop(self.run.store, part)
+
+    def after(self, iteration: int) -> None:
+        """After an iteration: drops what is not kept of the one that it has pushed out of the last ones."""
+        if self.config.keep_last is not None:
+            for part in list(self.droppable([iteration - self.config.keep_last], iteration)):
+                drop(self.run.store, part)
+
+    def _kept_elsewhere(self, ref: ArtifactRef, iteration: int) -> bool:
+        """Whether another run keeps that checkpoint whole; if it has it, then as that iteration."""
+        return any(self._kept_by(name, ref, iteration) for name in other_runs(self.run))
+
+    def _kept_by(self, name: str, ref: ArtifactRef, iteration: int) -> bool:
+        try:
+            if name not in self._records:
+                self._records[name] = find_run(self.run.store, name)
+            other = self._records[name]
+            if other is None:  # a run that is just being made, or removed
+                del self._records[name]
+                return False
+            state = other.state_if_reached(iteration)
+            if state is None or state.artifacts.get("ppo") != ref:
+                return False
+            return kept_whole(other.config.retention, iteration, other.iterations()[-1])
+        except (StoreError, ConfigError):  # a run that cannot be read keeps everything
+            return True
 
 
 def drop(store: Store, part: Part) -> None:
-    """Says that the part is gone, then removes it; to be repeated if that is interrupted."""
+    """Records that the part is gone, then removes it; to be repeated if that is interrupted."""
     store.put(f"{folder_of(part.ref)}/dropped/{part.name}.json", Dropped(part=part.name, run=part.run, created=now()))
     store.files.remove(f"{attempt_of(store.manifest(part.ref))}/{part.name}")
 
 
-def retain(run: Run) -> None:
-    """Before a run goes on: drops what is not kept of all its checkpoints."""
-    for part in list(droppable(run)):
-        drop(run.store, part)
-
-
-def retain_after(run: Run, iteration: int) -> None:
-    """After an iteration: drops what is not kept of the one that it has pushed out of the last ones."""
-    if run.config.retention.keep_last is not None:
-        for part in list(droppable(run, [iteration - run.config.retention.keep_last])):
-            drop(run.store, part)
-
-
-def _kept_elsewhere(run: Run, ref: ArtifactRef, iteration: int) -> bool:
-    """Whether another run keeps that checkpoint whole; if it has it, then as that iteration."""
-    for name in run_names(run.store):
-        if name == run.name:
-            continue
-        try:
-            other = open_run(run.store, name)
-            there = other.iterations()
-            if (iteration in there and other.state(iteration).artifacts.get("ppo") == ref
-                    and kept_whole(other.config.retention, iteration, there[-1])):
-                return True
-        except BatonError:  # who cannot be asked keeps everything
-            return True
-    return False
+def all_droppable(run: Run) -> Iterator[Part]:
+    """Of all iterations of a run."""
+    iterations = run.iterations()
+    if run.config.retention.keep_last is not None and iterations:
+        yield from Retention(run).droppable(iterations, iterations[-1])

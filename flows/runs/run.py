@@ -5,77 +5,72 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-from flows.runs.inputs import apply_settings
-from flows.runs.produce import Reproduction, now
+from flows.store.lease import require_free
 from flows.store.store import Store
-from schemas.artifacts import ArtifactRef, RunRecord, TrainState, check_name, derive_seed, prefixed
-from schemas.config import differences, parse_config
+from schemas.artifacts import (
+    ArtifactRef,
+    ModelRef,
+    RunRecord,
+    StageCall,
+    TrainState,
+    check_name,
+    derive_seed,
+)
+from schemas.config import apply_settings, differences, parse_config
 from schemas.errors import ConfigError
 from schemas.presets import merged
+from schemas.records import now
 from schemas.settings import NAME_PATTERN, RunConfig
-
-if TYPE_CHECKING:
-    from flows.control.warm_policies import WarmPolicies
-    from flows.language.warm_models import WarmModels
+from schemas.stages import STAGES
 
 
+@dataclass(frozen=True)
 class Run:
-    """An open run: its record, the store it is in, and the models it keeps warm."""
+    """A run as it was made, with the settings that hold now. What it has come to is asked of the store each time."""
 
-    def __init__(self, store: Store, record: RunRecord, config: RunConfig) -> None:
-        self.store, self.record, self.config = store, record, config
-        self.inputs: dict[str, ArtifactRef] = dict(record.inputs)  # imported files and models, by role
-        self.rerun: str | None = None  # the stage that is to be computed although its artifact is there
-        self.reproduction: Reproduction | None = None  # what came of that
-        self.found: list[ArtifactRef] = []  # artifacts that were there already, in the order they were asked for
-        self.said = float("-inf")  # when an iteration was last spoken of
-        self._models: WarmModels | WarmPolicies | None = None
+    store: Store
+    record: RunRecord
+    config: RunConfig
 
     @property
     def name(self) -> str:
         return self.record.name
 
     @property
-    def models(self) -> WarmModels | WarmPolicies:
-        """Models of this process; for a control task its policies and environments."""
-        if self._models is None:
-            from flows.chains import chain
-            self._models = chain(self).Warm(self.store, self.config)
-        return self._models
-
-    def close(self) -> None:
-        """Lets go of its models, and ends its environments."""
-        if self._models is not None:
-            self._models.close()
-            self._models = None
-
-    @property
-    def finished(self) -> bool:
-        """Whether all iterations are there."""
-        last = self.last()
-        return last is not None and last.iteration >= self.config.iterations
-
-    @property
-    def progress(self) -> str:
-        """For people: how far it is."""
-        last = self.last()
-        there = "to be prepared" if last is None else f"{last.iteration} there"
-        return f"{self.config.iterations} iterations, {there}"
+    def inputs(self) -> dict[str, ArtifactRef]:
+        """Imported files and models, by role."""
+        return self.record.inputs
 
     def seed(self, iteration: int, stage: str) -> int:
         """Of a stage in an iteration."""
         return derive_seed(self.config.seed, iteration, stage)
 
+    def call(
+        self, stage: str, iteration: int, settings: dict[str, Any], *, seed: int | None = None,
+        **inputs: ArtifactRef | ModelRef | None,
+    ) -> StageCall:
+        """That stage's call with those settings, and those inputs that are there."""
+        declared = STAGES[self.config.kind][stage]
+        return StageCall(
+            kind=declared.kind, stage=declared.name, version=declared.version, settings=settings, seed=seed,
+            inputs={role: ref for role, ref in inputs.items() if ref is not None}, iteration=iteration,
+            store=self.store.uri, execution=self.config.execution)
+
     # --- iterations ---
 
     def state(self, iteration: int) -> TrainState:
         """After that iteration. Raises `ConfigError` if it was not reached."""
-        state = self.store.get(self.state_key(iteration), TrainState)
+        state = self.state_if_reached(iteration)
         if state is None:
             raise ConfigError(f"run {self.name!r} has no iteration {iteration}; it has {self.reached()}")
         return state
+
+    def state_if_reached(self, iteration: int) -> TrainState | None:
+        """After that iteration, none if it was not reached."""
+        return self.store.get(self.state_key(iteration), TrainState)
 
     def states(self) -> list[TrainState]:
         """All, the prepared one first."""
@@ -99,25 +94,19 @@ class Run:
                               f"it has {', '.join(artifacts)}")
         return artifacts[stage]
 
-    def require_unfinished(self) -> None:
-        """Raises `ConfigError` when all iterations are there."""
-        if self.finished:
-            raise ConfigError(f"run {self.name!r} is finished: {self.last().iteration} of {self.config.iterations} "
+    def finished_by(self, state: TrainState | None) -> bool:
+        """Whether `state`, its last one, is that of the last iteration."""
+        return state is not None and state.iteration >= self.config.iterations
+
+    def require_unfinished(self, state: TrainState | None) -> None:
+        """Raises `ConfigError` when all iterations are there; `state`: the last one."""
+        if self.finished_by(state):
+            raise ConfigError(f"run {self.name!r} is finished: {state.iteration} of {self.config.iterations} "
                               f"iterations; baton train --run {self.name} --iterations N trains on")
 
     def save(self, state: TrainState) -> None:
         """Commits the state of an iteration; one that is there already stays."""
         self.store.put(self.state_key(state.iteration), state)
-
-    def metrics_of(self, artifacts: Mapping[str, ArtifactRef]) -> dict[str, float]:
-        """`stage/metric` of the artifacts."""
-        return {key: value for stage, ref in artifacts.items()
-                for key, value in prefixed(stage, self.store.manifest(ref).metrics).items()}
-
-    def evaluation_due(self, iteration: int, last: int) -> bool:
-        """Whether that iteration is evaluated; the `last` one always is."""
-        every = self.config.evaluate.every
-        return iteration == last or (every > 0 and iteration % every == 0)
 
     def reached(self) -> str:
         """For people: which iterations there are."""
@@ -131,12 +120,14 @@ class Run:
 
 # --- making and opening ---
 
-def create_or_open(store: Store, name: str, config: RunConfig, inputs: Mapping[str, ArtifactRef]) -> Run:
-    """The run of that name, made if there is none. Raises `ConfigError` saying what differs from what it was made with."""
-    record = RunRecord(name=name, config=_settled(config).model_dump(mode="json"), inputs=dict(inputs), created=now())
-    if not store.files.exists(record_key(name)) and store.files.names(f"runs/{name}/iterations"):
+def create(store: Store, name: str, config: RunConfig, inputs: Mapping[str, ArtifactRef]) -> Run:
+    """A new run of that name; one that another process has made meanwhile, if it is the same. Raises `ConfigError`."""
+    settled = with_threads(config)
+    record = RunRecord(name=name, config=settled.model_dump(mode="json"), inputs=dict(inputs), created=now())
+    if store.files.names(f"runs/{name}/iterations"):
         raise ConfigError(f"run {name!r} is not whole, a fork or removal of it was interrupted; baton rm {name}, then again")
-    store.put(record_key(name), record)
+    if store.put(record_key(name), record):
+        return Run(store, record, settled)
     run = open_run(store, name)
     require_same(run, config, inputs)
     return run
@@ -152,33 +143,49 @@ def require_same(run: Run, config: RunConfig, inputs: Mapping[str, ArtifactRef])
                           "set them back, or choose another name with --run")
 
 
-def open_run(
-    store: Store, name: str, overrides: Mapping[str, Any] | None = None, settings: Iterable[str] = ()
-) -> Run:
-    """An existing run. Raises `ConfigError` if there is none.
-
-    `overrides`: whole sections or single values, nested as in the config, that replace those it was made with;
-    `settings`: the same as `a.b=value`, applied after them.
-    """
-    check_name(name, "run name")
-    record = store.get(record_key(name), RunRecord)
-    if record is None:
+def open_run(store: Store, name: str) -> Run:
+    """An existing run, as it was made. Raises `ConfigError` if there is none."""
+    run = find_run(store, name)
+    if run is None:
         there = ", ".join(run_names(store)) or "none"
         raise ConfigError(f"no run {name!r} in {store.uri}; runs there: {there} (--store or BATON_STORE chooses the store)")
-    data = apply_settings(merged(record.config, overrides or {}), settings)
-    return Run(store, record, _settled(parse_config(data, f"run {name!r}")))
+    return run
+
+
+def find_run(store: Store, name: str) -> Run | None:
+    """As `open_run`; none if there is none."""
+    check_name(name, "run name")
+    record = store.get(record_key(name), RunRecord)
+    return record and Run(store, record, with_threads(parse_config(record.config, f"run {name!r}")))
+
+
+def changed(run: Run, overrides: Mapping[str, Any] | None = None, settings: Iterable[str] = ()) -> Run:
+    """The run with other settings. Raises `ConfigError` if they do not fit it.
+
+    `overrides`: whole sections or single values, nested as in the config; `settings`: the same as `a.b=value`, applied
+    after them.
+    """
+    data = apply_settings(merged(run.config.model_dump(mode="json"), overrides or {}), settings)
+    return Run(run.store, run.record, with_threads(parse_config(data, f"run {run.name!r}")))
 
 
 def run_names(store: Store) -> list[str]:
     """Names of all runs, in order."""
-    return [name for name in store.files.names("runs")
-            if re.fullmatch(NAME_PATTERN, name) and store.files.exists(record_key(name))]
+    return [name for name in _names(store) if store.files.exists(record_key(name))]
 
 
 def run_folders(store: Store) -> list[str]:
     """Names of all folders of runs, whole or not, in order."""
-    return [name for name in store.files.names("runs") if re.fullmatch(NAME_PATTERN, name)
-            and store.files.names(f"runs/{name}")]
+    return [name for name in _names(store) if store.files.names(f"runs/{name}")]
+
+
+def other_runs(run: Run) -> list[str]:
+    """What may be other runs of the store, in order; one call to it, however many there are."""
+    return [name for name in _names(run.store) if name != run.name]
+
+
+def _names(store: Store) -> list[str]:
+    return [name for name in store.files.names("runs") if re.fullmatch(NAME_PATTERN, name)]
 
 
 def record_key(name: str) -> str:
@@ -186,7 +193,12 @@ def record_key(name: str) -> str:
     return f"runs/{name}/run.json"
 
 
-def _settled(config: RunConfig) -> RunConfig:
+def lease_key(name: str) -> str:
+    """Where a run's lease lies in the store."""
+    return f"runs/{name}/lease"
+
+
+def with_threads(config: RunConfig) -> RunConfig:
     """With the number of threads it runs with, so that it can be used again."""
     execution = config.execution
     settled = execution.model_copy(update={"threads": execution.threads or _cores()})
@@ -199,9 +211,12 @@ def _cores() -> int:
 
 
 def remove_run(store: Store, name: str) -> None:
-    """Its records; its artifacts stay until `baton gc`."""
-    remove_states(store, name)
-    store.files.remove(record_key(name))
+    """Its records; its artifacts stay until `baton gc`. Raises `ConfigError` if there is none, or a process works on it."""
+    if name not in (there := run_folders(store)):
+        raise ConfigError(f"no run {name!r} in {store.uri}; runs there: {', '.join(there) or 'none'}")
+    with require_free(store, lease_key(name), f"run {name!r}"):
+        remove_states(store, name)
+        store.files.remove(record_key(name))
     store.files.remove(f"runs/{name}")
 
 
@@ -209,30 +224,6 @@ def remove_states(store: Store, name: str) -> None:
     """The last first, so that at any moment the run is one that is not as far."""
     for state in reversed(store.files.names(f"runs/{name}/iterations")):
         store.files.remove(f"runs/{name}/iterations/{state}")
-
-
-# --- what can be said of a run ---
-
-def overview(run: Run) -> dict[str, Any]:
-    """A run in a line: how far it is, and its last numbers."""
-    last = run.last()
-    metrics = last.metrics if last else {}
-    done = last.iteration if last else 0
-    return {"run": run.name, "iteration": done, "iterations": max(done, run.config.iterations),
-            "reward": metrics.get("reward/score", metrics.get("rollout/episode_return")),
-            "kl": metrics.get("gae/kl"), "gold": metrics.get("evaluate/gold"),
-            "created": run.record.created, "parent": run.record.parent}
-
-
-def time_spent(run: Run, state: TrainState) -> list[dict[str, Any]]:
-    """Where an iteration's wall time went: each stage as its manifest has it, and what lies between them."""
-    manifests = {stage: run.store.manifest(ref) for stage, ref in state.artifacts.items()}
-    total = max(state.seconds, sum(manifest.seconds for manifest in manifests.values()))
-    rows = [{"stage": stage, "seconds": m.seconds, "part": m.seconds / total, "tokens_per_second": m.tokens_per_second,
-             "bytes": m.bytes, "artifact": m.ref.short} for stage, m in manifests.items()]
-    between = total - sum(row["seconds"] for row in rows)
-    return [*rows, {"stage": "between stages", "seconds": between, "part": between / total, "tokens_per_second": None,
-                    "bytes": None, "artifact": None}]
 
 
 def references(run: Run) -> list[ArtifactRef]:

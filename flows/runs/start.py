@@ -1,154 +1,133 @@
-"""From what a user wrote to a run that can begin: everything is checked here, before any model loads."""
+"""From what a user asks for to a run that can begin: everything is checked here, once, before any model loads."""
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Iterable
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flows.runs.inputs import check_inputs, import_files, load_function, read_config, read_lines, recipes_of
-from flows.runs.run import Run, create_or_open, open_run, require_same, run_names
+from flows.runs.functions import check_function, function_file
+from flows.runs.inputs import import_files, input_files, read_config, recipes_of
+from flows.runs.run import Run, changed, create, find_run, lease_key, open_run, require_same
+from flows.store.lease import working_on
 from flows.store.store import Store
-from schemas.artifacts import check_name
+from schemas.artifacts import Recipe, check_name
 from schemas.config import differences, parse_config
 from schemas.control import ControlConfig
 from schemas.errors import ConfigError
 from schemas.language import LanguageConfig
 from schemas.presets import merged
-from schemas.settings import FREE, Overrides, RunConfig
+from schemas.settings import FREE_SECTIONS, NO_OVERRIDES, ExecutionConfig, Overrides, RunConfig
 
 Source = str | LanguageConfig | ControlConfig  # an example's folder, a YAML file, or what such a file holds
+Files = dict[str, list[Path]]  # by role
 
 
-def start(
-    source: Source, name: str | None, settings: Iterable[str], overrides: Overrides, root: str
-) -> tuple[Run, Overrides]:
-    """The run, made or opened, its inputs imported; and all that holds for this call only.
+@dataclass(frozen=True)
+class Request:
+    """A run that is asked for, made from `source` if that is given, and what holds for this call instead of its config."""
 
-    `overrides`: what holds for this call instead of what the config says. Raises `ConfigError`, and then leaves no run
-    behind.
+    store: str
+    name: str | None = None
+    """Left out: that of the config's folder."""
+    source: Source | None = None
+    """Left out for a run that is there."""
+    settings: tuple[str, ...] = ()
+    """`key=value` each: of the config of a new run; of a run that is there, what is not part of its identity."""
+    overrides: Overrides = NO_OVERRIDES
+
+
+def start(request: Request, check: Callable[[RunConfig, Files], None]) -> Run:
+    """The run, made or opened, its inputs imported, with the settings that hold now.
+
+    `check`: reads all that a new run is made of. Raises `ConfigError`, and then leaves no run behind.
     """
-    config, folder = read_config(source, settings) if isinstance(source, str) else (source, Path.cwd())
-    name = check_name(folder.resolve().name if name is None else name, "run name")
-    store, files = Store(root), check_inputs(config, folder)
-    recipes = recipes_of(files)
-    inputs = {role: recipe.ref for role, recipe in recipes.items()}
-    overrides = _of_this_call(config, overrides)
-    check_device(overrides.execution.device)
-    if name in run_names(store):
-        require_same(open_run(store, name), config, inputs)
-    elif isinstance(config, ControlConfig):
-        check_environment(config, files)
-    else:
-        check_lengths(config, files)
-    check_writable(store)
-    import_files(store, config, files, recipes)
-    create_or_open(store, name, config, inputs)
-    return open_run(store, name, overrides.given()), overrides
-
-
-def resume(name: str, settings: Iterable[str], overrides: Overrides, root: str) -> tuple[Run, Overrides]:
-    """As `start`, for a run that is there, as it was made; settings may change what is not part of that."""
-    store = Store(root)
-    run, changed = open_run(store, name), open_run(store, name, settings=settings)
-    if lines := differences(run.config.decides(), changed.config.decides()):
-        raise ConfigError(f"--set: run {name!r} was made with another config ({'; '.join(lines)}); baton fork {name} --at I "
-                          "--run NEW --set … makes one that goes on with yours")
-    overrides = _of_this_call(changed.config, overrides)
-    check_device(overrides.execution.device)
-    check_writable(store)
-    return open_run(store, name, overrides.given()), overrides
-
-
-def requested(name: str, config: Source | None, overrides: Overrides, root: str | None) -> Run:
-    """The run that a flow is asked for: made from `config` if there is one, else one that is there.
-
-    `root`: where the store is; none: where BATON_STORE says. Raises `ConfigError`.
-    """
-    root = reachable(root)
-    run, _ = resume(name, (), overrides, root) if config is None else start(config, name, (), overrides, root)
+    store = Store(request.store)
+    run, config = _resumed(store, request) if request.source is None else _made(store, request, check)
+    run = changed(run, _overrides(config, request.overrides).given())
+    check_device(run.config.execution)
     return run
 
 
-def reachable(root: str | None) -> str:
-    """The store that a flow is to use. Raises `ConfigError` if it is not there.
+def _resumed(store: Store, request: Request) -> tuple[Run, RunConfig]:
+    """A run that is there, and its config with the settings of the request."""
+    run = open_run(store, request.name)
+    config = changed(run, settings=request.settings).config
+    if lines := differences(run.config.decides(), config.decides()):
+        raise ConfigError(f"--set: run {run.name!r} was made with another config ({'; '.join(lines)}); baton fork "
+                          f"{run.name} --at I --run NEW --set … makes one that goes on with yours")
+    _require_writable(store)
+    return run, config
 
-    A folder has to be there already: a worker that has not mounted it would else begin a store of its own.
+
+def _made(store: Store, request: Request, check: Callable[[RunConfig, Files], None]) -> tuple[Run, RunConfig]:
+    """The run of a config, made if it is not there, and that config."""
+    config, folder = request.source, Path.cwd()
+    if isinstance(request.source, str):
+        config, folder = read_config(request.source, request.settings)
+    name = check_name(folder.resolve().name if request.name is None else request.name, "run name")
+    files = input_files(config, folder)
+    recipes = recipes_of(files)
+    run = find_run(store, name)
+    if run is not None:
+        require_same(run, config, {role: recipe.ref for role, recipe in recipes.items()})
+        _require_writable(store)
+        import_files(store, config.execution, files, recipes)  # those that are not there any more
+        return run, config
+    overrides = _overrides(config, request.overrides)
+    check_device(overrides.execution)
+    check(config, files)
+    _require_writable(store)
+    return _create(store, name, config, files, recipes), config
+
+
+def _create(store: Store, name: str, config: RunConfig, files: Files, recipes: dict[str, Recipe]) -> Run:
+    """The run with its inputs; its lease is held meanwhile, so that gc spares what no record names yet."""
+    with working_on(store, lease_key(name), f"run {name!r}"):
+        return create(store, name, config, import_files(store, config.execution, files, recipes))
+
+
+def with_new_functions(run: Run, recorded: Run) -> Run:
+    """The run with the functions imported that its settings name and those of `recorded` did not; files are looked for below
+    this folder.
+
+    Raises `ConfigError`, also where a setting names another preset, other data, another base model or environment: those
+    belong to a run.
     """
-    root = root or os.environ.get("BATON_STORE")
-    host = socket.gethostname()
-    if not root:
-        raise ConfigError(f"no store: give the parameter store, or set BATON_STORE for the worker on {host}")
-    if "://" not in root and not Path(root).is_dir():
-        raise ConfigError(f"store {root}: no such folder on {host}, where the flow runs; mount it there, or make it if it "
-                          "is to be a new store")
-    return root
+    for section in ("preset", "data", "base_model", "environment"):
+        if getattr(run.config, section, None) != getattr(recorded.config, section, None):
+            raise ConfigError(f"--set {section}…: it belongs to the run as a whole; make another run with it")
+    files: Files = {}
+    for role, source in run.config.functions.items():
+        if recorded.config.functions.get(role) != source:
+            files[role] = [function_file(source, Path.cwd())]
+            check_function(source, files[role][0])
+    imported = import_files(run.store, run.config.execution, files, recipes_of(files))
+    return replace(run, record=run.record.model_copy(update={"inputs": run.inputs | imported}))
 
 
-def _of_this_call(config: RunConfig, overrides: Overrides) -> Overrides:
+def _overrides(config: RunConfig, overrides: Overrides) -> Overrides:
     """All that holds for this call: what the config says, and over it what is overridden. Raises `ConfigError` if that does
     not fit the config."""
-    said = {"iterations": config.iterations, **{section: getattr(config, section).model_dump(mode="json")
-                                                for section in FREE}}
-    overrides = Overrides.model_validate(merged(said, overrides.given()))
-    parse_config(merged(config.model_dump(mode="json"), overrides.given()), "--iterations")
-    return overrides
+    own = {section: getattr(config, section).model_dump(mode="json") for section in FREE_SECTIONS}
+    together = Overrides.model_validate(merged({"iterations": config.iterations, **own}, overrides.given()))
+    parse_config(merged(config.model_dump(mode="json"), together.given()), "--iterations")
+    return together
 
 
-def check_writable(store: Store) -> None:
+def check_device(execution: ExecutionConfig) -> None:
+    """Raises `ConfigError` if torch does not have the device here."""
+    if execution.device == "cpu":
+        return
+    from stages.ops.device import Device
+
+    if not Device(execution.device).available:
+        raise ConfigError(f"execution.device: torch finds no {execution.device} here; set execution.device=cpu")
+
+
+def _require_writable(store: Store) -> None:
     """Raises `ConfigError` if the store cannot be made or written to."""
     try:
         store.files.probe()
     except OSError as error:
         raise ConfigError(f"--store {store.uri}: {error.strerror or error}: {error.filename or store.uri}") from None
-
-
-def check_device(device: str) -> None:
-    """Raises `ConfigError` if torch does not have it here."""
-    if device == "cpu":
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ConfigError(f"execution.device: torch finds no {device} here; set execution.device=cpu")
-
-
-def check_environment(config: ControlConfig, files: dict[str, list[Path]]) -> None:
-    """Raises `ConfigError` if the environment cannot be made, or is not one that a policy here can act in."""
-    from flows.control.environments import look_at
-
-    function = load_function(config.environment.id, files["environment"][0]) if "environment" in files else None
-    look_at(config.environment, function, config.execution.environment_timeout)
-
-
-def check_lengths(config: LanguageConfig, files: dict[str, list[Path]]) -> None:
-    """Raises `ConfigError` naming file and lines that do not fit into the model's context."""
-    from flows.language.warm_models import context_length, load_tokenizer
-    from stages.base_model import train_tokenizer
-    from stages.ops.prompts import require_fit, tokenize
-
-    if config.base_model.source is None:
-        rows = read_lines(files["demonstrations"][0], "demonstrations")
-        tokenizer = train_tokenizer((row["prompt"] + row["completion"] for row in rows), config.base_model)
-        context = config.base_model.context_length
-    else:
-        place = files["base_model"][0].parent
-        try:
-            tokenizer, context = load_tokenizer(place), context_length(place)
-        except Exception as error:  # transformers raises whatever a broken file leads to
-            reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"base_model.source: {place} cannot be read as a model: {reason}") from None
-    if config.base_model.chat_template and tokenizer.chat_template is None:
-        raise ConfigError(f"base_model.chat_template: the tokenizer of {config.base_model.source} has no chat template; "
-                          "set it to false")
-    for role, paths in files.items():
-        if role in ("prompts", "heldout_prompts"):
-            prompts = [row["prompt"] for row in read_lines(paths[0], role)]
-            tokens = tokenize(tokenizer, prompts, config.base_model.chat_template)
-            require_fit([len(row) for row in tokens], context, config.rollout.max_new_tokens, str(paths[0]))
-        elif role in ("demonstrations", "pairs", "heldout_pairs", "pretraining"):
-            for column in ("completion", "chosen", "rejected", "text"):
-                texts = [row.get("prompt", "") + row[column] for row in read_lines(paths[0], role) if column in row]
-                tokens = tokenize(tokenizer, texts, config.base_model.chat_template) if texts else []
-                require_fit([len(row) for row in tokens], context, 1, str(paths[0]))

@@ -38,7 +38,7 @@ class Verifier:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.users: dict[ArtifactRef, str] = {}  # the command that makes it again
-        self.blind = False  # whether a record could not be read, so that who refers to what is not known
+        self.incomplete = False  # whether a record could not be read, so that who refers to what is not known
 
     def run(self, name: str) -> Iterator[Finding]:
         """The records of a run. What they refer to is in `users` afterwards."""
@@ -52,7 +52,7 @@ class Verifier:
             if record.name != name:
                 raise DamageError(place, "name", name, record.name, HINT)
         except StoreError as error:
-            self.blind = True
+            self.incomplete = True
             yield _as_finding(error, f"baton rm {name}, then make the run again: its artifacts are found")
         names = self.store.files.names(f"runs/{name}/iterations")
         for number, file in enumerate(file for file in names if file.endswith(".json")):
@@ -64,7 +64,7 @@ class Verifier:
         try:
             state = self.store.get(key, TrainState)
         except StoreError as error:
-            self.blind = True
+            self.incomplete = True
             yield _as_finding(error, hint)
             return
         if not key.endswith(f"/{number:06d}.json"):
@@ -81,7 +81,7 @@ class Verifier:
         folder = self.store.files.address(folder_of(ref))
         again = self.users.get(ref)
         hint = f"remove {folder}, then {again}" if again else "no run refers to it: baton gc removes it"
-        if self.blind and not again:
+        if self.incomplete and not again:
             hint = "mend the records first, then baton verify again"
         try:
             manifest = self.store.find(ref)

@@ -104,15 +104,21 @@ def _used_last(folder: Path) -> float:
 
 
 def _newest(path: Path) -> float:
-    return max([_used_last(path), *(_used_last(inner) for inner in path.rglob("*"))])
+    return max([_used_last(path), *(_used_last(inner) for inner in _below(path))])
 
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
+    for path in _below(folder):
         with contextlib.suppress(FileNotFoundError):
             total += path.stat().st_size if path.is_file() else 0
     return total
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """What is below, whatever other processes remove meanwhile."""
+    for place, folders, files in os.walk(folder):
+        yield from (Path(place, name) for name in (*folders, *files))
 
 
 def _limit() -> float:

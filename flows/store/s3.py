@@ -48,29 +48,29 @@ class S3Files:
         self.cache = Cache(sha256(f"{endpoint} {self.uri}".encode()).hexdigest()[:16])
         self.beside = self.cache.folder
         self._probed = False
-        with self._explained("bucket"):
+        with self._errors("bucket"):
             self.fs.call_s3("head_bucket", Bucket=self.bucket)
 
     # --- reading ---
 
     def read(self, key: str) -> bytes | None:
-        with self._explained(key), contextlib.suppress(FileNotFoundError):
+        with self._errors(key), contextlib.suppress(FileNotFoundError):
             return self.fs.cat_file(self._path(key))
         return None
 
     def exists(self, key: str) -> bool:
-        with self._explained(key), contextlib.suppress(FileNotFoundError):
+        with self._errors(key), contextlib.suppress(FileNotFoundError):
             self.fs.call_s3("head_object", Bucket=self.bucket, Key=self._object(key))
             return True
         return False
 
     def names(self, key: str) -> list[str]:
-        with self._explained(key), contextlib.suppress(FileNotFoundError):
+        with self._errors(key), contextlib.suppress(FileNotFoundError):
             return sorted(path.rstrip("/").rpartition("/")[2] for path in self.fs.ls(self._path(key), detail=False))
         return []
 
     def walk(self, key: str) -> Iterator[Stat]:
-        with self._explained(key):
+        with self._errors(key):
             found = self.fs.find(self._path(key), detail=True)
         for path, about in found.items():
             yield Stat(path.removeprefix(f"{self.root}/"), about["size"], about["LastModified"].timestamp())
@@ -79,7 +79,7 @@ class S3Files:
         path = self.cache.path(key, inner)
         if path.is_file():
             return path
-        with self._explained(f"{key}/{inner}"), contextlib.suppress(FileNotFoundError), self.cache.arriving(path) as new:
+        with self._errors(f"{key}/{inner}"), contextlib.suppress(FileNotFoundError), self.cache.arriving(path) as new:
             self.fs.get_file(self._path(f"{key}/{inner}"), str(new))
         return path
 
@@ -100,7 +100,7 @@ class S3Files:
 
     def _put_once(self, key: str, data: bytes) -> bool:
         """A put that failed may have arrived, and its repetition then finds itself: what counts is whose bytes are there."""
-        with self._explained(key):
+        with self._errors(key):
             for wait in (0.1, 0.2, 0.5, 1, 2, 5, None):
                 try:
                     self.fs.pipe_file(self._path(key), data, mode="create")
@@ -139,7 +139,7 @@ class S3Files:
 
         def upload(path: Path) -> None:
             inner = path.relative_to(folder).as_posix()
-            with self._explained(f"{key}/{inner}"):
+            with self._errors(f"{key}/{inner}"):
                 self.fs.put_file(str(path), self._path(f"{key}/{inner}"), chunksize=PART, max_concurrency=AT_ONCE)
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -147,14 +147,14 @@ class S3Files:
         self.cache.keep(key)
 
     def remove(self, key: str) -> None:
-        with self._explained(key):
+        with self._errors(key):
             paths = list(self.fs.find(self._path(key)))
             if paths:
                 self.fs.rm(paths)
         self.cache.remove(key)
 
     def unfinished(self) -> list[Stat]:
-        with self._explained("uploads"):
+        with self._errors("uploads"):
             found = self.fs.call_s3("list_multipart_uploads", Bucket=self.bucket, Prefix=self._object("artifacts/"))
         prefix = self._object("")
         return [Stat(f"{one['Key'].removeprefix(prefix)}?uploadId={one['UploadId']}", 0, one["Initiated"].timestamp())
@@ -162,7 +162,7 @@ class S3Files:
 
     def abort(self, unfinished: Stat) -> None:
         key, _, upload = unfinished.key.partition("?uploadId=")
-        with self._explained(key), contextlib.suppress(FileNotFoundError):
+        with self._errors(key), contextlib.suppress(FileNotFoundError):
             self.fs.call_s3("abort_multipart_upload", Bucket=self.bucket, Key=self._object(key), UploadId=upload)
 
     # --- locking ---
@@ -246,7 +246,7 @@ class S3Files:
         return self._path(key).removeprefix(f"{self.bucket}/") + ("/" if key.endswith("/") or not key else "")
 
     @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
+    def _errors(self, what: str) -> Iterator[None]:
         """Turns botocore's own exceptions, which are no OSErrors, into `StoreError`, transient where network or server is in
         trouble; a missing bucket, or one that is not ours, into `ConfigError`."""
         from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError

@@ -25,9 +25,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from flows.store.files import Files, explained, open_files
+from flows.store.files import Files, disk_errors
+from flows.store.local import LocalFiles
+from schemas.addresses import without_user_info
 from schemas.artifacts import ArtifactRef, Dropped, FileEntry, Manifest, Recipe
-from schemas.errors import DamageError, DroppedError, StoreError, TableError
+from schemas.errors import ConfigError, DamageError, DroppedError, StoreError, TableError
 from schemas.records import HINT, decode, encode
 from schemas.settings import NAME_PATTERN
 from schemas.tables import Table
@@ -124,7 +126,7 @@ class Store:
 
     def attempt(self, recipe: Recipe) -> Attempt:
         """A fresh folder for one attempt at the recipe's artifact."""
-        with explained(self.uri):
+        with disk_errors(self.uri):
             folder = self.files.begin(f"{folder_of(recipe.ref)}/attempts/{uuid.uuid4().hex}")
         return Attempt(recipe.ref, folder, self.files)
 
@@ -133,7 +135,7 @@ class Store:
 
         The last manifests and `tables` that were published here are kept in memory: the next stage need not read them.
         """
-        with explained(self.uri):
+        with disk_errors(self.uri):
             self.files.publish(attempt_of(manifest))
         if self.put(f"{folder_of(manifest.ref)}/manifest.json", manifest):
             self._keep(manifest, tables or {})
@@ -210,7 +212,7 @@ class Store:
     def checked(self, manifest: Manifest, entry: FileEntry) -> Path:
         """Where a file of the artifact can be read. Raises `DamageError` unless it is the one the manifest lists."""
         key = attempt_of(manifest)
-        with explained(self.files.address(f"{key}/{entry.path}")):
+        with disk_errors(self.files.address(f"{key}/{entry.path}")):
             path = self.files.local(key, entry.path)
             wrong = _wrong(path, entry)
             if wrong and self.files.forget(key, entry.path):  # it was a copy: another one may be whole
@@ -245,14 +247,27 @@ class Store:
 
     def put(self, key: str, record: BaseModel) -> bool:
         """Writes a record unless there is one; whether it is this one that is there now."""
-        with explained(self.files.address(key)):
+        with disk_errors(self.files.address(key)):
             return self.files.put_once(key, encode(record))
 
     def get(self, key: str, kind: type[M]) -> M | None:
         """A record, none if there is none. Raises `StoreError` naming file and field if it cannot be believed."""
-        with explained(self.files.address(key)):
+        with disk_errors(self.files.address(key)):
             data = self.files.read(key)
         return None if data is None else decode(data, self.files.address(key), kind)
+
+
+def open_files(root: str | Path) -> Files:
+    """For a folder, or `s3://bucket/prefix`. Raises `ConfigError`."""
+    scheme, separator, _ = str(root).partition("://")
+    if not separator:
+        return LocalFiles(Path(root))
+    if scheme != "s3":
+        raise ConfigError(f"--store {without_user_info(str(root))}: {scheme}:// is not supported; expected a folder, or "
+                          "s3://bucket/prefix")
+    from flows.store.s3 import S3Files
+
+    return S3Files(str(root))
 
 
 def folder_of(ref: ArtifactRef) -> str:

@@ -1,11 +1,12 @@
-"""MLflow, the only file that knows it: one MLflow run for each training run, brought to what the store says.
+"""MLflow, the only file that knows it: one MLflow run for each training run, brought to what the store has.
 
-Run as `python -m flows.tracking.client STORE RUN` by `mirror.py`, which writes the address and the run's config, and then
-the number of each committed state, to its standard input, a line each. It prints `page …`, where a server shows the run, and
-`wrong …`, why it could not go on.
+Run as `python -m flows.tracking.client STORE` by `mirror.py`, which writes the address, the run's record and its config, and
+then the number of each committed state, to its standard input, a line each. It prints `page …`, where a server shows the
+run; `error …`, why it could not go on; and `recovered`, when a later try could.
 
-A point is logged only where MLflow does not have it yet, so that a mirror that was away or broke off is completed by
-the next start of the run, without double points.
+The tag `baton.mirrored` of the MLflow run is the last iteration that is there whole, so that a process begins where the one
+before it ended, however long the run is. A point that is logged twice, after an interruption, is the same point: its time is
+that of the artifact.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import mlflow
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from flows.runs.run import Run, record_key
+from flows.runs.run import Run
 from flows.store.store import Store
 from schemas.addresses import without_user_info
 from schemas.artifacts import Manifest, RunRecord, TrainState
@@ -39,6 +40,7 @@ from schemas.tables import EPISODE_FILM, Returns, Samples
 
 SAMPLES_SHOWN = 32  # rows of the table of samples
 BATCH = 1000  # the most metrics that MLflow takes in one call
+MIRRORED = "baton.mirrored"
 INTERVAL = 2.0  # seconds: states that come faster are logged together
 for _noisy in ("mlflow", "alembic"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
@@ -51,7 +53,7 @@ class Client:
         self.run, self.uri, self.client = run, uri, mlflow.MlflowClient(uri)
         self.run_id = self._find() or self._create()
         self._log_params()
-        self.logged, self.next = self._logged(), 0
+        self.next, self.logged = self._end()
 
     @property
     def page(self) -> str:
@@ -62,12 +64,12 @@ class Client:
     def bring_to(self, state: TrainState) -> None:
         """Every point up to `state` that is not there yet, its samples, and the model once the run is finished."""
         points = []
-        for iteration in range(self.next, state.iteration + 1):
-            points += self._points(self.run.state(iteration))
-            if len(points) >= BATCH or iteration == state.iteration:
+        while self.next <= state.iteration:
+            points += self._points(self.run.state(self.next))
+            self.next += 1
+            if len(points) >= BATCH or self.next > state.iteration:
                 self._log(points)
                 points = []
-        self.next = state.iteration + 1
         if state.iteration >= self.run.config.iterations:
             self._register(state)
             self.client.set_terminated(self.run_id)
@@ -102,10 +104,14 @@ class Client:
         place = Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlflow-artifacts"
         return self.client.create_experiment(name, artifact_location=place.as_uri() if local else None)
 
-    def _logged(self) -> set[tuple[str, int]]:
-        """(metric, iteration) of every point MLflow has."""
-        keys = self.client.get_run(self.run_id).data.metrics
-        return {(key, point.step) for key in keys for point in self.client.get_metric_history(self.run_id, key)}
+    def _end(self) -> tuple[int, set[tuple[str, int]]]:
+        """The first iteration that is not there whole; and (metric, iteration) of points that are there all the same, in a
+        run that was mirrored before there was the tag."""
+        there = self.client.get_run(self.run_id).data
+        if MIRRORED in there.tags:
+            return int(there.tags[MIRRORED]) + 1, set()
+        return 0, {(key, point.step) for key in there.metrics
+                   for point in self.client.get_metric_history(self.run_id, key)}
 
     def _points(self, state: TrainState) -> list[Metric]:
         """Those of an iteration that are not there yet; its samples are logged before them."""
@@ -121,7 +127,7 @@ class Client:
     def _log(self, points: list[Metric]) -> None:
         for start in range(0, len(points), BATCH):
             self.client.log_batch(self.run_id, metrics=points[start : start + BATCH])
-        self.logged |= {(point.key, point.step) for point in points}
+        self.client.set_tag(self.run_id, MIRRORED, self.next - 1)
 
     def _log_samples(self, state: TrainState, evaluation: Manifest) -> None:
         """Samples or returns of an evaluation, and its film, as artifacts on MLflow's page; once, since a table appends."""
@@ -182,25 +188,53 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 # --- the process ---
 
-def main(root: str, name: str) -> int:
-    """Brings MLflow to each state it is told of, several at once where they come fast, until its input ends."""
+def main(root: str) -> int:
+    """Brings MLflow to each state whose number it reads, several at once where they come fast, until its input ends.
+
+    After an error a new client tries again with the next state, and once more at the end.
+    """
     answers, sys.stdout = sys.stdout, sys.stderr  # MLflow prints there too
-    try:
-        lines = Lines(sys.stdin.fileno())
-        told = json.loads(lines.first())
-        config = parse_config(told["config"], f"run {name!r}")
-        store = Store(root)
-        run = Run(store, store.get(record_key(name), RunRecord), config)
-        client = Client(run, told["uri"])
-        if told["uri"].startswith("http"):
-            print(f"page {client.page}", file=answers, flush=True)
-        while (iteration := lines.last()) is not None:
-            client.bring_to(run.state(int(iteration)))
-    except Exception as error:  # whatever a tracking server does, the training goes on
-        said = without_user_info(str(error)).strip().splitlines() or [type(error).__name__]
-        print(f"wrong {said[0][:200]}", file=answers, flush=True)
-        return 1
-    return 0
+    lines = Lines(sys.stdin.fileno())
+    begin = json.loads(lines.first())
+    record = RunRecord.model_validate(begin["record"])
+    run = Run(Store(root), record, parse_config(begin["config"], f"run {record.name!r}"))
+    mirror = _Retried(run, begin["uri"], lambda line: print(line, file=answers, flush=True))
+    mirror.bring_to(None)
+    while (iteration := lines.last()) is not None:
+        mirror.bring_to(int(iteration))
+    if mirror.failed:
+        mirror.bring_to(mirror.wanted)
+    return 1 if mirror.failed else 0
+
+
+class _Retried:
+    """A client that is made anew after an error."""
+
+    def __init__(self, run: Run, uri: str, answer: Callable[[str], None]) -> None:
+        self.run, self.uri, self.answer = run, uri, answer
+        self.client: Client | None = None
+        self.wanted: int | None = None
+        self.failed = False
+
+    def bring_to(self, iteration: int | None) -> None:
+        """To the state of that iteration; None: only connects. Prints what changes: an error once, not with every try."""
+        self.wanted = iteration
+        try:
+            if self.client is None:
+                self.client = Client(self.run, self.uri)
+                if self.uri.startswith("http"):
+                    self.answer(f"page {self.client.page}")
+            if iteration is not None:
+                self.client.bring_to(self.run.state(iteration))
+        except Exception as error:  # whatever a tracking server does, the training goes on
+            lines = without_user_info(str(error)).strip().splitlines() or [type(error).__name__]
+            if not self.failed:
+                self.answer(f"error {lines[0][:200]}")
+            self.client, self.failed = None, True
+        else:
+            if self.failed:
+                self.answer("recovered")
+            self.failed = False
 
 
 class Lines:

@@ -13,8 +13,8 @@ from schemas.tables import Rollouts
 from stages.ops.language_model import LanguageModel, batches, entropy, of_tokens, response_logprobs, state_values
 from stages.ops.learner import Prediction
 from stages.ops.optim import adamw, clip_gradients, has_gradients
-from stages.ops.prompts import Texts
 from stages.ops.sequences import Batch
+from stages.ops.texts import Texts
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class LanguageModelLearner:
     def __init__(
         self, actor: LanguageModel, critic: LanguageModel | None, config: PPOConfig, temperature: float
     ) -> None:
-        self.actor, self.critic, self.temperature = actor, critic, temperature
-        self.max_grad_norm = config.max_grad_norm
+        self.actor, self.critic, self.config, self.temperature = actor, critic, config, temperature
         self.learning_rates = {"actor": config.learning_rate, "critic": config.critic_learning_rate or config.learning_rate}
         self.optimizers = {name: adamw(model.module, self.learning_rates[name], config)
                            for name, model in self.networks.items()}
@@ -54,7 +53,7 @@ class LanguageModelLearner:
 
     @property
     def device(self) -> torch.device:
-        return self.actor.device
+        return self.actor.device.torch
 
     def units(self, rollouts: Rollouts | Texts) -> Responses:
         return Responses(rollouts, self.actor)
@@ -64,23 +63,23 @@ class LanguageModelLearner:
     ) -> Prediction:
         logprobs = spread = values = None
         if policy:
-            distribution = response_logprobs(self.actor.module, batch, self.temperature)
+            distribution = response_logprobs(self.actor, batch, self.temperature)
             logprobs = of_tokens(distribution, batch)
             with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
                 spread = batch.flat(entropy(distribution))
         if critic and self.critic:
-            values = batch.flat(state_values(self.critic.module, batch)[:, :-1])
+            values = batch.flat(state_values(self.critic, batch)[:, :-1])
         return Prediction(logprobs, spread, values)
 
     def log_likelihood(self, batch: Batch) -> Tensor:
-        return of_tokens(response_logprobs(self.actor.module, batch, 1.0), batch)
+        return of_tokens(response_logprobs(self.actor, batch, 1.0), batch)
 
     def step(self, learning_rate_factor: float) -> dict[str, float]:
         norms = {}
         for name, optimizer in self.optimizers.items():
             if not has_gradients(optimizer):
                 continue
-            norms[name] = clip_gradients(optimizer, self.max_grad_norm)
+            norms[name] = clip_gradients(optimizer, self.config.max_grad_norm)
             optimizer.param_groups[0]["lr"] = self.learning_rates[name] * learning_rate_factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

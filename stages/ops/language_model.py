@@ -1,4 +1,4 @@
-"""A language model with what is needed to run it, and what stages ask of one: logprobs, values, scores."""
+"""A language model: a network with what is needed to run it, and what stages ask of one: logprobs, values, scores."""
 
 from __future__ import annotations
 
@@ -7,28 +7,48 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.tables import Ragged, Rollouts
+from stages.ops.device import Device
 from stages.ops.finite import require_finite
 from stages.ops.progress import progress_bar
-from stages.ops.prompts import Texts
 from stages.ops.sequences import Batch, make_batch, split_by_tokens
+from stages.ops.texts import Texts
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model in Hugging Face form, its tokenizer, and how much it is given at once (see `ExecutionConfig`)."""
+    """A view of a network in Hugging Face form, a body with the head of a causal model or of a scorer; how its prompts are
+    written; and how much it is given at once (see `ExecutionConfig`). Several views may share one network."""
 
     module: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    chat_template: bool = False
+    """Whether a prompt is put to it as a user's turn in the tokenizer's chat template."""
     micro_batch_tokens: int = 4096
     generation_batch_size: int = 256
 
     @property
-    def device(self) -> torch.device:
-        return self.module.device
+    def device(self) -> Device:
+        return Device(str(self.module.device))
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """(b, P + R, H): the body's last hidden states."""
+        return self.module.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+                                      position_ids=batch.position_ids, use_cache=False).last_hidden_state
+
+    def response_logits(self, batch: Batch) -> Tensor:
+        """(b, R, V) float32, at the positions that predict response tokens; the head runs nowhere else."""
+        return self.module(
+            input_ids=batch.input_ids[:, :-1], attention_mask=batch.attention_mask[:, :-1],
+            position_ids=batch.position_ids[:, :-1], logits_to_keep=batch.response_ids.shape[1], use_cache=False,
+        ).logits.float()
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """(…, H) to (…,) float32: the scalar head."""
+        return self.module.score(hidden).squeeze(-1).float()
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -48,7 +68,7 @@ def batches(rollouts: Rollouts | Texts, rows: np.ndarray, model: LanguageModel) 
     """The rows as padded batches within the model's token budget."""
     lengths = np.stack([rollouts.prompt_tokens.lengths, rollouts.response_tokens.lengths], 1)
     groups = split_by_tokens(lengths, rows, model.micro_batch_tokens)
-    return [make_batch(rollouts.prompt_tokens, rollouts.response_tokens, group, model.pad_id, model.device)
+    return [make_batch(rollouts.prompt_tokens, rollouts.response_tokens, group, model.pad_id, model.device.torch)
             for group in groups]
 
 
@@ -60,16 +80,9 @@ def tracked_batches(rollouts: Rollouts, model: LanguageModel, name: str) -> Iter
             bar.update(len(batch.rows))
 
 
-def response_logprobs(module: nn.Module, batch: Batch, temperature: float) -> Tensor:
-    """log π(· | before) at each response position, of the temperature-scaled logits: (b, R, V) float32, nats.
-
-    The output head runs on the R positions that predict response tokens and nowhere else.
-    """
-    logits = module(
-        input_ids=batch.input_ids[:, :-1], attention_mask=batch.attention_mask[:, :-1],
-        position_ids=batch.position_ids[:, :-1], logits_to_keep=batch.response_ids.shape[1], use_cache=False,
-    ).logits
-    return (logits.float() / temperature).log_softmax(-1)
+def response_logprobs(model: LanguageModel, batch: Batch, temperature: float) -> Tensor:
+    """log π(· | before) at each response position, of the temperature-scaled logits: (b, R, V) float32, nats."""
+    return (model.response_logits(batch) / temperature).log_softmax(-1)
 
 
 def of_tokens(logprobs: Tensor, batch: Batch) -> Tensor:
@@ -82,7 +95,7 @@ def score_tokens(model: LanguageModel, rollouts: Rollouts, temperature: float, p
     """log π(token) of every response token under `model`, nats, float32. Raises `NonFiniteError` with the rows."""
     flat = np.empty(len(rollouts.logprobs.values), np.float32)
     for batch in tracked_batches(rollouts, model, progress):
-        flat[batch.tokens] = of_tokens(response_logprobs(model.module, batch, temperature), batch).cpu().numpy()
+        flat[batch.tokens] = of_tokens(response_logprobs(model, batch, temperature), batch).cpu().numpy()
     logprobs = rollouts.logprobs.with_values(flat)
     require_finite("the reference's logprob", logprobs, rollouts.row_id)
     return logprobs
@@ -93,15 +106,12 @@ def entropy(logprobs: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def state_values(critic: nn.Module, batch: Batch) -> Tensor:
+def state_values(critic: LanguageModel, batch: Batch) -> Tensor:
     """V(s_0) … V(s_R): (b, R + 1), read where response tokens 0 … R−1 are predicted and after the last position.
 
     The critic is a sequence-classification model with one label, its head applied to every position.
     """
-    hidden = critic.base_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False,
-    ).last_hidden_state
-    return critic.score(hidden[:, batch.prompt_width - 1 :]).squeeze(-1).float()
+    return critic.score(critic.hidden(batch)[:, batch.prompt_width - 1 :])
 
 
 @torch.inference_mode()
@@ -115,7 +125,7 @@ def sequence_scores(model: LanguageModel, rows: Sequence[Sequence[int]], progres
     groups = split_by_tokens(lengths, np.arange(len(rows)), model.micro_batch_tokens)
     for group in progress_bar(groups, progress):
         batch = model.tokenizer.pad({"input_ids": [list(rows[i]) for i in group]}, padding_side="right",
-                                    return_tensors="pt").to(model.device)
+                                    return_tensors="pt").to(model.device.torch)
         logits = model.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         out[group] = logits[:, 0].float().cpu().numpy()
     return out

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from schemas.tables import Rollouts, Trajectories
-
-if TYPE_CHECKING:
-    from stages.ops.prompts import Texts
+from stages.ops.texts import Texts
 
 
 class MicroBatch(Protocol):

@@ -7,17 +7,18 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm import tqdm
 
 Listener = Callable[[str, float, float | None], None]
-_listener: Listener | None = None
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 def progress_bar(*arguments: Any, **more: Any) -> tqdm:
     """As `tqdm`; without a terminal and a listener it does nothing."""
-    if _listener is not None:
+    if _listener.get() is not None:
         return _HeardBar(*arguments, **more)
     return tqdm(*arguments, leave=False, **more) if sys.stderr.isatty() else tqdm(*arguments, disable=True, **more)
 
@@ -25,12 +26,11 @@ def progress_bar(*arguments: Any, **more: Any) -> tqdm:
 @contextmanager
 def heard_by(listener: Listener) -> Iterator[None]:
     """Inside it `listener` is told of every bar: what it is about, how much is done, of how much."""
-    global _listener
-    before, _listener = _listener, listener
+    token = _listener.set(listener)
     try:
         yield
     finally:
-        _listener = before
+        _listener.reset(token)
 
 
 class _HeardBar(tqdm):
@@ -38,7 +38,7 @@ class _HeardBar(tqdm):
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         self._drawn = sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
-        self._heard = _listener
+        self._heard = _listener.get()
         super().__init__(*arguments, leave=False, disable=False, file=None if self._drawn else io.StringIO(), **more)
 
     def display(self, *arguments: Any, **more: Any) -> None:

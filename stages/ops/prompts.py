@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from schemas.errors import ConfigError
 from schemas.tables import Ragged
-
-
-@dataclass(frozen=True, eq=False)
-class Texts:
-    """B responses that nobody sampled: demonstrations, or pretraining text as the response to its first token."""
-
-    row_id: np.ndarray  # (B,)
-    prompt: tuple[str, ...]
-    response: tuple[str, ...]
-    prompt_tokens: Ragged  # P tokens a row
-    response_tokens: Ragged  # R tokens a row, EOS included
-
-    def __len__(self) -> int:
-        return len(self.row_id)
+from stages.ops.texts import Texts
 
 
 def prompt_order(count: int, batch_size: int, *, seed: int, iteration: int) -> np.ndarray:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 
 import httpx
 import numpy as np
 
 from schemas.errors import RewardError, RewardServerError
-from schemas.settings import RewardConfig
+from schemas.language import RewardConfig
 from schemas.tables import Rollouts
 from stages.ops.finite import require_finite
 from stages.ops.language_model import LanguageModel, sequence_scores
-from stages.ops.prompts import Texts
+from stages.ops.texts import Texts
 
+MAX_REPLY = 2**20  # bytes of a server's reply
+MAX_REPLY_PER_RESPONSE = 1024
 Scorer = Callable[[Rollouts | Texts], np.ndarray]
 """B responses to (B,) scores."""
 
@@ -45,14 +48,17 @@ def function_scorer(name: str, function: UserFunction) -> Scorer:
 
 
 def server_scorer(url: str, timeout: float = 60.0, *, token: str | None = None) -> Scorer:
-    """Scores by POST of `{"prompts": […], "responses": […]}`; the answer is `{"scores": […]}`. `token`: a bearer's."""
+    """Scores by POST of `{"prompts": […], "responses": […]}`; the answer is `{"scores": […]}`.
+
+    `token`: a bearer token of this server. Redirects are not followed, so that it reaches no other.
+    """
     headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     def score(rollouts: Rollouts | Texts) -> np.ndarray:
         body = {"prompts": list(rollouts.prompt), "responses": list(rollouts.response)}
         with httpx.Client(transport=httpx.HTTPTransport(retries=2), timeout=timeout, headers=headers) as client:
             try:
-                answer = client.post(url, json=body).raise_for_status().json()
+                answer = json.loads(_reply(client, url, body, MAX_REPLY + MAX_REPLY_PER_RESPONSE * len(rollouts)))
             except httpx.HTTPError as error:
                 refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
                 raise (RewardError if refused else RewardServerError)(f"reward server {url}: {error}") from error
@@ -63,6 +69,22 @@ def server_scorer(url: str, timeout: float = 60.0, *, token: str | None = None) 
         return _as_scores(url, answer["scores"], len(rollouts))
 
     return score
+
+
+def _reply(client: httpx.Client, url: str, body: dict[str, list[str]], limit: int) -> bytes:
+    """The reply's bytes. Raises `RewardError` once there are more than `limit`."""
+    reply = bytearray()
+    with client.stream("POST", url, json=body) as response:
+        if response.is_redirect:
+            where = response.headers.get("location")
+            raise RewardError(f"reward server {url}: redirects to {where}, which is not followed; name it in the config")
+        response.raise_for_status()
+        for chunk in response.iter_bytes():
+            reply += chunk
+            if len(reply) > limit:
+                raise RewardError(f"reward server {url}: the reply is longer than {limit} bytes, for "
+                                  f"{len(body['responses'])} scores; is this the right server?")
+    return bytes(reply)
 
 
 def _as_scores(source: str, values: Sequence[float], rows: int) -> np.ndarray:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from schemas.settings import RolloutConfig
+from schemas.language import RolloutConfig
 from schemas.tables import Ragged, Rollouts
 from stages.ops.finite import require_finite
 from stages.ops.language_model import LanguageModel
@@ -21,40 +22,78 @@ from stages.ops.sequences import pad_left, positions
 COMPACT_BELOW = 0.75  # the batch is cut to its unfinished rows when fewer than this part of it is left
 
 
+class Sampler(Protocol):
+    """What gives responses: a language model in this process, or another engine."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's."""
+
+    @property
+    def chat_template(self) -> bool:
+        """Whether prompts are put into it."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end a response."""
+
+    def sample(
+        self, prompts: list[np.ndarray], config: RolloutConfig, *, seed: int, progress: str
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """B prompts of token ids to B rows of response tokens and B rows of their logprobs."""
+
+
+@dataclass(frozen=True)
+class ModelSampler:
+    """A language model in this process."""
+
+    model: LanguageModel
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.model.tokenizer
+
+    @property
+    def chat_template(self) -> bool:
+        return self.model.chat_template
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return self.model.eos_ids
+
+    def sample(
+        self, prompts: list[np.ndarray], config: RolloutConfig, *, seed: int, progress: str
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Prompts of like length are generated together."""
+        order, size = np.argsort([-len(row) for row in prompts], kind="stable"), self.model.generation_batch_size
+        groups = [order[i : i + size] for i in range(0, len(order), size)]
+        tokens: list = [None] * len(prompts)
+        logprobs: list = [None] * len(prompts)
+        with progress_bar(total=len(prompts), desc=progress) as bar:
+            for group in groups:
+                uniforms = row_uniforms(seed, group, config.max_new_tokens)
+                sampled = sample(self.model, [prompts[i] for i in group], uniforms, config.temperature,
+                                 precision=config.precision, on_finished=bar.update)
+                for i, row_tokens, row_logprobs in zip(group, *sampled, strict=True):
+                    tokens[i], logprobs[i] = row_tokens, row_logprobs
+        return tokens, logprobs
+
+
 def respond(
-    actor: LanguageModel, prompts: Sequence[str], prompt_id: np.ndarray, config: RolloutConfig, *,
-    chat_template: bool, seed: int, progress: str,
+    sampler: Sampler, prompts: Sequence[str], prompt_id: np.ndarray, config: RolloutConfig, *, seed: int, progress: str
 ) -> Rollouts:
     """One response to each of B prompts. Raises `NonFiniteError` with the rows."""
-    prompt_tokens = tokenize(actor.tokenizer, list(prompts), chat_template)
-    tokens, logprobs = _sample_all(actor, prompt_tokens, config, seed, progress)
+    prompt_tokens = tokenize(sampler.tokenizer, list(prompts), sampler.chat_template)
+    tokens, logprobs = sampler.sample(prompt_tokens, config, seed=seed, progress=progress)
     rollouts = Rollouts(
         row_id=np.arange(len(prompts)), prompt_id=prompt_id, prompt=tuple(prompts),
-        response=tuple(actor.tokenizer.batch_decode(tokens, skip_special_tokens=True)),
+        response=tuple(sampler.tokenizer.batch_decode(tokens, skip_special_tokens=True)),
         prompt_tokens=Ragged.from_rows(prompt_tokens, np.int32), response_tokens=Ragged.from_rows(tokens, np.int32),
         logprobs=Ragged.from_rows(logprobs, np.float32),
-        finish_reason=tuple("eos" if row[-1] in actor.eos_ids else "length" for row in tokens),
+        finish_reason=tuple("eos" if row[-1] in sampler.eos_ids else "length" for row in tokens),
     )
     require_finite("the actor's logprob", rollouts.logprobs, rollouts.row_id)
     return rollouts
-
-
-def _sample_all(
-    actor: LanguageModel, prompts: list[np.ndarray], config: RolloutConfig, seed: int, progress: str
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """B rows of tokens and B rows of logprobs, prompts of like length generated together."""
-    order = np.argsort([-len(row) for row in prompts], kind="stable")
-    groups = [order[i : i + actor.generation_batch_size] for i in range(0, len(order), actor.generation_batch_size)]
-    tokens: list = [None] * len(prompts)
-    logprobs: list = [None] * len(prompts)
-    with progress_bar(total=len(prompts), desc=progress) as bar:
-        for group in groups:
-            uniforms = row_uniforms(seed, group, config.max_new_tokens)
-            sampled = sample(actor, [prompts[i] for i in group], uniforms, config.temperature,
-                             precision=config.precision, on_finished=bar.update)
-            for i, row_tokens, row_logprobs in zip(group, *sampled, strict=True):
-                tokens[i], logprobs[i] = row_tokens, row_logprobs
-    return tokens, logprobs
 
 
 def row_uniforms(seed: int, rows: np.ndarray, steps: int) -> np.ndarray:
@@ -99,17 +138,18 @@ def sample(
     `prompts`: b rows of token ids; `uniforms`: (b, most response tokens). A response ends with the first EOS, which
     it includes, or at the limit. `on_finished` is told how many rows ended at each step.
     """
-    ids, mask = (torch.from_numpy(x).to(model.device) for x in pad_left(prompts, model.pad_id))
+    device = model.device.torch
+    ids, mask = (torch.from_numpy(x).to(device) for x in pad_left(prompts, model.pad_id))
     b, steps = uniforms.shape
-    draws = torch.from_numpy(uniforms).to(model.device)
-    eos = torch.tensor(sorted(model.eos_ids), device=model.device)
-    tokens = torch.zeros(b, steps, dtype=torch.int64, device=model.device)
-    logprobs = torch.zeros(b, steps, device=model.device)
+    draws = torch.from_numpy(uniforms).to(device)
+    eos = torch.tensor(sorted(model.eos_ids), device=device)
+    tokens = torch.zeros(b, steps, dtype=torch.int64, device=device)
+    logprobs = torch.zeros(b, steps, device=device)
     lengths = np.full(b, steps)
     batch = _Batch(np.arange(b), ids, mask, DynamicCache(config=model.module.config))
-    open_rows = torch.ones(b, dtype=torch.bool, device=model.device)  # of the batch, not of the caller's list
+    open_rows = torch.ones(b, dtype=torch.bool, device=device)  # of the batch, not of the caller's list
     for step in range(steps):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with model.device.autocast(precision):
             distribution = _next_logprobs(model, batch, temperature)
         batch.token = sample_tokens(distribution, draws[batch.rows, step])
         tokens[batch.rows, step] = batch.token

@@ -8,7 +8,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from schemas.errors import NonFiniteError
-from schemas.settings import RewardModelConfig, SFTConfig
+from schemas.language import RewardModelConfig, SFTConfig
 from stages.ops.progress import progress_bar
 
 

@@ -1,0 +1,19 @@
+"""What is checked of a control task before its run is made: that its environment can be made, and acted in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flows.control.environments import look_at
+from flows.runs.functions import check_function, load_function
+from schemas.control import ControlConfig
+
+
+def check(config: ControlConfig, files: dict[str, list[Path]]) -> None:
+    """Raises `ConfigError` if the environment cannot be made, or is not one that a policy here can act in."""
+    function = None
+    if "environment" in files:
+        (file,) = files["environment"]
+        check_function(config.environment.id, file)
+        function = load_function(config.environment.id, file)
+    look_at(config.environment, function, config.execution.environment_timeout)

@@ -1,0 +1,11 @@
+"""A control task's run: all that the flows ask of this kind."""
+
+from __future__ import annotations
+
+from flows.control.check_environment import check
+from flows.control.control_chain import ControlChain
+from flows.control.control_tasks import TASKS
+from flows.control.warm_policies import WarmPolicies
+from flows.runs.chain import KindOfRun
+
+CONTROL = KindOfRun(chain=ControlChain, tasks=TASKS, warm=WarmPolicies, check=check)

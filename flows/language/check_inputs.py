@@ -1,0 +1,60 @@
+"""What is checked of a language model's inputs before its run is made: every function and row, and that all fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from flows.language.warm_models import context_length, load_tokenizer
+from flows.runs.functions import check_function
+from flows.runs.inputs import COLUMNS, read_lines
+from schemas.errors import ConfigError
+from schemas.language import LanguageConfig
+from stages.base_model import train_tokenizer
+from stages.ops.prompts import require_fit, tokenize
+
+
+def check(config: LanguageConfig, files: dict[str, list[Path]]) -> None:
+    """Raises `ConfigError` naming the function, or file and lines, that cannot be used."""
+    for role, source in config.functions.items():
+        check_function(source, files[role][0])
+    rows = {role: read_lines(paths[0], role) for role, paths in files.items() if role in COLUMNS}
+    tokenizer, context = _model(config, files, rows)
+    template = config.base_model.chat_template
+    if template and tokenizer.chat_template is None:
+        raise ConfigError(f"base_model.chat_template: the tokenizer of {config.base_model.source} has no chat template; "
+                          "set it to false")
+    for role, lines in rows.items():
+        where = str(files[role][0])
+        if role in ("prompts", "heldout_prompts"):
+            texts = [row["prompt"] for row in lines]
+            _require_fit(tokenizer, texts, template, context, config.rollout.max_new_tokens, where)
+        else:
+            for column in ("completion", "chosen", "rejected", "text"):
+                texts = [row.get("prompt", "") + row[column] for row in lines if column in row]
+                _require_fit(tokenizer, texts, template, context, 1, where)
+
+
+def _model(
+    config: LanguageConfig, files: dict[str, list[Path]], rows: dict[str, list[dict[str, str]]]
+) -> tuple[PreTrainedTokenizerBase, int]:
+    """The base model's tokenizer, and its context in tokens."""
+    if config.base_model.source is None:
+        texts = (row["prompt"] + row["completion"] for row in rows["demonstrations"])
+        return train_tokenizer(texts, config.base_model), config.base_model.context_length
+    place = files["base_model"][0].parent
+    try:
+        return load_tokenizer(place), context_length(place)
+    except Exception as error:  # transformers raises whatever a broken file leads to
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"base_model.source: {place} cannot be read as a model: {reason}") from None
+
+
+def _require_fit(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], template: bool, context: int, reserved: int, where: str
+) -> None:
+    if texts:
+        tokens = tokenize(tokenizer, list(texts), template)
+        require_fit([len(row) for row in tokens], context, reserved, where)

@@ -1,0 +1,11 @@
+"""A language model's run: all that the flows ask of this kind."""
+
+from __future__ import annotations
+
+from flows.language.check_inputs import check
+from flows.language.language_chain import LanguageChain
+from flows.language.language_tasks import TASKS
+from flows.language.warm_models import WarmModels
+from flows.runs.chain import KindOfRun
+
+LANGUAGE = KindOfRun(chain=LanguageChain, tasks=TASKS, warm=WarmModels, check=check)

@@ -1,0 +1,92 @@
+"""What flows ask of a chain, whichever a run has: a language model's or a control task's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from flows.runs.run import Run
+from flows.runs.work import Task
+from flows.store.store import Store
+from schemas.artifacts import ArtifactRef, Produced, StageCall, TrainState
+from schemas.errors import StoreError
+from schemas.settings import ExecutionConfig, RunConfig, Settings
+
+ITERATION_DECIDES = frozenset({"critic_warmup", "warmup_iterations", "schedule", "schedule_iterations"})
+"""Settings of `ppo` whose outcome in an iteration is in its call in their place."""
+V = TypeVar("V")
+
+
+class Perform(Protocol):
+    """Performs calls that do not need each other's results, side by side where that is allowed."""
+
+    def __call__(self, *calls: StageCall) -> dict[str, Produced]:
+        """Stage → what came of its call."""
+
+
+class Chain(Protocol):
+    """Which stages of a run follow each other, and what each is called with."""
+
+    run: Run
+
+    def prepare(self, perform: Perform) -> TrainState:
+        """State 0."""
+
+    def iteration(self, state: TrainState, perform: Perform, evaluated: bool) -> TrainState:
+        """The state after `state`."""
+
+    def line(self, metrics: Mapping[str, float]) -> str:
+        """An iteration in words."""
+
+    def again(self, stage: str, recorded: Run, iteration: int) -> StageCall:
+        """A stage's call with this run's settings, from the saved states of `recorded`. Raises `ConfigError`."""
+
+    def forked(self, recorded: Run, state: TrainState) -> TrainState:
+        """What a fork with this run's settings begins from. Raises `ConfigError`."""
+
+
+class Warm(Protocol):
+    """What a process keeps in memory between calls."""
+
+    loaded: int
+    """How many models were read from the store."""
+
+    def forget(self, artifact: ArtifactRef) -> None:
+        """Lets go of what is warm of an artifact, so that it is read from the store."""
+
+    def close(self) -> None:
+        """Lets go of everything."""
+
+
+@dataclass(frozen=True)
+class KindOfRun:
+    """What a kind of run brings: declared once, in flows/language/language_run.py and flows/control/control_run.py."""
+
+    chain: Callable[[Run], Chain]
+    tasks: Mapping[str, Task]
+    """Stage → what does its work."""
+    warm: Callable[[Store, ExecutionConfig], Warm]
+    check: Callable[[RunConfig, dict[str, list[Path]]], None]
+    """Reads all that a new run is made of, its files by role. Raises `ConfigError`."""
+
+
+def settings_of(section: Settings, exclude: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
+    """A section as part of a call's settings."""
+    return section.model_dump(mode="json", exclude=set(exclude))
+
+
+def made_in(made: Mapping[str, Produced]) -> dict[str, Any]:
+    """The fields of a state that say what was made."""
+    return {"artifacts": {stage: produced.ref for stage, produced in made.items()}, "seconds": 0.0,
+            "metrics": {f"{stage}/{name}": value for stage, produced in made.items()
+                        for name, value in produced.metrics.items()}}
+
+
+def require(output: V | None, stage: str, name: str) -> V:
+    """What the next iteration needs of a stage's outputs. Raises `StoreError` if it is missing."""
+    if output is None:
+        raise StoreError(f"{stage}: its manifest holds no output {name!r}, which the next iteration needs; remove the "
+                         "artifact, and the same command makes it again")
+    return output

@@ -1,0 +1,104 @@
+"""Functions that a user brings: found, checked at the start, and run from their copy in the store.
+
+BATON_ALLOWED_FUNCTIONS narrows which may run in this process: patterns separated by commas, of names (`rewards.py:*`,
+`mypackage.*:score`) or of contents (`sha256:…`, of the function's file). docs/security.md says who can do what.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import ModuleType
+
+from flows.store.store import Store, sha256_file
+from schemas.artifacts import ArtifactRef
+from schemas.errors import ConfigError
+
+
+def function_file(source: str, folder: Path) -> Path:
+    """The Python file of `file.py:function` (below `folder`) or `package.module:function`. Raises `ConfigError`."""
+    place, colon, name = source.rpartition(":")
+    if not place or not colon or not name.isidentifier():
+        raise ConfigError(f"function {source!r}: expected file.py:function or package.module:function")
+    if place.endswith(".py"):
+        path = folder / place
+        if not path.is_file():
+            raise ConfigError(f"function {source!r}: no such file: {path}")
+        return path
+    return _installed(source, place)
+
+
+def _installed(source: str, place: str) -> Path:
+    """The source file of a module that is installed. Importing it runs it, so that its name has to be allowed first."""
+    _require_allowed(source, None)
+    try:
+        return Path(inspect.getsourcefile(importlib.import_module(place)))
+    except (Exception, SystemExit) as error:  # whatever a user's module does when it is run
+        raise ConfigError(f"function {source!r}: {place} cannot be imported: {error}") from None
+
+
+def load_function(source: str, file: Path) -> Callable:
+    """The function, from `file` or from its installed package, which must have the same source. Raises `ConfigError`."""
+    place, _, name = source.rpartition(":")
+    _require_allowed(source, file)
+    if not place.endswith(".py") and sha256_file(function_file(source, file.parent)) != sha256_file(file):
+        raise ConfigError(f"function {source!r}: the installed file is not the one the run was made with; install that "
+                          "version, or make another run")
+    module = _module_of(file, source) if place.endswith(".py") else importlib.import_module(place)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f"function {source!r}: {place} has no function {name!r}")
+    return function
+
+
+def check_function(source: str, file: Path) -> None:
+    """Loads the function from a copy of its file alone, as it will be from the store. Raises `ConfigError`."""
+    with tempfile.TemporaryDirectory() as alone:
+        load_function(source, Path(shutil.copy(file, alone)))
+
+
+def stored_function(store: Store, ref: ArtifactRef, source: str) -> Callable:
+    """The function of an imported file: of a file, from its copy in the store; of a package, as it is installed."""
+    (entry,) = store.manifest(ref).files
+    return load_function(source, store.file(ref, entry.path))
+
+
+def _module_of(file: Path, source: str) -> ModuleType:
+    """The file as a module, under a name made from its content, so that a process can hold several versions."""
+    name = f"baton_user_{sha256_file(file)[:16]}"
+    if (module := sys.modules.get(name)) is None:
+        spec = importlib.util.spec_from_file_location(name, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their module up there
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:  # whatever a user's file does when it is run
+            del sys.modules[name]
+            raise ConfigError(f"function {source!r}: {file} cannot be run: {type(error).__name__}: {error}") from None
+    return module
+
+
+def _require_allowed(source: str, file: Path | None) -> None:
+    """Raises `ConfigError` if BATON_ALLOWED_FUNCTIONS is set and names neither the function nor the content of its file.
+
+    `file`: None before a module is imported, when only its name is known; a pattern of contents may then still hold.
+    """
+    allowed = os.environ.get("BATON_ALLOWED_FUNCTIONS")
+    if allowed is None:
+        return
+    patterns = [pattern.strip() for pattern in allowed.split(",")]
+    contents = [pattern for pattern in patterns if pattern.startswith("sha256:")]
+    if any(fnmatchcase(source, pattern) for pattern in patterns if pattern not in contents):
+        return
+    digest = f"sha256:{sha256_file(file)}" if file else None
+    if digest not in contents:
+        raise ConfigError(f"function {source!r}: BATON_ALLOWED_FUNCTIONS does not allow it here; add its name"
+                          + (f" or {digest}" if digest else ""))

@@ -1,0 +1,75 @@
+"""What a task is given to do a stage: its call, read and checked, and the attempt that it writes to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from flows.runs.functions import stored_function
+from flows.runs.inputs import Rows, stored_rows
+from flows.runs.produce import StageOutput
+from flows.store.store import Attempt, Store
+from schemas.artifacts import ArtifactRef, ModelRef, Moments, StageCall
+from schemas.settings import Settings
+from schemas.tables import Table
+
+S = TypeVar("S", bound=Settings)
+T = TypeVar("T", bound=Table)
+W = TypeVar("W")  # what a process keeps warm
+
+
+@dataclass(frozen=True)
+class Work(Generic[W]):
+    """One call, with the store it is about and the models this process has in memory."""
+
+    call: StageCall
+    store: Store
+    warm: W
+    attempt: Attempt
+
+    def settings(self, kind: type[S], section: str | None = None) -> S:
+        """The call's settings that are of that class; those below `section`, if one is named."""
+        values = self.call.settings if section is None else self.call.settings[section]
+        return kind.model_validate({name: value for name, value in values.items() if name in kind.model_fields})
+
+    def setting(self, name: str) -> Any:
+        """One of the settings."""
+        return self.call.settings[name]
+
+    @property
+    def moments(self) -> Moments:
+        """Running moments before this call; those of nothing where they are not kept."""
+        return Moments.model_validate(self.call.settings.get("moments", {}))
+
+    def ref(self, role: str) -> ArtifactRef | None:
+        """An artifact that is read, none if the call has none in that role."""
+        found = self.call.inputs.get(role)
+        return found.artifact if isinstance(found, ModelRef) else found
+
+    def model(self, role: str) -> ModelRef | None:
+        """A model that is read, none if the call has none in that role."""
+        return self.call.inputs.get(role)
+
+    def made_with(self, role: str) -> dict[str, Any]:
+        """The settings that an artifact which is read was made with."""
+        return self.store.manifest(self.ref(role)).recipe.config
+
+    def table(self, role: str, kind: type[T]) -> T:
+        """A table that is read."""
+        return self.store.table(self.ref(role), kind)
+
+    def table_if_given(self, role: str, kind: type[T]) -> T | None:
+        """The same, none if the call has none in that role."""
+        return self.table(role, kind) if role in self.call.inputs else None
+
+    def rows(self, role: str) -> Rows:
+        """The rows of an imported file."""
+        return stored_rows(self.store, self.ref(role))
+
+    def function(self, role: str, source: str) -> Callable[..., Any]:
+        """A user's function."""
+        return stored_function(self.store, self.ref(role), source)
+
+
+Task = Callable[[Work], StageOutput]

@@ -1,0 +1,88 @@
+"""Every stage, declared once: what it is called, what it writes and measures. How it computes is in stages/.
+
+In the order in which a run goes through them. Who wants to know what there is (the form on Prefect's page, `baton diff`, the
+reader of tables, the tasks) reads it here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from schemas.metrics import (
+    BaseModelMetrics,
+    ControlEvaluateMetrics,
+    ControlRolloutMetrics,
+    EvaluateMetrics,
+    GAEMetrics,
+    Metrics,
+    PolicyMetrics,
+    PPOMetrics,
+    ReferenceMetrics,
+    RewardBiasMetrics,
+    RewardMetrics,
+    RewardModelMetrics,
+    RolloutMetrics,
+    SFTMetrics,
+    ValueMetrics,
+)
+from schemas.tables import (
+    Advantages,
+    ReferenceLogprobs,
+    Returns,
+    Rewards,
+    Rollouts,
+    Samples,
+    Table,
+    Trajectories,
+    Values,
+)
+
+Kind = Literal["language", "control"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a kind of run."""
+
+    kind: Kind
+    name: str
+    version: int
+    """Raised when its results change meaning; part of the identity of what it writes."""
+    metrics: type[Metrics]
+    table: type[Table] | None = None
+    """What it writes, if that is a table; models otherwise."""
+    headline: tuple[str, ...] = ()
+    """Metrics of the line that announces it before the first iteration."""
+
+
+def _by_name(*stages: Stage) -> dict[str, Stage]:
+    return {stage.name: stage for stage in stages}
+
+
+GAE_VERSION = 3
+PPO_VERSION = 3
+
+STAGES: dict[Kind, dict[str, Stage]] = {
+    "language": _by_name(
+        Stage("language", "base_model", 1, BaseModelMetrics, headline=("parameters",)),
+        Stage("language", "sft", 1, SFTMetrics, headline=("loss",)),
+        Stage("language", "reward_model", 1, RewardModelMetrics, headline=("heldout_accuracy",)),
+        Stage("language", "reward_bias", 1, RewardBiasMetrics, Rewards, headline=("bias",)),
+        Stage("language", "rollout", 1, RolloutMetrics, Rollouts),
+        Stage("language", "reference", 1, ReferenceMetrics, ReferenceLogprobs),
+        Stage("language", "reward", 2, RewardMetrics, Rewards),
+        Stage("language", "value", 1, ValueMetrics, Values),
+        Stage("language", "gae", GAE_VERSION, GAEMetrics, Advantages),
+        Stage("language", "ppo", PPO_VERSION, PPOMetrics),
+        Stage("language", "evaluate", 2, EvaluateMetrics, Samples, headline=("gold", "score")),
+    ),
+    "control": _by_name(
+        Stage("control", "policy", 1, PolicyMetrics, headline=("actor_parameters", "critic_parameters")),
+        Stage("control", "rollout", 2, ControlRolloutMetrics, Trajectories),
+        Stage("control", "gae", GAE_VERSION, GAEMetrics, Advantages),
+        Stage("control", "ppo", PPO_VERSION, PPOMetrics),
+        Stage("control", "evaluate", 1, ControlEvaluateMetrics, Returns, headline=("episode_return",)),
+    ),
+}
+STAGE_NAMES = tuple(dict.fromkeys(name for stages in STAGES.values() for name in stages))

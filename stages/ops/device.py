@@ -1,0 +1,52 @@
+"""Where models run: its name, generators, autocast, and what decides the last bits of a product there."""
+
+from __future__ import annotations
+
+import platform
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device of torch."""
+
+    name: str = "cpu"
+
+    @property
+    def torch(self) -> torch.device:
+        """As torch's own functions take it."""
+        return torch.device(self.name)
+
+    @property
+    def available(self) -> bool:
+        """Whether torch finds it here."""
+        return self.name == "cpu" or torch.cuda.is_available()
+
+    @property
+    def description(self) -> str:
+        """The hardware, and the instructions that kernels are chosen by, since both decide last bits."""
+        return _processor() if self.name == "cpu" else torch.cuda.get_device_name(self.torch)
+
+    def autocast(self, precision: str) -> AbstractContextManager:
+        """The forward pass in `precision`: float32 as it is, or bfloat16 where autocast has it."""
+        return torch.autocast(self.torch.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+    def use_threads(self, threads: int | None) -> None:
+        """CPU threads of this thread's operations; before anything is computed, since last bits depend on their number."""
+        if threads is not None and torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
+@cache
+def _processor() -> str:
+    """For example `AMD EPYC 7B13, AVX2`."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.processor() or platform.machine()
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
