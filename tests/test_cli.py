@@ -233,9 +233,11 @@ def test_an_existing_run_with_other_data(copied, tmp_path, capsys):
     (["train", "x", "--iterations", "-1"], "-1 is not in the range"),
     (["show", "nobody"], "no run 'nobody' in"),
     (["show", "../etc"], "run name '../etc'"),
+    (["runs", "--store", "gs://bucket/store"], "--store gs://bucket/store: gs:// is not supported; expected a folder, or s3://"),
+    (["runs", "--store", "file:///tmp"], "file:// is not supported"),
 ])
 def test_a_wrong_call(arguments, message, capsys, tmp_path):
-    store = [] if arguments == ["trai"] else ["--store", str(tmp_path)]
+    store = [] if arguments == ["trai"] or "--store" in arguments else ["--store", str(tmp_path)]
     assert run_command([*arguments, *store]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -3,6 +3,7 @@
 import pytest
 
 from flows.runs.functions import function_file, load_function
+from flows.runs.inputs import Rows
 from schemas.config import apply_settings
 from schemas.errors import ConfigError
 
@@ -42,3 +43,27 @@ def test_a_file_that_cannot_be_run_is_named(tmp_path):
     (tmp_path / "f.py").write_text("import no_such_package\n")
     with pytest.raises(ConfigError, match=r"f.py cannot be run: ModuleNotFoundError: No module named 'no_such_package'"):
         load_function("f.py:score", tmp_path / "f.py")
+
+
+@pytest.mark.parametrize("data", [
+    b'{"prompt": "a"}\n{"prompt": "b"}', b'{"prompt": "a"}\n{"prompt": "b"}\n\n  \n', 
+    b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n', b' {"prompt": "a"} \n\t{"prompt": "b", "more": 1}\n'])
+def test_rows_are_those_of_the_lines(tmp_path, data):
+    (tmp_path / "p.jsonl").write_bytes(data)
+    rows = Rows(tmp_path / "p.jsonl", "prompts")
+    assert len(rows) == 2 and [row["prompt"] for row in rows] == ["a", "b"] and rows[1] == {"prompt": "b"}
+    with pytest.raises(IndexError):
+        rows[2]
+
+
+def test_line_separators_in_a_text_begin_no_row(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b\x85"}\n{"prompt": "c"}\n', encoding="utf-8")
+    assert [row["prompt"] for row in Rows(tmp_path / "p.jsonl", "prompts")] == ["a\u2028b\x85", "c"]
+
+
+def test_a_row_that_cannot_be_read_is_named_when_it_is_asked_for(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+    rows = Rows(tmp_path / "p.jsonl", "prompts")
+    assert rows[0] == {"prompt": "a"}
+    with pytest.raises(ConfigError, match=r"p\.jsonl, line 2: column 'prompt': expected text, found 3"):
+        rows[1]

@@ -1,9 +1,13 @@
 """Several at once on one run, signals, servers that are away: one run's worth of work, and nothing lost."""
 
+import errno
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
@@ -13,10 +17,15 @@ from control import write_control
 from s3 import free_port
 from test_tracking import only_run, points
 
+from flows.chains import check_inputs
 from flows.cli.main import run_command
-from flows.runs.run import open_run
+from flows.runs.gc import collect
+from flows.runs.run import lease_key, open_run
+from flows.runs.start import Request, start
 from flows.runs.verify import verify
+from flows.store.lease import GC, holder_of, lease, working_on
 from flows.store.store import Store
+from schemas.errors import StoreError
 
 
 def started(*arguments, **environment):
@@ -157,3 +166,78 @@ def test_a_tracking_server_that_never_answers_is_waited_for_no_longer_than_said(
                             str(copied[1])]) == 0
     assert "it did not answer in time" in (out := capsys.readouterr().out) or "timed out" in out
     assert open_run(Store(copied[1]), "tiny").last().iteration == 3
+
+
+# --- gc, rm and file systems without locks ---
+
+def in_a_thread(function):
+    """Begun; `join` waits for it, and `alive` says whether it still waits."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_start_waits_for_gc_and_gc_spares_what_a_start_has_found(trained, tmp_path):
+    """Inputs that an earlier, removed run has left, a year old, and found by a new run whose record is not there yet."""
+    example, root = trained[0], tmp_path / "store"
+    request = Request(str(root), source=str(example))
+    start(request, check_inputs)
+    assert run_command(["rm", "tiny", "--store", str(root)]) == 0
+    for path in root.rglob("*"):
+        os.utime(path, (time.time() - 365 * 86400,) * 2)
+    there = {*Store(root).artifacts()}
+
+    with lease(Store(root), GC, "the store"):  # a gc is at work
+        starting = in_a_thread(lambda: start(request, check_inputs))
+        starting.join(3)
+        assert starting.is_alive() and not (root / "runs" / "tiny" / "run.json").exists()
+    starting.join(60)
+    assert not starting.is_alive() and open_run(Store(root), "tiny").inputs
+    assert run_command(["rm", "tiny", "--store", str(root)]) == 0
+
+    with working_on(Store(root), lease_key("tiny"), "run 'tiny'"):  # a start has found them, and has not written its record
+        assert [one.kind for one in collect(Store(root), 0, dry_run=False)] == []
+        assert {*Store(root).artifacts()} == there
+    assert {one.kind for one in collect(Store(root), 0, dry_run=False)} == {"artifact"}
+    assert not Store(root).artifacts()
+
+
+def test_rm_holds_the_lease_and_a_lease_on_a_removed_file_is_taken_anew(copied, capsys):
+    root = copied[1]
+    held = []
+    with lease(Store(root), lease_key("tiny"), "run 'tiny'"):
+        assert run_command(["rm", "tiny", "--store", str(root)]) == 2
+        assert f"run 'tiny' is in use by process {os.getpid()}" in capsys.readouterr().err
+        assert open_run(Store(root), "tiny").last().iteration == 2
+
+        def wait():
+            with lease(Store(root), lease_key("tiny"), "run 'tiny'"):
+                held.append(holder_of(Store(root), lease_key("tiny")))  # of the file that is there, not of the removed one
+
+        waiting = in_a_thread(wait)
+        waiting.join(1)
+        assert waiting.is_alive()
+        shutil.rmtree(root / "runs" / "tiny")
+    waiting.join(30)
+    assert held and held[0].startswith("process")
+
+
+def test_a_file_system_without_locks_is_said_once_and_all_goes_on(copied, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    store = Store(copied[1])
+    with caplog.at_level("WARNING", logger="baton"), working_on(store, lease_key("tiny"), "run 'tiny'"):
+        assert holder_of(store, lease_key("tiny")) is None
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"{copied[1]}: its file system has no locks (No locks available)" in line and "start one at a time" in line
+
+
+def test_another_error_of_a_lock_is_raised(copied, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(StoreError, match="Input/output error"), working_on(Store(copied[1]), lease_key("tiny"), "x"):
+        pass

@@ -78,3 +78,17 @@ def test_columns_of_one_letter_have_one_length():
     with pytest.raises(TableError, match="column 'returns', row 1"):
         Advantages(row_id=np.arange(2), kl=ragged([1], [1]), rewards=ragged([1], [1]), raw_advantages=ragged([1], [1]),
                    advantages=ragged([1], [1]), returns=ragged([1], [1, 2]))
+
+
+def test_no_stage_can_change_a_table_that_another_reads(tmp_path):
+    """In memory as it was written, or read from a file."""
+    table = Rewards(row_id=np.arange(2), raw_score=np.zeros(2, np.float32), score=np.zeros(2, np.float32),
+                    components={"a": np.ones(2, np.float32)})
+    pq.write_table(table.to_arrow(), tmp_path / "t.parquet")
+    for one in (table, Rewards.from_arrow(pq.read_table(tmp_path / "t.parquet"))):
+        for column in (one.row_id, one.raw_score, one.score, one.components["a"]):
+            with pytest.raises(ValueError, match="read-only"):
+                column[0] = 7
+    for column in (make_rollouts().logprobs.values, make_rollouts().logprobs.offsets, make_rollouts().prompt_id):
+        with pytest.raises(ValueError, match="read-only"):
+            column[0] = 7
