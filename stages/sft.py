@@ -1,7 +1,8 @@
 """Supervised fine-tuning: the base model learns to continue prompts as the demonstrations do.
 
-loss = −(1/n) Σ log π(token | before), over completion tokens and EOS, and over the prompt's too unless
-`completion_only`. TRL's SFTTrainer does the work; https://huggingface.co/docs/trl/sft_trainer.
+loss = −(1/n) Σ log π(token | before), over the n completion tokens and EOS; without `completion_only` over the prompt's too,
+where n counts a row's first token as well, though none predicts it (transformers' own count). TRL's SFTTrainer does the
+work; https://huggingface.co/docs/trl/sft_trainer.
 """
 
 from __future__ import annotations

@@ -140,3 +140,20 @@ def test_other_architectures_sample_and_score_alike(tiny_model, make):
     prompts = ["The soup", "A night at Villa Rosa", "My", "The choir at Saint Agnes"]
     out = rollout(ModelSampler(model), prompts, np.arange(4), RolloutConfig(max_new_tokens=20), seed=6)
     np.testing.assert_allclose(score_tokens(model, out, 1.0, "test").values, out.logprobs.values, atol=5e-6)
+
+
+def test_sampling_in_bfloat16_is_in_bfloat16(tiny_model):
+    """The first token's logprob is that of one forward pass under autocast, and not that of float32; tokens and logprobs
+    are of one distribution."""
+    prompts = ["The soup", "A night at Villa Rosa", "My", "The choir at Saint Agnes"]
+    config = RolloutConfig(max_new_tokens=6, precision="bfloat16")
+    out = rollout(ModelSampler(replace(tiny_model, generation_batch_size=1)), prompts, np.arange(4), config, seed=6)
+    for row, prompt in enumerate(prompts):
+        ids = torch.tensor([tiny_model.tokenizer(prompt)["input_ids"]])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = tiny_model.module(ids).logits[0, -1]
+        first = int(out.response_tokens[row][0])
+        assert logits.dtype == torch.bfloat16
+        assert out.logprobs[row][0] == logits.float().log_softmax(-1)[first]
+    apart = abs(out.logprobs.values - score_tokens(tiny_model, out, 1.0, "test").values)
+    assert 1e-5 < apart.max() < 0.05

@@ -69,3 +69,67 @@ def test_a_reward_model_learns_to_order_pairs(tiny_model):
                           seed=2)
     assert result.steps == 45
     assert result.heldout_accuracy > 0.9 and result.heldout_margin > 0.5  # of the pairs it was trained on
+
+
+def token_loss(model, row, completion_only):
+    """Σ −log π of the tokens that count, and how many they are counted as: one row, one forward pass, no labels."""
+    prompt = model.tokenizer(row["prompt"])["input_ids"]
+    ids = [*model.tokenizer(row["prompt"] + row["completion"])["input_ids"], model.tokenizer.eos_token_id]
+    with torch.no_grad():
+        logprobs = model.module(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    counted = range(len(prompt) if completion_only else 1, len(ids))
+    first = 0 if completion_only else 1  # no token predicts the first one, and transformers counts it all the same
+    return -sum(float(logprobs[t - 1, ids[t]]) for t in counted), len(counted) + first
+
+
+@pytest.mark.parametrize("completion_only", [True, False])
+def test_the_loss_is_over_the_tokens_that_the_setting_names(tiny_model, completion_only):
+    """One step over all rows reports the loss before it: the mean over the completions' tokens, or over all."""
+    demonstrations, model = rows("demonstrations", 6), fresh(tiny_model)
+    sums = [token_loss(tiny_model, row, completion_only) for row in demonstrations]
+    found = sft(model, demonstrations, SFTConfig(epochs=1, batch_size=6, completion_only=completion_only), seed=1)
+    assert found.steps == 1
+    assert found.loss == pytest.approx(sum(loss for loss, _ in sums) / sum(count for _, count in sums), rel=1e-5)
+
+
+def scorer(tiny_model, seed=0):
+    """An untrained reward model whose head is not 0."""
+    config = copy.deepcopy(tiny_model.module.config)
+    config.num_labels = 1
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = GPT2ForSequenceClassification(config).eval()
+        torch.nn.init.normal_(module.score.weight)
+    return replace(tiny_model, module=module)
+
+
+def score(model, text):
+    ids = [*model.tokenizer(text)["input_ids"], model.tokenizer.eos_token_id]
+    with torch.no_grad():
+        return model.module(torch.tensor([ids])).logits.item()
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.3])
+def test_the_reward_models_loss_by_hand(tiny_model, coef):
+    """One step over all pairs: −log σ(r_c − r_r) + c·(r_c + r_r)², mean over the pairs."""
+    pairs, start = rows("pairs", 5), scorer(tiny_model)
+    scores = [[score(start, pair["prompt"] + pair[which]) for which in ("chosen", "rejected")] for pair in pairs]
+    expected = np.mean([np.log1p(np.exp(r - c)) + coef * (c + r) ** 2 for c, r in scores])
+    found = reward_model(start, pairs, pairs, RewardModelConfig(epochs=1, batch_size=5, center_coef=coef), seed=1)
+    assert found.steps == 1 and found.loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_heldout_accuracy_is_of_pairs_it_did_not_see(tiny_model):
+    """A rule that holds in pairs and in held-out ones, of other prompts; then held-out pairs where it is the other way."""
+    names = ["soup", "film", "view", "choir", "copy", "road", "night", "tea", "bread", "song", "park", "desk"]
+    pairs = [{"prompt": f"The {name}", "chosen": " is fine", "rejected": " is cold"} for name in names]
+    seen, unseen = pairs[:8], pairs[8:]
+    turned = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in unseen[:3]] + unseen[3:]
+    config = RewardModelConfig(epochs=25, batch_size=8, learning_rate=5e-3)
+    for heldout, accuracy in ((unseen, 1.0), (turned, 0.25)):
+        start = scorer(tiny_model)
+        found = reward_model(start, seen, heldout, config, seed=2)
+        margins = [score(start, pair["prompt"] + pair["chosen"]) - score(start, pair["prompt"] + pair["rejected"])
+                   for pair in heldout]
+        assert found.heldout_accuracy == np.mean([margin > 0 for margin in margins]) == accuracy
+        assert found.heldout_margin == pytest.approx(np.mean(margins), rel=1e-4)
