@@ -59,6 +59,15 @@ def pytest_sessionfinish() -> None:
     shutil.rmtree(HOME, ignore_errors=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_heartbeat():
+    """Flows that a test runs in its own process have none, whose end takes a second. Commands and workers have theirs."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield
+
+
 @pytest.fixture(scope="session")
 def prefect_server():
     """A Prefect server on loopback, as a person would start one; ended with the tests."""
@@ -136,6 +145,20 @@ def trained(tmp_path_factory, prefect_server):
     store = folder.parent / "store"
     assert run_command(["train", str(folder), "--store", str(store), "--quiet", *TRACKED]) == 0
     return folder, store
+
+
+@pytest.fixture(scope="session")
+def controlled(tmp_path_factory, prefect_server):
+    """Three control tasks, trained once by the shipped command: (their folders' parent, their store)."""
+    from control import RUNS, write_control
+
+    from flows.cli.main import run_command
+
+    place = tmp_path_factory.mktemp("controlled")
+    for name, sections in RUNS.items():
+        folder = write_control(place / name, **sections)
+        assert run_command(["train", str(folder), "--store", str(place / "store"), "--quiet"]) == 0
+    return place, place / "store"
 
 
 EVERY_CHOICE = (

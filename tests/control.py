@@ -54,6 +54,18 @@ def own(name: str, **kwargs):
     return {"id": f"environments.py:{name}", "kwargs": kwargs}
 
 
+PENDULUM = {  # every setting that is off by default, episodes longer than a batch, two environments
+    "environment": {"id": "Pendulum-v1", "kwargs": {"max_episode_steps": 60}},
+    "policy": {"hidden": [64, 64], "critic_hidden": [6, 6], "activation": "relu", "state_dependent_std": True,
+               "normalize_observations": True, "log_std_init": -0.5},
+    "reward": {"normalize": "scale", "clip": 5}, "gae": {"truncation": "terminal", "critic_lambda": 1.0},
+    "ppo": {"critic_warmup": 1, "schedule": "linear", "schedule_iterations": 5, "critic_learning_rate": 1e-3,
+            "value_clip_range": None, "recompute_old_logprobs": True, "importance_cap": 1.5, "target_kl": 0.5},
+    "evaluate": {"episodes": 2, "every": 0, "max_steps": 20, "picture": True},
+}
+RUNS = {"cartpole": {}, "pendulum": PENDULUM, "choices": {"environment": own("choices"), "tracking": {"enabled": False}}}
+
+
 def function_of(c: ControlConfig):
     import environments
 

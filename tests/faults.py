@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import gc
 import io
 import json
 import os
@@ -114,6 +115,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     store.SYNCED_AT_ONCE = 1  # so that calls come in the same order each time
+    gc.collect()
+    gc.freeze()  # else each child's collector would touch, and so copy, all that was imported
 
     for line in sys.stdin:
         print(json.dumps(_fork(json.loads(line))), flush=True)
@@ -143,12 +146,13 @@ def _train(asked: dict, said: TextIO) -> dict:
     from flows.runs.start import Request, start
     from flows.train import train_flow
     from schemas.errors import BatonError
+    from schemas.settings import Overrides, TrackingConfig
 
-    watch = Watch(asked, said)
+    watch, untracked = Watch(asked, said), Overrides(tracking=TrackingConfig(enabled=False))
     try:
         watch.begin("record of the run")
         with watch:
-            run = start(Request(asked["store"], source=asked["example"]), check_inputs)
+            run = start(Request(asked["store"], source=asked["example"], overrides=untracked), check_inputs)
             with opened(run):
                 train_flow(run.name, store=asked["store"])
     except BatonError as error:

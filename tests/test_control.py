@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from control import begun, config, in_memory, own, write_control
+from control import RUNS, begun, config, in_memory, own, write_control
 from PIL import Image
-from test_kill import KILLED
 from test_stage import answer
 
 from flows.cli.main import run_command
@@ -27,26 +25,6 @@ from schemas.artifacts import ArtifactRef
 from schemas.tables import Returns, Trajectories
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "pendulum"
-PENDULUM = {  # every setting that is off by default, episodes longer than a batch, two environments
-    "environment": {"id": "Pendulum-v1", "kwargs": {"max_episode_steps": 60}},
-    "policy": {"hidden": [64, 64], "critic_hidden": [6, 6], "activation": "relu", "state_dependent_std": True,
-               "normalize_observations": True, "log_std_init": -0.5},
-    "reward": {"normalize": "scale", "clip": 5}, "gae": {"truncation": "terminal", "critic_lambda": 1.0},
-    "ppo": {"critic_warmup": 1, "schedule": "linear", "schedule_iterations": 5, "critic_learning_rate": 1e-3,
-            "value_clip_range": None, "recompute_old_logprobs": True, "importance_cap": 1.5, "target_kl": 0.5},
-    "evaluate": {"episodes": 2, "every": 0, "max_steps": 20, "picture": True},
-}
-RUNS = {"cartpole": {}, "pendulum": PENDULUM, "choices": {"environment": own("choices"), "tracking": {"enabled": False}}}
-
-
-@pytest.fixture(scope="session")
-def controlled(tmp_path_factory, prefect_server):
-    """Three control tasks, trained once by the shipped command: (their folders' parent, their store)."""
-    place = tmp_path_factory.mktemp("controlled")
-    for name, sections in RUNS.items():
-        folder = write_control(place / name, **sections)
-        assert run_command(["train", str(folder), "--store", str(place / "store"), "--quiet"]) == 0
-    return place, place / "store"
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -159,28 +137,6 @@ def test_ten_lines_load_a_policy_without_baton(tmp_path):
     with torch.no_grad():
         ours = actor.most_likely(actor.inputs(observations)).numpy()
     np.testing.assert_allclose(theirs, ours, atol=1e-5)
-
-
-# --- killed ---
-
-SEALS = [("seal", stage) for stage in ("policy", "evaluate", "rollout", "gae", "ppo")]
-ORDER = [SEALS[0], SEALS[1], ("save", "0"), *SEALS[2:], ("save", "1"), ("save", "2"), ("save", "3")]
-
-
-def test_kill_9_anywhere_then_the_same_command(controlled, tmp_path):
-    """Episodes are open at every kill; every start is a new process, whose environments have to be brought there."""
-    name = "pendulum"
-    store, folder = tmp_path / "store", controlled[0] / name
-    arguments = ["train", str(folder), "--store", str(store), "--quiet", "--set", "tracking.enabled=false"]
-    for place, word in ORDER:
-        killed = subprocess.run([sys.executable, "-c", KILLED, place, word, *arguments], env=os.environ, timeout=300)
-        assert killed.returncode == -signal.SIGKILL, (place, word)
-    assert subprocess.run([sys.executable, "-m", "flows.cli.main", *arguments], env=os.environ, timeout=300).returncode == 0
-    ours, theirs = open_run(Store(store), name), open_run(Store(controlled[1]), name)
-    for mine, other in zip(ours.states(), theirs.states(), strict=True):
-        assert mine.model_copy(update={"seconds": 0}) == other.model_copy(update={"seconds": 0})
-        for ref in mine.artifacts.values():
-            assert ours.store.manifest(ref).digests() == theirs.store.manifest(ref).digests()
 
 
 # --- mistakes ---

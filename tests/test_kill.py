@@ -1,57 +1,61 @@
-"""SIGKILL in the middle of every stage and between stages, then the same command: it goes on and ends in the same bytes."""
+"""SIGKILL in every artifact, record and state of a run, then the same command: it goes on and ends in the same bytes.
+
+The processes that are killed are forks that have everything imported (tests/faults.py); the first and the last are the real
+command.
+"""
 
 import os
 import signal
 import subprocess
 import sys
 
+import pytest
 from conftest import assert_same_bytes
+from control import RUNS
+from faults import Faults
 
 from flows.runs.run import open_run
 from flows.store.store import Store
 
-# The process kills itself when it is about to call `place` with an argument whose text holds `word`.
+# The command kills itself when it has written the files of a stage and is about to hash them.
 KILLED = """
 import os, signal, sys
-from flows.runs import inputs
-from flows.runs import run as runs
-from flows.store import store
-place, word, arguments = sys.argv[1], sys.argv[2], sys.argv[3:]
-owner, name = {"seal": (store.Attempt, "seal"), "save": (runs.Run, "save"), "copy": (inputs, "_copy")}[place]
-call = getattr(owner, name)
-def die(*given):
-    about = given[0].ref.stage if place == "seal" else str(given[-1].iteration if place == "save" else given[0])
-    if about == word:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return call(*given)
-setattr(owner, name, die)
+from flows.store.store import Attempt
+stage, arguments = sys.argv[1], sys.argv[2:]
+seal = Attempt.seal
+Attempt.seal = lambda attempt: os.kill(os.getpid(), signal.SIGKILL) if attempt.ref.stage == stage else seal(attempt)
 from flows.cli.main import run_command
 sys.exit(run_command(arguments))
 """
-# A stage has written its files and is about to hash them: before the commit.
-STAGES = ["base_model", "sft", "reward_model", "evaluate", "rollout", "reference", "reward", "value", "gae", "ppo"]
-# Inputs half imported; every stage of an iteration committed, its state not.
-BEFORE, *AFTER = [("copy", "heldout_prompts"), ("save", "0"), ("save", "1"), ("save", "2")]
-SEALS = [("seal", stage) for stage in STAGES]
-ORDER = [BEFORE, *SEALS[:4], AFTER[0], *SEALS[4:], *AFTER[1:]]
 
 
-def test_kill_9_anywhere_then_the_same_command(trained, tmp_path):
-    folder, reference = trained
-    store = tmp_path / "store"
-    arguments = ["train", str(folder), "--store", str(store), "--quiet", "--set", "tracking.enabled=false"]
-    for place, word in ORDER:
-        killed = subprocess.run([sys.executable, "-c", KILLED, place, word, *arguments], env=os.environ, timeout=300)
-        assert killed.returncode == -signal.SIGKILL, (place, word)
-        if place == "seal":
-            assert not [ref for ref in Store(store).artifacts() if ref.stage == word], f"{word} was committed"
-    finished = subprocess.run([sys.executable, "-m", "flows.cli.main", *arguments], env=os.environ, timeout=300)
-    assert finished.returncode == 0
+def command(*arguments):
+    return subprocess.run([sys.executable, *arguments], env=os.environ, timeout=300).returncode
 
-    ours, theirs = open_run(Store(store), "tiny"), open_run(Store(reference), "tiny")
-    assert_same_bytes(ours, theirs)
-    firsts = {stage: next(s.artifacts[stage] for s in ours.states() if stage in s.artifacts) for stage in STAGES}
-    for ref in ours.store.artifacts():  # computed once; once more where a kill fell before its commit
-        attempts = list((store / "artifacts" / ref.stage / ref.identity / "attempts").iterdir())
-        killed_here = ref == firsts.get(ref.stage) or ref.stage == "input.heldout_prompts"
-        assert len(attempts) == (2 if killed_here else 1), ref
+
+@pytest.mark.parametrize("name, stage", [("tiny", "rollout"), *((name, "ppo") for name in RUNS)])
+def test_kill_9_anywhere_then_the_same_command(trained, controlled, tmp_path, name, stage):
+    """In a control task episodes are open at every kill, and every start has to bring its environments there."""
+    folder, reference = trained if name == "tiny" else (controlled[0] / name, controlled[1])
+    faults = Faults(folder, tmp_path)
+    try:
+        commits = {point.label: point for point in faults.record() if point.name == "link"}  # of each the last
+        for point in commits.values():
+            assert faults.again_at(point, "before") == {"code": -9, "call": "link"}, point
+    finally:
+        faults.close()
+    assert len(commits) > 12
+    for ref in Store(faults.store).artifacts():  # what was killed before its commit was attempted once more
+        attempts = list((faults.store / "artifacts" / ref.stage / ref.identity / "attempts").iterdir())
+        assert len(attempts) == 2 or ref.stage.startswith("input."), ref  # the record follows the last input
+    assert_same_bytes(open_run(Store(faults.work / "reference"), name), open_run(Store(reference), name))
+
+    arguments = ["train", str(folder), "--store", str(faults.store), "--quiet", "--set", "tracking.enabled=false"]
+    last = Store(faults.store).files
+    last.remove(f"runs/{name}/iterations/{open_run(Store(faults.store), name).last().iteration:06d}.json")
+    ref = open_run(Store(reference), name).last().artifacts[stage]
+    last.remove(f"artifacts/{ref.stage}/{ref.identity}/manifest.json")
+    assert command("-c", KILLED, stage, *arguments) == -signal.SIGKILL
+    assert Store(faults.store).find(ref) is None
+    assert command("-m", "flows.cli.main", *arguments) == 0
+    assert_same_bytes(open_run(Store(faults.store), name), open_run(Store(reference), name))

@@ -10,8 +10,9 @@ from conftest import rewrite
 
 from flows.cli.main import run_command
 from flows.runs.run import open_run, references
-from flows.runs.verify import verify
+from flows.runs.verify import Verifier, verify
 from flows.store.store import Store, folder_of
+from schemas.artifacts import ArtifactRef
 from schemas.errors import StoreError
 from schemas.tables import TABLES
 
@@ -31,18 +32,27 @@ def flipped(data: bytes, at: int) -> bytes:
 
 def read_everything(root: Path, name: str) -> None:
     """As somebody who uses all of a run: every state, table, file and model's folder."""
-    store = Store(root)
-    run = open_run(store, name)
+    for ref in read_records(root, name):
+        read_artifact(root, ref)
+
+
+def read_records(root: Path, name: str) -> list[ArtifactRef]:
+    """All that the run's states and record refer to."""
+    run = open_run(Store(root), name)
     states = run.states()
     assert [state.iteration for state in states] == list(range(len(states)))
-    for ref in references(run):
-        manifest = store.manifest(ref)
-        for role, source in manifest.recipe.inputs.items():
-            assert store.manifest(source).content == manifest.input_contents[role]
-        for entry in manifest.files:
-            store.table(ref, TABLES[entry.path]) if entry.path in TABLES else store.file(ref, entry.path)
-        for inner in {entry.path.split("/")[0] for entry in manifest.files if "/" in entry.path}:
-            store.folder(ref, inner)
+    return references(run)
+
+
+def read_artifact(root: Path, ref: ArtifactRef) -> None:
+    store = Store(root)
+    manifest = store.manifest(ref)
+    for role, source in manifest.recipe.inputs.items():
+        assert store.manifest(source).content == manifest.input_contents[role]
+    for entry in manifest.files:
+        store.table(ref, TABLES[entry.path]) if entry.path in TABLES else store.file(ref, entry.path)
+    for inner in {entry.path.split("/")[0] for entry in manifest.files if "/" in entry.path}:
+        store.folder(ref, inner)
 
 
 def files_of(root: Path) -> list[Path]:
@@ -71,14 +81,18 @@ def test_every_file_damaged_in_every_way_is_noticed(copied):
 
 
 def require_noticed(root: Path, path: Path) -> None:
-    """On read by an error, and by verify in a finding that names the file and says what helps."""
+    """On read by an error, and by verify in a finding that names the file and says what helps: a file of an artifact when
+    that is read and verified, a record when the run is."""
+    kind, stage, identity = path.relative_to(root).parts[:3]
+    ref = ArtifactRef(stage=stage, identity=identity) if kind == "artifacts" else None
     try:
-        read_everything(root, "tiny")
+        read_artifact(root, ref) if ref else read_records(root, "tiny")
     except Exception as error:
         assert str(path) in str(error) or not path.exists(), (path, error)
     else:
         raise AssertionError(f"{path}: read as if nothing were wrong")
-    found = verify(Store(root), "tiny")[1]
+    verifier = Verifier(Store(root))
+    found = list(verifier.artifact(ref) if ref else verifier.run("tiny"))
     named = [one for one in found if one.file == str(path) or (not path.exists() and path.parent.name in one.file)]
     assert named and all(one.hint and one.field and one.expected and one.found for one in named), (path, found)
 
