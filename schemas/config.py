@@ -94,11 +94,11 @@ def _value(text: str) -> Any:
         return text
 
 
-def differences(stored: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key: stored → given` for each setting in which two dumped configs differ."""
+def differences(stored: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: stored → other` for each setting in which two dumped configs differ."""
     lines = []
-    for key in sorted({*stored, *given}):
-        a, b, path = stored.get(key), given.get(key), f"{prefix}{key}"
+    for key in sorted({*stored, *other}):
+        a, b, path = stored.get(key), other.get(key), f"{prefix}{key}"
         if isinstance(a, dict) and isinstance(b, dict):
             lines += differences(a, b, f"{path}.")
         elif a != b:

@@ -1,4 +1,4 @@
-"""The settings of a control task's run: Gymnasium environments, small policies, and what they say against each other."""
+"""The settings of a control task's run: Gymnasium environments, small policies, and the contradictions between them."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class ControlConfig(RunConfig):
 
 
 def _inconsistencies(c: ControlConfig):
-    """One line for each thing the sections say against each other."""
+    """One line for each contradiction between sections."""
     steps = f"rollout.num_envs={c.rollout.num_envs} times rollout.num_steps={c.rollout.num_steps}"
     if c.batch_size % c.ppo.minibatches:
         yield f"{steps}: {c.batch_size} steps do not divide into ppo.minibatches={c.ppo.minibatches}; make it a multiple"
@@ -146,7 +146,7 @@ def _inconsistencies(c: ControlConfig):
         yield (f"{steps} with ppo.minibatches={c.ppo.minibatches}: whitening a minibatch of one step takes away whether it "
                "was good; make minibatches larger, or set ppo.whiten_minibatches: false")
     if c.gae.whitens and c.batch_size == 1:
-        yield f"{steps}: whitening one step takes away whether it was good; take more steps, or set gae.whiten: none"
+        yield f"{steps}: whitening one step removes the learning signal; take more steps, or set gae.whiten: none"
     if c.gae.length_adaptive_alpha is not None:
         yield "gae.length_adaptive_alpha is about the length of responses; a batch cuts episodes anywhere; set it to null"
     if c.ppo.loss_aggregation != "token":

@@ -1,4 +1,4 @@
-"""What can go wrong in ways that a person can act on. Each message is one line that says what, where and what to do."""
+"""Errors that a user can act on. Each message is one line: what was expected, what was found, where, and the remedy."""
 
 
 class BatonError(Exception):
@@ -26,7 +26,7 @@ class UnreachableStoreError(StoreError, TransientError):
 
 
 class DamageError(StoreError):
-    """A file of the store is not what it must be: which file, what of it, what was expected, what was found, what helps."""
+    """A file of the store is not what it must be: which file, what of it, what was expected, what was found, the remedy."""
 
     def __init__(self, file: str, field: str, expected: object, found: object, hint: str) -> None:
         super().__init__(f"{file}: {field}: expected {expected}, found {found}; {hint}")
@@ -50,11 +50,11 @@ class RewardServerError(RewardError, TransientError):
 
 
 class TrackingError(BatonError):
-    """MLflow could not be brought to what the store says."""
+    """MLflow could not be brought up to date with the store."""
 
 
 class PrefectError(BatonError):
-    """Prefect's server could not be reached, refused what it was told, or ended."""
+    """Prefect's server could not be reached, refused a request, or ended."""
 
 
 class EnvironmentFailure(BatonError):  # noqa: N818 - an EnvironmentError is Python's OSError

@@ -1,4 +1,4 @@
-"""The settings of a language model's run: its sections, and what they say against each other."""
+"""The settings of a language model's run: its sections, and the contradictions between them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class SFTConfig(Settings):
     learning_rate: PositiveFloat = 2e-5
     """Peak learning rate of AdamW; warmed up over `warmup_ratio` of the steps, then falls linearly to 0."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    """Part of the steps in which the learning rate rises from 0."""
+    """Fraction of the steps in which the learning rate rises from 0."""
     completion_only: bool = True
     """Whether the loss leaves out the prompt's tokens."""
 
@@ -79,7 +79,7 @@ class RewardModelConfig(Settings):
     learning_rate: PositiveFloat = 2e-5
     """Peak learning rate of AdamW; warmed up over `warmup_ratio` of the steps, then falls linearly to 0."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    """Part of the steps in which the learning rate rises from 0."""
+    """Fraction of the steps in which the learning rate rises from 0."""
     center_coef: float = Field(0.01, ge=0)
     """Weight of (r_chosen + r_rejected)², which keeps rewards near 0 (Eisenstein et al. 2023)."""
 
@@ -181,7 +181,7 @@ class LanguageConfig(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _filled_in(cls, data: Any) -> Any:
-        """The preset below what is written, and no critic where the estimator has none and none is spoken of."""
+        """The preset below what is written, and no critic where the estimator has none and the config names none."""
         if not isinstance(data, dict):
             return data
         preset = data.get("preset")
@@ -212,7 +212,7 @@ class LanguageConfig(RunConfig):
 
 
 def _inconsistencies(c: LanguageConfig):
-    """One line for each thing the sections say against each other."""
+    """One line for each contradiction between sections."""
     if c.rollout.batch_size % c.ppo.minibatches:
         yield (f"rollout.batch_size={c.rollout.batch_size} does not divide into "
                f"ppo.minibatches={c.ppo.minibatches}; make it a multiple")
@@ -247,7 +247,7 @@ def _meaningless(c: LanguageConfig):
         yield (f"gae.estimator={estimator} compares the responses to one prompt, and rollout.responses_per_prompt is 1: "
                "every advantage would be 0; set it to 2 or more")
     if c.rollout.batch_size == 1 and (c.gae.whitens or c.gae.whiten_rewards):
-        yield ("whitening with one response (rollout.batch_size=1) takes away whether it was good; raise the batch size, or "
+        yield ("whitening with one response (rollout.batch_size=1) removes the learning signal; raise the batch size, or "
                "set gae.whiten: none and gae.whiten_rewards: false")
     if c.gae.has_critic and c.value is None:
         yield "gae.estimator=gae needs values: give a value section (value: {}), or choose an estimator without a critic"

@@ -46,7 +46,7 @@ class RewardModelMetrics(Metrics):
     steps: int
     """Optimizer steps."""
     heldout_accuracy: float
-    """Part of the held-out pairs whose chosen response is scored higher."""
+    """Fraction of the held-out pairs whose chosen response is scored higher."""
     heldout_margin: float
     """r_chosen − r_rejected, mean over held-out pairs."""
 
@@ -57,7 +57,7 @@ class RolloutMetrics(Metrics):
     response_length_max: int
     """R of the longest response."""
     eos_fraction: float
-    """Part of the responses that ended with EOS."""
+    """Fraction of the responses that ended with EOS."""
     logprob: float
     """log π_old of a sampled token, nats, mean; its negative estimates the entropy."""
 
@@ -127,7 +127,7 @@ class ControlRolloutMetrics(Metrics):
     value_std: float
     """Standard deviation of V(o_t) over steps."""
     action_clip_fraction: float | None = None
-    """Part of the sampled numbers that lay outside the bounds of a Box."""
+    """Fraction of the sampled numbers that lay outside the bounds of a Box."""
     running_count: float | None = None
     """Steps in the running moments, this batch's included; given where rewards are scaled, as the next two."""
     running_mean: float | None = None
@@ -170,7 +170,7 @@ class GAEMetrics(Metrics):
     explained_variance: float | None
     """1 − Var(returns − V)/Var(returns) over tokens; not given without a critic or where returns do not vary."""
     equal_groups: float | None
-    """Part of the prompts whose responses all have one Σ_t r_t, and so nothing to compare; given where they are compared."""
+    """Fraction of the prompts whose responses all have one Σ_t r_t, and so nothing to compare; where they are compared."""
 
 
 class PPOMetrics(Metrics):
@@ -196,15 +196,15 @@ class PPOMetrics(Metrics):
     approx_kl_final: float | None = None
     """approx_kl in the last minibatch alone."""
     clip_fraction: float | None = None
-    """Part of the tokens with ratio outside [1 − ε_low, 1 + ε_high]."""
+    """Fraction of the tokens with ratio outside [1 − ε_low, 1 + ε_high]."""
     clip_fraction_loss: float | None = None
-    """Part of the tokens whose loss is the clipped one, so that they give no gradient."""
+    """Fraction of the tokens whose loss is the clipped one, so that they give no gradient."""
     dual_clip_fraction: float | None = None
-    """Part of the tokens whose loss is the bound of `dual_clip`."""
+    """Fraction of the tokens whose loss is the bound of `dual_clip`."""
     value_clip_fraction: float | None = None
-    """Part of the tokens with |V − V_old| above `value_clip_range`."""
+    """Fraction of the tokens with |V − V_old| above `value_clip_range`."""
     value_clip_fraction_loss: float | None = None
-    """Part of the tokens whose value loss is the clipped square, the larger one."""
+    """Fraction of the tokens whose value loss is the clipped square, the larger one."""
     ratio_min: float | None = None
     """Least ratio seen."""
     ratio_max: float | None = None
@@ -214,7 +214,7 @@ class PPOMetrics(Metrics):
     importance_weight_max: float | None = None
     """Greatest π_old/π_rollout, before the cap."""
     importance_cap_fraction: float | None = None
-    """Part of the tokens that the cap held."""
+    """Fraction of the tokens that the cap held."""
     grad_norm_actor: float | None = None
     """Norm of the actor's gradient before clipping, mean over steps."""
     grad_norm_critic: float | None = None
@@ -235,8 +235,8 @@ class EvaluateMetrics(Metrics):
     kl: float
     """Σ_t log π − log π_ref of a held-out sample, nats, mean."""
     win_rate: float
-    """Part of the prompts whose sample beats the starting actor's by gold; ties count half."""
+    """Fraction of the prompts whose sample beats the starting actor's by gold; ties count half."""
     response_length: float
     """R, mean."""
     eos_fraction: float
-    """Part of the samples that ended with EOS."""
+    """Fraction of the samples that ended with EOS."""

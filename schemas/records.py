@@ -22,7 +22,7 @@ from schemas.errors import DamageError
 
 FORMAT_VERSION = 3
 UNSIGNED = b"0" * 64
-HINT = "baton verify says what helps"
+HINT = "baton verify names the remedy"
 M = TypeVar("M", bound=BaseModel)
 
 

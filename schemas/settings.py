@@ -1,7 +1,7 @@
 """The settings of the stages: one frozen class each, a doc string per field, unknown keys refused.
 
 Everything in a stage's class decides its result and is part of the identity of what it writes.
-`ExecutionConfig` holds what only decides where and how fast it runs, `TrackingConfig` who is told.
+`ExecutionConfig` holds what only decides where and how fast it runs, `TrackingConfig` where it is mirrored to.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class KLConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_place(cls, data: Any) -> Any:
+    def _one_placement(cls, data: Any) -> Any:
         if isinstance(data, dict) and (data.get("placement") in ("both", ["reward", "loss"], ["loss", "reward"])):
             raise ValueError("placement: in the reward and in the loss, one divergence would be charged twice and `target` "
                              "could steer neither; choose reward or loss")
@@ -235,7 +235,7 @@ class RetentionConfig(Settings):
     @model_validator(mode="after")
     def _meaningful(self) -> Self:
         if self.keep_every is not None and self.keep_last is None:
-            raise ValueError("keep_every says what is kept beside the last ones, and keep_last=null keeps all; set it")
+            raise ValueError("keep_every names what is kept beside the last ones, and keep_last=null keeps all; set it")
         return self
 
 
@@ -250,17 +250,17 @@ class Overrides(Settings):
     execution: ExecutionConfig | None = None
     """Where and how fast."""
     tracking: TrackingConfig | None = None
-    """Which MLflow is told."""
+    """Which MLflow the run is mirrored to."""
     retention: RetentionConfig | None = None
     """Which checkpoints are kept whole."""
 
-    def given(self) -> dict[str, Any]:
-        """What was said, nested as in a config. A number of threads that is not named is the run's."""
-        said = self.model_dump(mode="json", exclude_unset=True)
-        said = {name: value for name, value in said.items() if value is not None}
-        if said.get("execution", {}).get("threads", 0) is None:
-            del said["execution"]["threads"]
-        return said
+    def values_set(self) -> dict[str, Any]:
+        """The values that were set, nested as in a config. A number of threads that is not named is the run's."""
+        there = self.model_dump(mode="json", exclude_unset=True)
+        values = {name: value for name, value in there.items() if value is not None}
+        if values.get("execution", {}).get("threads", 0) is None:
+            del values["execution"]["threads"]
+        return values
 
 
 NO_OVERRIDES = Overrides()

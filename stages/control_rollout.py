@@ -140,8 +140,8 @@ def metrics(batch: Trajectories, actor: Actor, reward: ControlRewardConfig, mome
         running |= {"episode_return": batch.episode_return[ended].mean(), "episode_length": lengths[ended].mean()}
     if actor.spaces.kind == "box":
         sampled = batch.actions.values
-        given = ToEnvironment(actor.spaces)(sampled)
-        running["action_clip_fraction"] = (given != sampled.astype(given.dtype)).mean()
+        taken = ToEnvironment(actor.spaces)(sampled)
+        running["action_clip_fraction"] = (taken != sampled.astype(taken.dtype)).mean()
     if reward.normalize == "scale":
         after = updated_moments(moments, batch.discounted_returns.values)
         running |= {f"running_{name}": value for name, value in after}

@@ -81,9 +81,9 @@ class _Columns:
         there = {name: rows.values.astype(np.float32, copy=False) for name, rows in ragged.items() if rows is not None}
         self.names, self.table = tuple(there), torch.from_numpy(np.stack(list(there.values()))).to(device)
 
-    def of(self, tokens: np.ndarray) -> dict[str, Tensor]:
+    def of(self, token_index: np.ndarray) -> dict[str, Tensor]:
         """(m,) float32 of each column, by name."""
-        columns = self.table.index_select(1, torch.from_numpy(tokens).to(self.table.device))
+        columns = self.table.index_select(1, torch.from_numpy(token_index).to(self.table.device))
         return dict(zip(self.names, columns.unbind(), strict=True))
 
 
@@ -99,7 +99,7 @@ def _old_logprobs(
     flat = np.empty_like(rollouts.logprobs.values)
     with torch.inference_mode():
         for batch in units.micro_batches(np.arange(len(units.lengths))):
-            flat[batch.tokens] = learner.predict(batch, critic=False).logprobs.cpu().numpy()
+            flat[batch.token_index] = learner.predict(batch, critic=False).logprobs.cpu().numpy()
     old = rollouts.logprobs.with_values(flat)
     require_finite("the recomputed logprob", old, rollouts.row_id)
     moved = np.clip(flat - rollouts.logprobs.values, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -134,17 +134,17 @@ class _Update:
     def step(self, minibatch: np.ndarray, mixed: np.ndarray | None, tally: Tally) -> None:
         """On those units, and on those texts."""
         batches = self.units.micro_batches(minibatch)
-        tokens = np.concatenate([batch.tokens for batch in batches]) if len(batches) > 1 else batches[0].tokens
-        column = self.columns.of(tokens)
+        index = np.concatenate([batch.token_index for batch in batches]) if len(batches) > 1 else batches[0].token_index
+        column = self.columns.of(index)
         if self.config.whiten_minibatches:
             column["advantages"] = whiten(column["advantages"])
         begin = 0
         for batch in batches:
-            end = begin + len(batch.tokens)
+            end = begin + len(batch.token_index)
             part = {name: values[begin:end] for name, values in column.items()} if len(batches) > 1 else column
             prediction = self.learner.predict(batch, policy=self.train_actor, entropy_gradient=self.config.entropy_coef > 0)
             loss = self._loss(prediction, part, tally)
-            mean = loss.sum() / len(tokens)
+            mean = loss.sum() / len(index)
             if "per_response" in part:
                 mean = (loss * part["per_response"]).sum() / len(minibatch)
             _require_finite_loss(mean, loss, self.rollouts, batch)
@@ -155,7 +155,7 @@ class _Update:
         norms = self.learner.step(self.learning_rate_factor)
         for network, norm in norms.items():
             if not math.isfinite(norm):
-                rows = np.unique(self.rollouts.logprobs.row_of_value[tokens])
+                rows = np.unique(self.rollouts.logprobs.row_of_value[index])
                 require_finite(f"the {network}'s gradient norm", np.full(len(rows), norm), self.rollouts.row_id[rows])
         tally.end_step(norms)
 
@@ -205,7 +205,7 @@ def _require_finite_loss(mean: Tensor, loss: Tensor, rollouts: Rollouts | Trajec
     """Raises `NonFiniteError` with the rows whose tokens' loss is not finite, or all if only their sum is not."""
     if not math.isfinite(mean.item()):
         flat = np.zeros(len(rollouts.logprobs.values), np.float32)
-        flat[batch.tokens] = loss.detach().cpu().numpy()
+        flat[batch.token_index] = loss.detach().cpu().numpy()
         require_finite("the loss", rollouts.logprobs.with_values(flat), rollouts.row_id)
-        rows = np.unique(rollouts.logprobs.row_of_value[batch.tokens])
+        rows = np.unique(rollouts.logprobs.row_of_value[batch.token_index])
         raise NonFiniteError(f"the summed loss overflowed in rows {rollouts.row_id[rows].tolist()}")

@@ -17,7 +17,7 @@ def value(critic: LanguageModel, rollouts: Rollouts) -> Values:
     flat, bootstrap = np.empty(len(rollouts.logprobs.values), np.float32), np.empty(len(rollouts), np.float32)
     for batch in tracked_batches(rollouts, critic, "value"):
         states = state_values(critic, batch)  # (b, R + 1)
-        flat[batch.tokens] = batch.flat(states[:, :-1]).cpu().numpy()
+        flat[batch.token_index] = batch.flat(states[:, :-1]).cpu().numpy()
         last = batch.response_mask.sum(1, keepdim=True)
         bootstrap[batch.rows] = states.gather(1, last).squeeze(1).cpu().numpy()
     values = rollouts.logprobs.with_values(flat)

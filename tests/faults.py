@@ -114,7 +114,7 @@ def main() -> None:
     from stages.ops import trainer  # noqa: F401
 
     torch.set_num_threads(1)
-    store.SYNCED_AT_ONCE = 1  # so that calls come in the same order each time
+    store.CONCURRENT_SYNCS = 1  # so that calls come in the same order each time
     gc.collect()
     gc.freeze()  # else each child's collector would touch, and so copy, all that was imported
 

@@ -14,7 +14,7 @@ from uuid import UUID
 import psutil
 import pytest
 import yaml
-from conftest import write_example
+from conftest import save_tiny_model, write_example
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, LogFilter
 from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, TaskRun
@@ -176,13 +176,15 @@ class Pool:
 
 
 def holding_example(folder: Path, iterations: int, seed: int) -> Path:
-    """The tiny example, whose reward waits while the file named by HOLD exists; another seed shares no artifacts."""
+    """The tiny example, whose reward waits while the file named by HOLD exists; another seed shares no artifacts. Its base
+    model is there already, since TRL's trainers take longer to import than all of this takes to train."""
     write_example(folder)
+    save_tiny_model(folder / "model")
     (folder / "holding.py").write_text(HOLDING_REWARD)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config |= {"seed": seed, "iterations": iterations, "reward": {"components": {"length": {"source": "holding.py:score"}}}}
-    config["evaluate"] = {"every": 0}
-    config["value"] = {"start": "actor"}
-    del config["reward_model"]
+    config |= {"evaluate": {"every": 0}, "value": {"start": "actor"}, "base_model": {"source": "model"}}
+    config["data"] = {role: f"{role}.jsonl" for role in ("prompts", "heldout_prompts")}
+    del config["reward_model"], config["sft"]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder

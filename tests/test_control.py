@@ -169,7 +169,7 @@ def refused(tmp_path, capsys):
     (["environment.id=environments.py:nobody"], "has no function 'nobody'"),
     (["environment.id=elsewhere.py:count"], "no such file"),
     (["rollout.num_steps=25"], "50 steps do not divide into ppo.minibatches=4"),
-    (["ppo.minibatches=48"], "whitening a minibatch of one step takes away whether it was good"),
+    (["ppo.minibatches=48"], "whitening a minibatch of one step removes the learning signal"),
     (["gae.whiten=batch"], "ppo.whiten_minibatches would whiten what gae.whiten has whitened; set gae.whiten: none"),
     (["gae.estimator=rloo"], "gae.estimator=rloo compares or sums whole responses; a control task needs gae"),
     (["gae.length_adaptive_alpha=0.1"], "gae.length_adaptive_alpha is about the length of responses"),

@@ -206,8 +206,8 @@ def test_a_run_on_s3_is_the_run_on_disk_byte_for_byte(uri, tmp_path, prefect_ser
 
 
 def test_a_lock_is_held_by_one_and_lapses_with_its_holder(uri, monkeypatch):
-    monkeypatch.setattr(s3, "BEAT", 0.2)
-    monkeypatch.setattr(s3, "LAPSE", 2)
+    monkeypatch.setattr(s3, "HEARTBEAT_INTERVAL", 0.2)
+    monkeypatch.setattr(s3, "LEASE_TIMEOUT", 2)
     one, other, order, told = Store(uri).files, Store(uri).files, [], []
 
     def work():

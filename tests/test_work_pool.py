@@ -27,6 +27,7 @@ from flows.store.store import Store
 from stages.ops.progress import progress_bar
 
 POOL = "flows.orchestration.pool"
+HEARTBEATS_MISSED = 40  # seconds until a flow run without a heartbeat is ended; they come every 30
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def pool(tmp_path_factory):
     pool = Pool(tmp_path_factory.mktemp("pool"), free_port())
     try:
         pool.start_server()
-        deploy(pool.environment)
+        deploy(pool.environment, "--patience", str(HEARTBEATS_MISSED))
         pool.start_worker()
         yield pool
     finally:
@@ -61,7 +62,7 @@ def made(pool):
     command = subprocess.Popen([sys.executable, "-m", POOL, *ports], env=pool.environment, stdout=subprocess.PIPE,
                                text=True)
     try:
-        while "What the worker says" not in command.stdout.readline():
+        while "The worker's log" not in command.stdout.readline():
             assert command.poll() is None
         yield command, lambda: psutil.Process(command.pid).children(recursive=True)
     finally:
@@ -80,7 +81,7 @@ def test_make_pool_ends_all_that_it_started_and_what_its_death_left(tmp_path):
     example = holding_example(tmp_path / "begun", iterations=1, seed=61)
     with pool.held(), made(pool) as (command, family):
         left = pool.run("iterate", run="begun", config=str(example))
-        pool.wait(lambda: pool.committed("sft"), "a flow run to be at work")
+        pool.wait(lambda: pool.committed("input.prompts"), "a flow run to be at work")
         names = " ".join(word for process in family() for word in process.cmdline())
         assert all(name in names for name in ("prefect server", "mlflow server", "prefect worker", "prefect.engine"))
         for process in family():
@@ -158,7 +159,7 @@ def test_worker_and_flow_killed_in_the_second_iteration(pool, tmp_path):
     begun = [pool.finished(one) for one in pool.flow_runs("vanishing")]
     assert [one.name for one in begun] == [f"vanishing-iterate-{iteration:06d}" for iteration in (0, 1, 2, 2, 3)]
     assert [one.state.name for one in begun] == ["Completed", "Completed", "Crashed", "Completed", "Completed"]
-    assert "no sign of life for 60 s" in begun[2].state.message
+    assert f"no heartbeat for {HEARTBEATS_MISSED} s" in begun[2].state.message
 
     local = tmp_path / "local"
     assert train(pool, example, "--store", str(local)).wait(300) == 0
@@ -244,12 +245,12 @@ def test_a_port_that_is_taken(pool):
 def test_automations_are_there_once(pool):
     with pool.client() as client:
         assert sorted(one.name for one in client.read_automations()) == [
-            "baton-overdue", "baton-stillborn", "baton-undead", "baton-zombies"]
+            "baton-overdue", "baton-never-started", "baton-stuck-cancelling", "baton-missed-heartbeats"]
     again = [sys.executable, "-m", "flows.orchestration.automations"]
     subprocess.run([*again, "--patience", "90"], env=pool.environment, check=True, timeout=120)
     with pool.client() as client:
         there = {one.name: one for one in client.read_automations()}
-    assert len(there) == 4 and there["baton-zombies"].trigger.within.total_seconds() == 90
+    assert len(there) == 4 and there["baton-missed-heartbeats"].trigger.within.total_seconds() == 90
     subprocess.run(again, env=pool.environment, check=True, timeout=120)  # other tests wait for it
 
 

@@ -86,7 +86,7 @@ def configure_output(as_json: bool, quiet: bool, verbose: bool) -> None:
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments are drawn into arrays, on no screen
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "baton")
-    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # what flows/orchestration/automations.py listens for
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # for flows/orchestration/automations.py
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")  # a busy machine needs more than 20
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -345,7 +345,7 @@ def rm(run: str, root: str) -> Answer:
 @command
 @click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
 @click.option("--older-than", "hours", type=click.FloatRange(min=0), default=24.0, show_default=True, metavar="HOURS",
-              help="Leave what is younger: somebody may still be making it.")
+              help="Leave what is younger: another process may still be writing it.")
 def gc(dry_run: bool, hours: float, root: str) -> Answer:
     """Remove what nothing needs. What no run refers to, broken-off attempts, and what retention does not keep."""
     from flows.cli import display
@@ -362,7 +362,7 @@ def gc(dry_run: bool, hours: float, root: str) -> Answer:
 @click.argument("run")
 @SETTINGS
 def mlflow_sync(run: str, settings: tuple[str, ...], root: str) -> Answer:
-    """Bring MLflow to what the store says. Nothing is logged twice; --set tracking.uri=… names another server."""
+    """Bring MLflow up to date with the store. Nothing is logged twice; --set tracking.uri=… names another server."""
     from flows.runs.run import changed
     from flows.tracking.mirror import sync
     from flows.tracking.tracking_uri import how_to_open

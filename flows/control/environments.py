@@ -87,14 +87,14 @@ def look_at(config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | 
     try:
         return spaces_of(environment, config.id)
     finally:
-        with contextlib.suppress(Exception):  # of no account: nothing was asked of it yet
+        with contextlib.suppress(Exception):  # harmless: it was never reset
             environment.close()
 
 
 def make_vector(
     config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | None, count: int, execution: ExecutionConfig
 ) -> VectorEnv:
-    """`count` environments that are reset only when they are told to."""
+    """`count` environments without autoreset."""
     if execution.environments == "sync":
         return SyncVectorEnv([partial(_player, config, function, i) for i in range(count)], copy=False,
                              autoreset_mode=AutoresetMode.DISABLED)
@@ -132,8 +132,8 @@ def _ring(*_: object) -> None:
 class Watch:
     """Ends a call that does not come back in `seconds`, as `EnvironmentFailure`: `with watch("step"): …`.
 
-    By an alarm signal, and so in the main thread only; elsewhere, and on systems without the signal, nobody watches. The
-    signal's handler stays, since to set it for every step would cost as much as a small step.
+    By an alarm signal, and so in the main thread only; elsewhere, and on systems without the signal, there is no timeout.
+    The signal's handler stays, since to set it for every step would cost as much as a small step.
     """
 
     def __init__(self, name: str, seconds: float) -> None:
@@ -149,7 +149,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self._watching:
-            signal.setitimer(signal.ITIMER_REAL, self.seconds, self.seconds)  # again, if somebody catches the first
+            signal.setitimer(signal.ITIMER_REAL, self.seconds, self.seconds)  # again, in case the first is caught
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:

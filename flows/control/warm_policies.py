@@ -128,7 +128,7 @@ class WarmPolicies:
 
 
 def batches_before(store: Store, rollout: ArtifactRef) -> Iterator[Trajectories]:
-    """That rollout's trajectories, then those of the one before it, and so on, read as they are asked for."""
+    """That rollout's trajectories, then those of the one before it, and so on, read one at a time."""
     ref: ArtifactRef | None = rollout
     while ref is not None:
         yield store.table(ref, Trajectories)

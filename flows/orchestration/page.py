@@ -1,4 +1,4 @@
-"""What a person reads on Prefect's page of a flow run, beside its log: its name, numbers, samples, progress, MLflow's link.
+"""What Prefect's page of a flow run shows beside its log: its name, metrics, samples, progress, MLflow's link.
 
 Best effort: nothing of it where Prefect has no server that outlives the command, and nothing for a minute after a call that
 failed, but for the end of a finished run's schedules.
@@ -36,7 +36,7 @@ from flows.runs.run import Run, open_run
 from flows.store.store import Store
 from schemas.artifacts import TrainState
 from schemas.tables import Returns, Rewards, Rollouts, Samples
-from stages.ops.progress import heard_by
+from stages.ops.progress import listened_to
 
 log = logging.getLogger("baton")
 SHOWN = 8  # samples of a report
@@ -49,7 +49,7 @@ def configure_events() -> None:
     """Once per process, before its first flow.
 
     Prefect is to give up an event that its server does not take, rather than try each for ten seconds at the end. Without a
-    server that outlives this process nobody could look at tasks: it is told of none.
+    server that outlives this process no page shows tasks: no event is sent.
     """
     if log.level == logging.NOTSET:  # a worker's process; the command line has its own options
         log.setLevel(logging.INFO)
@@ -65,7 +65,7 @@ def _watched() -> bool:
 
 
 def _attempt(function: Callable[..., None], *arguments: Any, **more: Any) -> None:
-    """Nothing where nobody looks; what goes wrong is said, and training goes on."""
+    """Nothing where no server is watching; an error is logged, and training goes on."""
     global _silent_until
     if not _watched():
         return
@@ -91,7 +91,7 @@ def _best_effort(function: Callable[..., None]) -> Callable[..., None]:
 
 @_best_effort
 def rename(name: str) -> None:
-    """Gives the flow run a name that says what was only known once it ran."""
+    """Gives the flow run the name of its iteration, which is only known once it runs."""
     with get_client(sync_client=True) as client:
         client.update_flow_run(FlowRunContext.get().flow_run.id, name=name)
 
@@ -165,21 +165,21 @@ def _escaped(text: str) -> str:
 def progress(what: str) -> Iterator[None]:
     """Inside it the bars of a stage that takes long are shown on the page of its task."""
     shown = _Progress(what)
-    with heard_by(shown) if _watched() else nullcontext():
+    with listened_to(shown) if _watched() else nullcontext():
         yield
     shown.end()
 
 
 class _Progress:
-    """Listens to a bar; from the fifth second on the page shows how far it is."""
+    """Listens to a bar; from the fifth second on the page shows its progress."""
 
     def __init__(self, what: str) -> None:
-        self.what, self.told, self.artifact, self.bar = what, time.monotonic(), None, ""
+        self.what, self.shown_at, self.artifact, self.bar = what, time.monotonic(), None, ""
 
     def __call__(self, bar: str, done: float, total: float | None) -> None:
-        if total and time.monotonic() - self.told >= EVERY:
+        if total and time.monotonic() - self.shown_at >= EVERY:
             self._tell(bar, 100 * done / total)
-            self.told = time.monotonic()
+            self.shown_at = time.monotonic()
 
     def end(self) -> None:
         """What was shown is done."""
@@ -197,7 +197,7 @@ class _Progress:
 
 def end_schedules(run: Run, iteration: int) -> None:
     """Switches off the schedules of this deployment that have nothing more to start, now that the run is at `iteration`,
-    cancels the flow runs of them that wait in the queue, and says so. Tried whatever failed before: a schedule that stays on
+    cancels the flow runs of them that wait in the queue, and logs it. Tried whatever failed before: a schedule that stays on
     starts flow runs for ever."""
     _attempt(_end_schedules, run, iteration)
 

@@ -24,7 +24,7 @@ from schemas.errors import PrefectError
 
 ROOT = Path(__file__).parents[2]
 POOL = "baton"
-LEASES = "prefect.server.concurrency.lease_storage.filesystem"  # a server that comes back has to know who has a slot
+LEASES = "prefect.server.concurrency.lease_storage.filesystem"  # slots outlive a restart of the server
 WORKER = ("prefect", "worker", "start", "--pool", POOL, "--limit", "2")  # a queue without limit is tried all at once
 PATIENCE = 180  # seconds for a server to come up
 PATIENCE_AT_END = 20  # seconds for a process to end by itself
@@ -40,7 +40,7 @@ run = cartpole and config = data/cartpole: each flow run makes one iteration, an
     prefect deployment run iterate/iterate -p run=cartpole -p config=data/cartpole
     prefect deployment run stage/stage -p run=cartpole -p stage=gae -p iteration=1 -p 'settings=["gae.gae_lambda=0.9"]'
 
-Ctrl-C here ends it all. What the worker says:
+Ctrl-C here ends it all. The worker's log:
 """
 
 
@@ -108,20 +108,23 @@ def require_free(port: int, option: str) -> None:
                                        f"port with {option}")
 
 
-def deploy(environment: dict[str, str]) -> None:
-    """The work pool, the deployments of prefect.yaml and the automations. Raises `PrefectError` with what Prefect says."""
+def deploy(environment: dict[str, str], *options: str) -> None:
+    """The work pool, the deployments of prefect.yaml and, with these options, the automations.
+
+    Raises `PrefectError` with what Prefect prints.
+    """
     for command in (
         ("prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite"),
         ("prefect", "--no-prompt", "deploy", "--all"),
-        ("flows.orchestration.automations",),
+        ("flows.orchestration.automations", *options),
     ):
         done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment, text=True, capture_output=True)
         if done.returncode:
             raise PrefectError(f"{' '.join(command)}: {(done.stdout + done.stderr).strip()}")
 
 
-def end_the_dead(api: str) -> None:
-    """Flow runs that an earlier worker of this pool had when it was ended: nobody else would give their slots back."""
+def crash_orphans(api: str) -> None:
+    """Flow runs that an earlier worker of this pool had when it was ended: their slots would never be released."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
     from prefect.client.schemas.objects import StateType
@@ -141,38 +144,38 @@ def main() -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=4200, help="of Prefect's page and API (4200)")
     parser.add_argument("--mlflow-port", type=int, default=5000, help="of MLflow's page (5000)")
-    given = parser.parse_args()
+    options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     store = os.environ.get("BATON_STORE", "data/store")
     if "://" not in store:
         store = str(Path(store).resolve())
     beside = Path("data/store" if "://" in store else store).resolve()
-    api, mlflow = f"http://127.0.0.1:{given.port}/api", f"http://127.0.0.1:{given.mlflow_port}"
+    api, mlflow = f"http://127.0.0.1:{options.port}/api", f"http://127.0.0.1:{options.mlflow_port}"
     try:
-        require_free(given.port, "--port")
-        require_free(given.mlflow_port, "--mlflow-port")
+        require_free(options.port, "--port")
+        require_free(options.mlflow_port, "--mlflow-port")
         logs = beside / "pool"
         logs.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {
             "BATON_STORE": store, "MLFLOW_TRACKING_URI": mlflow, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "PREFECT_API_URL": api, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
-            "PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL": "WARNING",  # not two lines whenever a queue is tried
+            "PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL": "WARNING",  # not two lines whenever a queue is polled
             "PREFECT_WORKER_QUERY_SECONDS": "3", "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES,
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "10",
             "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5"}
         processes = Processes(logs, environment)
         with ending(processes):
             print("starting Prefect's server and MLflow …", flush=True)
-            processes.start("server", "prefect", "server", "start", "--port", str(given.port))
-            processes.start("mlflow", "mlflow", "server", "--port", str(given.mlflow_port), "--workers", "1",
+            processes.start("server", "prefect", "server", "start", "--port", str(options.port))
+            processes.start("mlflow", "mlflow", "server", "--port", str(options.mlflow_port), "--workers", "1",
                             "--backend-store-uri", f"sqlite:///{beside / 'mlflow.db'}",
                             "--artifacts-destination", (beside / "mlflow-artifacts").as_uri())
             processes.wait_for("server", f"{api}/health")
             deploy(environment)
-            end_the_dead(api)
+            crash_orphans(api)
             processes.wait_for("mlflow", f"{mlflow}/health")
-            print(WHAT_NOW.format(port=given.port, pool=POOL, mlflow=mlflow, store=store, api=api), flush=True)
+            print(WHAT_NOW.format(port=options.port, pool=POOL, mlflow=mlflow, store=store, api=api), flush=True)
             processes.start("worker", *WORKER, logged=False)
             processes.wait()
     except PrefectError as error:

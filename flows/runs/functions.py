@@ -1,7 +1,7 @@
 """Functions that a user brings: found, checked at the start, and run from their copy in the store.
 
 BATON_ALLOWED_FUNCTIONS narrows which may run in this process: patterns separated by commas, of names (`rewards.py:*`,
-`mypackage.*:score`) or of contents (`sha256:…`, of the function's file). docs/security.md says who can do what.
+`mypackage.*:score`) or of contents (`sha256:…`, of the function's file). docs/security.md is about who can do what.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Garbage:
 def collect(store: Store, hours: float, *, dry_run: bool) -> list[Garbage]:
     """All that may go and is older than so many hours; removed, unless that is only asked for.
 
-    Raises `StoreError` if what the runs refer to cannot be told.
+    Raises `StoreError` if what the runs refer to is unknown.
     """
     if dry_run:
         return garbage(store, hours)
@@ -49,7 +49,7 @@ def collect(store: Store, hours: float, *, dry_run: bool) -> list[Garbage]:
 
 
 def garbage(store: Store, hours: float) -> list[Garbage]:
-    """All that may go and is older than so many hours. Raises `StoreError` if what the runs refer to cannot be told."""
+    """All that may go and is older than so many hours. Raises `StoreError` if what the runs refer to is unknown."""
     working = list(_in_use(store))
     before = min([time.time() - 3600 * hours, *working])
     runs = [open_run(store, name) for name in run_names(store)]
@@ -87,7 +87,7 @@ def _live(store: Store, runs: list[Run]) -> set[ArtifactRef]:
     """What the runs refer to, and what that was made from. Raises `StoreError` if some of that is missing."""
     for name in run_folders(store):
         if store.files.names(f"runs/{name}/iterations") and not store.files.exists(record_key(name)):
-            raise StoreError(f"{store.files.address(record_key(name))}: is missing, so that nobody can tell what the run "
+            raise StoreError(f"{store.files.address(record_key(name))}: is missing, so that it is unknown what the run "
                              f"needs; nothing was removed: baton verify {name}")
     todo = [ref for run in runs for ref in references(run)]
     live: set[ArtifactRef] = set()

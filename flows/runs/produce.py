@@ -28,7 +28,7 @@ PACKAGES = ("baton", "torch", "transformers", "trl", "numpy", "pyarrow", "tokeni
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What a stage says of an artifact that it has just written."""
+    """What a stage reports of an artifact that it has just written."""
 
     metrics: Metrics | None = None
     tokens: int | None = None
@@ -92,7 +92,7 @@ def _commit(store: Store, ours: Manifest, attempt: Attempt) -> Manifest:
         return store.commit(ours, attempt.tables)
     except BaseException:
         with contextlib.suppress(OSError, StoreError):
-            if store.find(ours.ref) is None:  # or somebody else's, or ours after all
+            if store.find(ours.ref) is None:  # another writer's, or ours after all
                 store.discard(attempt)
         raise
 

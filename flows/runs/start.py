@@ -25,7 +25,7 @@ Files = dict[str, list[Path]]  # by role
 
 @dataclass(frozen=True)
 class Request:
-    """A run that is asked for, made from `source` if that is given, and what holds for this call instead of its config."""
+    """A requested run, made from `source` if there is one, and what overrides its config in this call."""
 
     store: str
     name: str | None = None
@@ -44,7 +44,7 @@ def start(request: Request, check: Callable[[RunConfig, Files], None]) -> Run:
     """
     store = Store(request.store)
     run, config = _resumed(store, request) if request.source is None else _made(store, request, check)
-    run = changed(run, _overrides(config, request.overrides).given())
+    run = changed(run, _overrides(config, request.overrides).values_set())
     check_device(run.config.execution)
     return run
 
@@ -107,11 +107,11 @@ def with_new_functions(run: Run, recorded: Run) -> Run:
 
 
 def _overrides(config: RunConfig, overrides: Overrides) -> Overrides:
-    """All that holds for this call: what the config says, and over it what is overridden. Raises `ConfigError` if that does
+    """All that holds for this call: the config's own settings, and over them the overrides. Raises `ConfigError` if those do
     not fit the config."""
     own = {section: getattr(config, section).model_dump(mode="json") for section in FREE_SECTIONS}
-    together = Overrides.model_validate(merged({"iterations": config.iterations, **own}, overrides.given()))
-    parse_config(merged(config.model_dump(mode="json"), together.given()), "--iterations")
+    together = Overrides.model_validate(merged({"iterations": config.iterations, **own}, overrides.values_set()))
+    parse_config(merged(config.model_dump(mode="json"), together.values_set()), "--iterations")
     return together
 
 

@@ -1,4 +1,4 @@
-"""`baton verify`: every file of a run, or of the whole store, against what it must be, and what helps where it is not.
+"""`baton verify`: every file of a run, or of the whole store, against what it must be, and the remedy where it is not.
 
 Records: their own digest, fields, and what they say of each other. Artifacts: size and sha256 of every file, no others,
 table schemas, rows that line up with the rollouts they describe, inputs that are those they were made from.
@@ -33,12 +33,12 @@ class Finding:
 
 
 class Verifier:
-    """Checks runs and artifacts of a store; remembers who refers to what, so that a hint can name the command."""
+    """Checks runs and artifacts of a store; remembers which run refers to what, so that a hint can name the command."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.users: dict[ArtifactRef, str] = {}  # the command that makes it again
-        self.incomplete = False  # whether a record could not be read, so that who refers to what is not known
+        self.incomplete = False  # whether a record could not be read, so that not all references are known
 
     def run(self, name: str) -> Iterator[Finding]:
         """The records of a run. What they refer to is in `users` afterwards."""
@@ -163,7 +163,7 @@ def verify(store: Store, name: str | None) -> tuple[int, list[Finding]]:
 
 def _as_finding(error: StoreError, hint: str) -> Finding:
     if isinstance(error, DamageError):
-        own = hint if error.hint == HINT else error.hint  # an error that knows better what helps
+        own = hint if error.hint == HINT else error.hint  # an error that has a better remedy
         return Finding(error.file, error.field, error.expected, error.found, own)
     where, _, what = str(error).partition(": ")
     return Finding(where, "content", "what a store holds", what, hint)

@@ -1,6 +1,6 @@
 """A local copy of what is read from a store elsewhere, laid out as the store is, and never larger than it may be.
 
-What goes first is what was used longest ago, a whole attempt at a time; never what this process has used, nor what anybody
+The least recently used goes first, a whole attempt at a time; never what this process has used, nor what any process
 has used within the last minutes. Copies are checked like everything else, so the cache may be removed at any time.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from schemas.errors import ConfigError, StoreError
 
-IN_USE = 600.0  # seconds after which somebody else's copy may go
-ABANDONED = 7 * 86400.0  # after which what is half made has nobody who makes it
+IN_USE = 600.0  # seconds after which another process's copy may go
+ABANDONED = 7 * 86400.0  # after which what is half made was abandoned by its process
 
 
 class Cache:

@@ -20,8 +20,8 @@ from typing import Protocol
 from schemas.errors import StoreError
 
 REMEDIES = {
-    errno.ENOSPC: "free some space (baton gc --dry-run says what it would remove)",
-    errno.EDQUOT: "free some space (baton gc --dry-run says what it would remove)",
+    errno.ENOSPC: "free some space (baton gc --dry-run lists what it would remove)",
+    errno.EDQUOT: "free some space (baton gc --dry-run lists what it would remove)",
     errno.EACCES: "make it readable and writable for this user, or choose another with --store",
     errno.EPERM: "make it readable and writable for this user, or choose another with --store",
     errno.EROFS: "it is mounted read-only; mount it writable, or choose another with --store",
@@ -96,7 +96,7 @@ class Files(Protocol):
     def exclusive(self, key: str, holder: bytes, waiting: Callable[[bytes], None]) -> AbstractContextManager[None]:
         """A lock that one process holds, and that is free when the process is gone.
 
-        `holder`: what others are told of it; `waiting` is called with what another holder left, once, before waiting.
+        `holder`: a description for other processes; `waiting` is called with that of another holder, once, before waiting.
         """
 
     def holder(self, key: str) -> bytes | None:
@@ -105,9 +105,9 @@ class Files(Protocol):
 
 @contextlib.contextmanager
 def disk_errors(uri: str, below: Path | None = None) -> Iterator[None]:
-    """Turns what the system says about a disk or a bucket into a `StoreError` that says what helps.
+    """Turns an error of the system about a disk or a bucket into a `StoreError` with a remedy.
 
-    `below`: only what it says of this folder, or of a disk as such.
+    `below`: only errors about this folder, or about a disk as such.
     """
     try:
         yield
@@ -117,7 +117,7 @@ def disk_errors(uri: str, below: Path | None = None) -> Iterator[None]:
         if number is None or not (below is None or number in OF_DISKS or named.startswith(str(below))):
             raise
         where = getattr(error, "filename", None) or uri
-        remedy = REMEDIES.get(number, "see to the disk or the network")
+        remedy = REMEDIES.get(number, "check the disk or the network")
         raise StoreError(f"{where}: {_reason(error, number)}; what was committed before is whole: {remedy}, then the same "
                          "command goes on") from error
 

@@ -30,7 +30,8 @@ PART = 32 * 2**20  # bytes of an upload's part
 AT_ONCE = 4  # parts, and files
 TRIES = 5  # of every request, by botocore, with growing pauses
 TIMEOUT = 60  # seconds without an answer after which a request has failed
-BEAT, LAPSE = 10, 60  # seconds between signs of life of who holds a lock; without one it lapses
+HEARTBEAT_INTERVAL = 10  # seconds between heartbeats of the process that holds a lock
+LEASE_TIMEOUT = 60  # seconds without a heartbeat after which a lock expires
 
 
 class S3Files:
@@ -110,7 +111,7 @@ class S3Files:
                         return self.fs.cat_file(self._path(key)) == data
                     if _code(error) not in ("ConditionalRequestConflict", "409") or wait is None:
                         raise
-                time.sleep(wait)  # somebody is just putting it, and may yet fail
+                time.sleep(wait)  # another process is putting it, and may yet fail
 
     def probe(self) -> None:
         """Raises `StoreError` unless the store refuses to put a second time what is there: without that nothing is safe."""
@@ -169,9 +170,9 @@ class S3Files:
 
     @contextlib.contextmanager
     def exclusive(self, key: str, holder: bytes, waiting: Callable[[bytes], None]) -> Iterator[None]:
-        """By terms with growing numbers: `<key>/000007` is put if absent, `.beat` shows life, `.end` says it is over.
+        """By terms with growing numbers: `<key>/000007` is put if absent, `.beat` is its heartbeat, `.end` ends it.
 
-        A term whose beat does not change for LAPSE seconds, by the clock of who waits, is over too.
+        A term whose heartbeat does not change for LEASE_TIMEOUT seconds, by the clock of the waiting process, has expired.
         """
         term = self._win(key, holder, waiting)
         over = threading.Event()
@@ -187,21 +188,21 @@ class S3Files:
 
     def _win(self, key: str, holder: bytes, waiting: Callable[[bytes], None]) -> int:
         self.probe()
-        mine, seen, since, told = holder + f"\n{uuid.uuid4().hex}".encode(), None, time.monotonic(), False
+        mine, seen, since, warned = holder + f"\n{uuid.uuid4().hex}".encode(), None, time.monotonic(), False
         while True:
             last, ended = self._last_term(key)
             sign = (last, self.read(f"{key}/{last:06d}.beat"))
             if sign != seen:
                 seen, since = sign, time.monotonic()
-            if ended or time.monotonic() - since > LAPSE:
+            if ended or time.monotonic() - since > LEASE_TIMEOUT:
                 if self._put_once(f"{key}/{last + 1:06d}", mine):
                     self._clear(key, last)
                     return last + 1
                 continue
-            if not told:
+            if not warned:
                 waiting((self.read(f"{key}/{last:06d}") or b"").rpartition(b"\n")[0])
-                told = True
-            time.sleep(BEAT / 5)
+                warned = True
+            time.sleep(HEARTBEAT_INTERVAL / 5)
 
     def _last_term(self, key: str) -> tuple[int, bool]:
         """The number of the last term, 0 where there was none, and whether it is over."""
@@ -216,7 +217,7 @@ class S3Files:
 
     def _beat(self, key: str, over: threading.Event) -> None:
         count = 0
-        while not over.wait(BEAT):
+        while not over.wait(HEARTBEAT_INTERVAL):
             count += 1
             with contextlib.suppress(Exception):  # a beat that is missed is one missed
                 self.fs.pipe_file(self._path(key), str(count).encode())
@@ -224,7 +225,7 @@ class S3Files:
     def holder(self, key: str) -> bytes | None:
         last, ended = self._last_term(key)
         signs = [] if ended else [stat.modified for stat in self.walk(key) if stat.key.startswith(f"{key}/{last:06d}")]
-        if not signs or self._now() - max(signs) > LAPSE:
+        if not signs or self._now() - max(signs) > LEASE_TIMEOUT:
             return None
         return (self.read(f"{key}/{last:06d}") or b"").rpartition(b"\n")[0]
 
@@ -255,11 +256,11 @@ class S3Files:
             yield
         except BotoCoreError as error:
             kind = UnreachableStoreError if isinstance(error, (ConnectionError, HTTPClientError)) else StoreError
-            raise kind(f"{self.address(what)}: {' '.join(str(error).split())}; see to AWS_ACCESS_KEY_ID, AWS_SECRET_"
+            raise kind(f"{self.address(what)}: {' '.join(str(error).split())}; check AWS_ACCESS_KEY_ID, AWS_SECRET_"
                        "ACCESS_KEY, BATON_S3_ENDPOINT and the network, then the same command goes on") from error
         except PermissionError as error:
-            said = " ".join(str(error).split())
-            raise ConfigError(f"--store {self.uri}: the server refuses these credentials ({said}); see to "
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"--store {self.uri}: the server refuses these credentials ({reason}); check "
                               "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do in the bucket") from None
         except FileNotFoundError as error:
             if what == "bucket" or "NoSuchBucket" in str(error.__cause__):
@@ -268,8 +269,8 @@ class S3Files:
         except OSError as error:
             if not isinstance(error, TimeoutError) and _status(error) < 500:
                 raise
-            said = " ".join(str(error).split())
-            raise UnreachableStoreError(f"{self.address(what)}: {said}; what was committed before is whole: see to the "
+            reason = " ".join(str(error).split())
+            raise UnreachableStoreError(f"{self.address(what)}: {reason}; what was committed before is whole: check the "
                                         "server, then the same command goes on") from error
         except ClientError as error:
             raise StoreError(f"{self.address(what)}: {error}") from error

@@ -36,7 +36,7 @@ from schemas.tables import Table
 from stages.ops.progress import progress_bar
 
 KNOWN, TABLES_KEPT = 256, 8  # artifacts whose manifests, and whose tables, are kept in memory: an iteration makes fewer
-SYNCED_AT_ONCE = 4  # files and folders: both waiting for the disk and hashing leave the interpreter to others
+CONCURRENT_SYNCS = 4  # files and folders: both waiting for the disk and hashing leave the interpreter to others
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 T = TypeVar("T", bound=Table)
 M = TypeVar("M", bound=BaseModel)
@@ -47,10 +47,10 @@ class Attempt:
 
     def __init__(self, ref: ArtifactRef, folder: Path, files: Files) -> None:
         self.ref, self.folder, self.files = ref, folder, files
-        self.tables: dict[type[Table], Table] = {}  # those written, as they were given
+        self.tables: dict[type[Table], Table] = {}  # those written, as they are in memory
         self._entries: dict[str, FileEntry] = {}  # files that are synced and hashed already
         self._folders: set[Path] = {folder, folder.parent}  # to be synced; above `attempts` that is done with the manifest
-        self._others = False  # whether somebody writes files of their own below the folder
+        self._others = False  # whether a library writes files of its own below the folder
 
     @property
     def name(self) -> str:
@@ -78,7 +78,7 @@ class Attempt:
             columns=None if table is None else {f.name: str(f.type) for f in table.schema})
 
     def path(self, inner: str) -> Path:
-        """Where somebody else writes a file or folder of the artifact; its parent exists."""
+        """Where a library writes a file or folder of the artifact; its parent exists."""
         self._others = True
         path = self.folder / inner
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ class Attempt:
     def seal(self) -> tuple[FileEntry, ...]:
         """Hashes and syncs what is not yet, several files at once; all entries, sorted by path."""
         others = [path for path in self.folder.rglob("*") if self._inner(path) not in self._entries] if self._others else []
-        with ThreadPoolExecutor(SYNCED_AT_ONCE) as pool:
+        with ThreadPoolExecutor(CONCURRENT_SYNCS) as pool:
             found = progress_bar(pool.map(self._seal, others), f"{self.ref.stage}: commit", total=len(others))
             entries = [entry for entry in found if entry is not None]
         for folder in self._folders:

@@ -70,7 +70,7 @@ def centred(sums: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def equal_groups(sums: np.ndarray, groups: np.ndarray) -> float:
-    """Part of the groups whose responses all have one S_i."""
+    """Fraction of the groups whose responses all have one S_i."""
     _, index = np.unique(groups, return_inverse=True)
     low, high = np.full(index.max() + 1, np.inf), np.full(index.max() + 1, -np.inf)
     np.minimum.at(low, index, sums)

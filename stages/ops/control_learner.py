@@ -22,13 +22,13 @@ ALIGNED = 16  # numbers of 4 bytes
 class Steps:
     """Units that are single steps."""
 
-    tokens: np.ndarray  # (m,) int64, their places in the batch
+    token_index: np.ndarray  # (m,) int64, their positions in the batch
     inputs: Tensor  # (m, D) observations as the networks take them
     actions: Tensor  # (m, A)
 
     @property
     def lengths(self) -> np.ndarray:
-        return np.ones(len(self.tokens), np.int64)
+        return np.ones(len(self.token_index), np.int64)
 
     def micro_batches(self, which: np.ndarray) -> list[Steps]:
         """All in one: networks are small."""

@@ -28,7 +28,7 @@ def episode_seed(seed: int, environment: int, episode: int) -> int:
 
 
 class Player(gymnasium.Wrapper):
-    """An environment that says where it failed, can have a step of an episode played again, and can rest.
+    """An environment whose errors name episode and step, that can replay a step of an episode, and can rest.
 
     Raises `EnvironmentFailure` naming the environment, the episode's seed and the step.
     """
@@ -76,8 +76,8 @@ class Player(gymnasium.Wrapper):
         return observation
 
     def _failure(self, error: Exception) -> EnvironmentFailure:
-        said = " ".join(str(error).split())
-        what = said if isinstance(error, _WrongShapeError) else f"raised {type(error).__name__}: {said}"
+        text = " ".join(str(error).split())
+        what = text if isinstance(error, _WrongShapeError) else f"raised {type(error).__name__}: {text}"
         return failure(self.name, self.index, self.seed, self.steps, what)
 
 
@@ -131,9 +131,9 @@ class Environments:
 
         Finished episodes are followed by new ones: `observations` then shows their first. Raises `EnvironmentFailure`.
         """
-        given = self.to_environment(actions)
+        taken = self.to_environment(actions)
         with self._call("step"):
-            observations, rewards, terminated, truncated, _ = self.vector.step(given)
+            observations, rewards, terminated, truncated, _ = self.vector.step(taken)
         self.steps += 1
         self._see(observations, rewards)
         reached = self.observations.copy()
@@ -169,11 +169,11 @@ class Environments:
         self.keep(batch)
         self.begin()
         lengths = np.array([len(actions) for actions in replay])
-        given = [self.to_environment(actions) for actions in replay]
+        taken = [self.to_environment(actions) for actions in replay]
         over = np.zeros(len(self), bool)
         for t in range(lengths.max(initial=0)):
             which = lengths > t
-            over |= self._replay(which, [actions[t] if left else None for actions, left in zip(given, which, strict=True)])
+            over |= self._replay(which, [actions[t] if left else None for actions, left in zip(taken, which, strict=True)])
         strayed = (self.start > 0) & (over | (self.observations != batch.final_observation[last_rows(batch)]).any(1))
         if strayed.any():
             self.episode = self.episode + strayed
@@ -183,8 +183,7 @@ class Environments:
         return np.flatnonzero(strayed).tolist()
 
     def close(self, *, force: bool = False) -> None:
-        """Ends them; whatever one says to that does not matter any more. Processes that are left are killed, and with
-        `force` all of them at once."""
+        """Closes them, errors ignored. Processes that are left are killed, and with `force` all of them at once."""
         processes = getattr(self.vector, "processes", ())
         if not (force and processes):
             with suppress(Exception), self.watch("close", self.steps):
@@ -203,10 +202,10 @@ class Environments:
     def _replay(self, which: np.ndarray, actions: list[Any]) -> np.ndarray:
         """A step of those in `which`. (N,) bool: whose episodes are over by then."""
         with self._call("step"):
-            observations, said = self.vector.reset(seed=[None] * len(self), options={"reset_mask": which, "replay": actions})
+            observations, info = self.vector.reset(seed=[None] * len(self), options={"reset_mask": which, "replay": actions})
         self.steps += which
         self._see(observations, np.zeros(len(self)))
-        return said["over"]
+        return info["over"]
 
     def _see(self, observations: np.ndarray, rewards: np.ndarray) -> None:
         """Takes the observations in as float32. Raises `EnvironmentFailure` if there, or a reward, is not finite."""

@@ -95,7 +95,7 @@ def score_tokens(model: LanguageModel, rollouts: Rollouts, temperature: float, p
     """log π(token) of every response token under `model`, nats, float32. Raises `NonFiniteError` with the rows."""
     flat = np.empty(len(rollouts.logprobs.values), np.float32)
     for batch in tracked_batches(rollouts, model, progress):
-        flat[batch.tokens] = of_tokens(response_logprobs(model, batch, temperature), batch).cpu().numpy()
+        flat[batch.token_index] = of_tokens(response_logprobs(model, batch, temperature), batch).cpu().numpy()
     logprobs = rollouts.logprobs.with_values(flat)
     require_finite("the reference's logprob", logprobs, rollouts.row_id)
     return logprobs

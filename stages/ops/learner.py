@@ -17,7 +17,7 @@ from stages.ops.texts import Texts
 class MicroBatch(Protocol):
     """As many units as fit through the models at once."""
 
-    tokens: np.ndarray  # (m,) int64, positions of their tokens in the tables' flat columns
+    token_index: np.ndarray  # (m,) int64, positions of their tokens in the tables' flat columns
 
 
 class Units(Protocol):
@@ -31,7 +31,7 @@ class Units(Protocol):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What policy and critic say of the m tokens of a micro-batch, with gradients; None where it was not asked for."""
+    """What policy and critic say of the m tokens of a micro-batch, with gradients; None where it was not computed."""
 
     logprobs: Tensor | None = None  # (m,) log π(token), nats
     entropy: Tensor | None = None  # (m,) nats
@@ -54,7 +54,7 @@ class Learner(Protocol):
         """What the current policy and the critic, if there is one, say of tokens that were sampled earlier."""
 
     def log_likelihood(self, batch: MicroBatch) -> Tensor:
-        """(m,) log π(token) of texts that nobody sampled, at temperature 1, with gradients."""
+        """(m,) log π(token) of texts rather than samples, at temperature 1, with gradients."""
 
     def step(self, learning_rate_factor: float) -> dict[str, float]:
         """Applies the accumulated gradients and forgets them; the norm of each network's that had some, before clipping."""

@@ -1,4 +1,4 @@
-"""PPO's losses, a value per token; their mean over a minibatch is taken by whoever cuts it.
+"""PPO's losses, a value per token; their mean over a minibatch is taken where it is cut.
 
 ratio = π(token)/π_old(token) = exp(log π − log π_old), the log-ratio clamped at ±20.
 Source: Schulman et al. 2017, https://arxiv.org/abs/1707.06347, equations 7 and 9; value clipping after OpenAI

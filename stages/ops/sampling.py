@@ -136,7 +136,7 @@ def sample(
     """Response tokens and their logprobs, a pair of (R,) arrays to a prompt.
 
     `prompts`: b rows of token ids; `uniforms`: (b, most response tokens). A response ends with the first EOS, which
-    it includes, or at the limit. `on_finished` is told how many rows ended at each step.
+    it includes, or at the limit. `on_finished` is called with the number of rows that ended at each step.
     """
     device = model.device.torch
     ids, mask = (torch.from_numpy(x).to(device) for x in pad_left(prompts, model.pad_id))

@@ -1,4 +1,4 @@
-"""Trainers that draw from global generators are given seeded ones, and everyone else's are put back afterwards."""
+"""Seeded global generators for trainers that draw from them, and their former states afterwards."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ class Batch:
     """b rows side by side, so that every response begins in one column. P and R are the widest of the batch."""
 
     rows: np.ndarray  # (b,) positions in the table
-    tokens: np.ndarray  # (n,) positions of their response tokens in the table's flat columns
+    token_index: np.ndarray  # (n,) positions of their response tokens in the table's flat columns
     input_ids: Tensor  # (b, P + R) int64
     attention_mask: Tensor  # (b, P + R) int64, 1 on tokens
     position_ids: Tensor  # (b, P + R) int64, 0 on a row's first token
@@ -29,7 +29,7 @@ class Batch:
         return self.input_ids[:, self.prompt_width :]
 
     def flat(self, padded: Tensor) -> Tensor:
-        """(b, R) to (n,): the response tokens, in the order of `tokens`."""
+        """(b, R) to (n,): the response tokens, in the order of `token_index`."""
         return padded[self.response_mask]
 
 
@@ -55,8 +55,8 @@ def make_batch(prompts: Ragged, responses: Ragged, rows: np.ndarray, pad_id: int
     flipped, flipped_mask = pad_left([responses[i][::-1] for i in rows], pad_id)
     mask = torch.from_numpy(np.concatenate([left_mask, flipped_mask[:, ::-1]], 1)).to(device)
     ids = torch.from_numpy(np.concatenate([left, flipped[:, ::-1]], 1)).to(device)
-    tokens = np.concatenate([np.arange(responses.offsets[i], responses.offsets[i + 1]) for i in rows])
-    return Batch(rows, tokens, ids, mask, positions(mask), mask[:, left.shape[1] :].bool(), left.shape[1])
+    token_index = np.concatenate([np.arange(responses.offsets[i], responses.offsets[i + 1]) for i in rows])
+    return Batch(rows, token_index, ids, mask, positions(mask), mask[:, left.shape[1] :].bool(), left.shape[1])
 
 
 def split_by_tokens(lengths: np.ndarray, rows: np.ndarray, max_tokens: int) -> list[np.ndarray]:

@@ -45,7 +45,7 @@ def run(trainer: Trainer, name: str, tokens: str) -> tuple[float, int]:
 
 
 def _guard_loss(trainer: Trainer, name: str, tokens: str) -> None:
-    """Has the trainer look at each loss before it goes backward through it."""
+    """Has the trainer check each loss before its backward pass."""
     compute = trainer.compute_loss
 
     def compute_loss(model, inputs, *args, **kwargs):

@@ -299,15 +299,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"some of {', '.join(CHECKS)}; all if none is named")
     parser.add_argument("--store", help="where to keep the runs; a temporary folder if it is left out")
-    given = parser.parse_args()
-    if unknown := set(given.checks) - set(CHECKS):
+    options = parser.parse_args()
+    if unknown := set(options.checks) - set(CHECKS):
         parser.error(f"no check {sorted(unknown)[0]!r}; there are {', '.join(CHECKS)}")
     failed = 0
     with tempfile.TemporaryDirectory() as scratch:
-        for name in given.checks or CHECKS:
+        for name in options.checks or CHECKS:
             folder = Path(scratch, name)
             folder.mkdir()
-            for held, line in CHECKS[name](Path(given.store or Path(scratch, "store")), folder):
+            for held, line in CHECKS[name](Path(options.store or Path(scratch, "store")), folder):
                 failed += not held
                 print(f"{name:<17} {'ok  ' if held else 'FELL SHORT'} {line}", flush=True)
     return int(failed > 0)

@@ -81,18 +81,18 @@ def main() -> int:
                         help=f"some of {', '.join(TASKS)}, overhead; all if none is named")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", nargs=2, metavar=("TASK", "STEPS"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.peer:
-        print(peer(given.peer[0], int(given.peer[1])))
+    options = parser.parse_args()
+    if options.peer:
+        print(peer(options.peer[0], int(options.peer[1])))
         return 0
     held = True
-    for task in given.tasks or (*TASKS, "overhead"):
+    for task in options.tasks or (*TASKS, "overhead"):
         if task == "overhead":
-            overhead(given.rounds)
+            overhead(options.rounds)
             continue
         example, steps, wanted = TASKS[task]
         ratios = []
-        for round_ in range(given.rounds):
+        for round_ in range(options.rounds):
             ours, whole = baton(example)
             theirs = stable_baselines3(task, steps)
             ratios.append(ours / theirs)

@@ -215,10 +215,10 @@ CHECKS = {"kills": kills, "random": random_, "full_disk": full_disk, "bits": bit
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"some of {', '.join(CHECKS)}; all if none is named")
-    given = parser.parse_args()
-    if unknown := set(given.checks) - set(CHECKS):
+    options = parser.parse_args()
+    if unknown := set(options.checks) - set(CHECKS):
         parser.error(f"no check {sorted(unknown)[0]!r}; there are {', '.join(CHECKS)}")
-    for name in given.checks or CHECKS:
+    for name in options.checks or CHECKS:
         with tempfile.TemporaryDirectory() as work:
             for line in CHECKS[name](Path(work)):
                 print(f"{name:<10} {line}", flush=True)
