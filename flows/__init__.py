@@ -1,0 +1,1 @@
+"""When and where: runs, their store, the flows that chain stages, and the command line."""

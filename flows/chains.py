@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flows.runs.chain import Chain, KindOfRun, Warm
+from flows.runs.kind import Chain, KindOfRun, Warm
 from flows.runs.run import Run
 from flows.store.store import Store
 from schemas.settings import ExecutionConfig, RunConfig

@@ -14,7 +14,7 @@ import click
 from pydantic import ValidationError
 
 from flows.chains import kind_of, warm_of
-from flows.runs.chain import Warm
+from flows.runs.kind import Warm
 from flows.runs.produce import produce
 from flows.runs.work import Work
 from flows.store.store import Store

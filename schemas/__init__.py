@@ -1,0 +1,1 @@
+"""What: tables, artifacts, settings, metrics and errors. No torch."""

@@ -1,0 +1,1 @@
+"""The `baton` command: reads arguments, calls a flow or the store, prints."""

@@ -6,6 +6,6 @@ from flows.control.check_environment import check
 from flows.control.control_chain import ControlChain
 from flows.control.control_tasks import TASKS
 from flows.control.warm_policies import WarmPolicies
-from flows.runs.chain import KindOfRun
+from flows.runs.kind import KindOfRun
 
 CONTROL = KindOfRun(chain=ControlChain, tasks=TASKS, warm=WarmPolicies, check=check)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flows.runs.chain import ITERATION_DECIDES, Perform, made_in, require, settings_of
+from flows.runs.kind import ITERATION_DECIDES, Perform, made_in, require, settings_of
 from flows.runs.run import Run
 from schemas.artifacts import ArtifactRef, ModelRef, Moments, Produced, StageCall, TrainState
 from schemas.errors import ConfigError

@@ -6,6 +6,6 @@ from flows.language.check_inputs import check
 from flows.language.language_chain import LanguageChain
 from flows.language.language_tasks import TASKS
 from flows.language.warm_models import WarmModels
-from flows.runs.chain import KindOfRun
+from flows.runs.kind import KindOfRun
 
 LANGUAGE = KindOfRun(chain=LanguageChain, tasks=TASKS, warm=WarmModels, check=check)

@@ -29,7 +29,7 @@ RETRY_DELAYS = (2, 10, 30)  # seconds before a stage is tried again that a serve
 
 @dataclass(frozen=True)
 class StageTasks:
-    """Performs the calls of a run as tasks of the flow run that it is in: `flows.runs.chain.Perform`."""
+    """Performs the calls of a run as tasks of the flow run that it is in: `flows.runs.kind.Perform`."""
 
     run: str
     perform: Callable[[StageCall], Produced]

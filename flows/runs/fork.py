@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from flows.runs.chain import Chain
+from flows.runs.kind import Chain
 from flows.runs.run import Run, changed, lease_key, record_key, remove_states, run_names
 from flows.runs.start import with_new_functions
 from flows.store.lease import working_on

@@ -1,0 +1,1 @@
+"""What can be read off a store; nothing here writes."""

@@ -1,0 +1,1 @@
+"""What stages are made of: models, sampling, formulas, learners."""
