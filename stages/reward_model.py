@@ -17,7 +17,6 @@ from schemas.metrics import RewardModelMetrics
 from stages.ops.language_model import LanguageModel, sequence_scores
 from stages.ops.prompts import render
 from stages.ops.seeding import seeded
-from stages.ops.trainer import common_arguments, run
 
 Pairs = list[Mapping[str, str]]
 
@@ -29,6 +28,8 @@ def reward_model(
     from datasets import Dataset
     from trl import RewardConfig as TRLConfig
     from trl import RewardTrainer
+
+    from stages.ops.trainer import common_arguments, run  # datasets: not in every process that imports stages
 
     rows, heldout = (_rendered(start, some) for some in (pairs, heldout_pairs))
     with seeded(seed) as seed32, tempfile.TemporaryDirectory() as folder:

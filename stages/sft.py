@@ -15,7 +15,6 @@ from schemas.metrics import SFTMetrics
 from stages.ops.language_model import LanguageModel
 from stages.ops.prompts import render
 from stages.ops.seeding import seeded
-from stages.ops.trainer import common_arguments, run
 
 
 def sft(
@@ -25,6 +24,8 @@ def sft(
     from datasets import Dataset
     from trl import SFTConfig as TRLConfig
     from trl import SFTTrainer
+
+    from stages.ops.trainer import common_arguments, run  # datasets: not in every process that imports stages
 
     rows = Dataset.from_list([
         {"prompt": render(base.tokenizer, row["prompt"], base.chat_template), "completion": row["completion"]}

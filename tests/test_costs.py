@@ -53,8 +53,9 @@ def test_an_iteration_asks_the_store_as_often_at_50_as_at_5(tmp_path, calls, mon
     """With ten other runs in the store, MLflow and retention on."""
     example, store = write_control(tmp_path / "small", evaluate={"every": 0}, retention={"keep_last": 1}), tmp_path / "store"
     arguments = ["train", str(example), "--store", str(store), "--quiet"]
-    for number in range(10):
-        assert run_command([*arguments, "--run", f"other{number}", "--iterations", "1"]) == 0
+    assert run_command([*arguments, "--run", "other", "--iterations", "1"]) == 0
+    for number in range(9):  # with the same checkpoints
+        assert run_command(["fork", "other", "--at", "1", "--run", f"other{number}", "--store", str(store), "--quiet"]) == 0
     counts = per_iteration(calls, monkeypatch)
     assert run_command([*arguments, "--set", "tracking.enabled=true", "--iterations", "52"]) == 0
     assert counts[5] == counts[50] and counts[5].total() > 10

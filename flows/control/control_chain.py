@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flows.control.environments import look_at
-from flows.runs.kind import ITERATION_DECIDES, Perform, made_in, require, settings_of
 from flows.runs.functions import stored_function
+from flows.runs.kind import ITERATION_DECIDES, Perform, made_in, require, settings_of
 from flows.runs.run import Run
 from schemas.artifacts import ArtifactRef, ModelRef, Moments, Produced, StageCall, TrainState
 from schemas.control import Spaces

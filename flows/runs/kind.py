@@ -1,4 +1,4 @@
-"""What flows ask of a kind of run, a language model's or a control task's: its chain of stages, its tasks, what it keeps warm."""
+"""What flows ask of a kind of run, a language model's or a control task's: its chain of stages, its tasks, its warm models."""
 
 from __future__ import annotations
 

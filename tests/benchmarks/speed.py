@@ -1,7 +1,7 @@
 """How fast, beside Stable-Baselines3: both train the same task with the same hyperparameters, in turns, on one thread each.
 
     make bench                                needs the extra `bench`; some minutes
-    make bench ONLY="cartpole"                one of the tasks; "overhead" is that of overhead.py
+    make bench ONLY="cartpole"                one of the tasks; "overhead" and "flat" are those files'
 
 What is timed for Baton is a whole run of the example by the `baton` command, from its first iteration to the last one's
 commit, everything included: Parquet tables, checkpoints, manifests and their syncs, Prefect's flow and tasks, MLflow beside
@@ -23,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from flat import flat
 from overhead import overhead
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,7 @@ def peer(task: str, steps: int) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", metavar="TASK",
-                        help=f"some of {', '.join(TASKS)}, overhead; all if none is named")
+                        help=f"some of {', '.join(TASKS)}, overhead, flat; all if none is named")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", nargs=2, metavar=("TASK", "STEPS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -86,9 +87,12 @@ def main() -> int:
         print(peer(options.peer[0], int(options.peer[1])))
         return 0
     held = True
-    for task in options.tasks or (*TASKS, "overhead"):
+    for task in options.tasks or (*TASKS, "overhead", "flat"):
         if task == "overhead":
             overhead(options.rounds)
+            continue
+        if task == "flat":
+            held &= flat()
             continue
         example, steps, wanted = TASKS[task]
         ratios = []
