@@ -1,4 +1,4 @@
-"""What flows ask of a kind of run, a language model's or a control task's: its chain of stages, its tasks, its warm models."""
+"""What flows ask of a kind of run, a language model's or a control task's: its chain of stages, tasks and warm models."""
 
 from __future__ import annotations
 
