@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: install train smollm2 pool test lint bench bench-learning torture clean
+.PHONY: install train smollm2 pool test lint bench bench-learning torture mutants clean
 
 install: $(VENV)/.installed
 
@@ -41,5 +41,9 @@ bench: install          ## how fast, beside Stable-Baselines3; ONLY="cartpole" f
 torture: install        ## break everything and count; an hour and more; ONLY="random bits" for some of it
 	$(BIN)/python tests/benchmarks/torture.py $(ONLY)
 
+mutants: install        ## which changes of the formulas and the store no test notices; hours; ONLY="stages.gae*" for some
+	$(BIN)/mutmut run --max-children 2 $(ONLY)
+	$(BIN)/mutmut results
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build mutants *.egg-info

@@ -122,8 +122,9 @@ class ControlChain:
                 return self.gae(iteration, made["rollout"])
             case "ppo":
                 return self.ppo(iteration, before.actor, before.critic, before.optimizer, made["rollout"], made["gae"])
-            case _:
+            case "evaluate":
                 return self.evaluate(iteration, after.actor)
+        raise ConfigError(f"stage {stage!r}: a run of this kind has none of that name")
 
     def forked(self, recorded: Run, state: TrainState) -> TrainState:
         """The state that a fork with this run's settings begins from. Raises `ConfigError` where it cannot."""

@@ -228,9 +228,10 @@ class LanguageChain:
                 critic = before.critic if run.config.gae.has_critic else None
                 return self.ppo(iteration, before.actor, critic, before.optimizer, made["rollout"], made.get("reference"),
                                 self._values(recorded, iteration), made["gae"], self._kl_coef(recorded, before))
-            case _:
+            case "evaluate":
                 return self.evaluate(iteration, after.actor, after.reference, after.reward_model,
                                      after.baseline if iteration else None, self._bias(recorded, after))
+        raise ConfigError(f"stage {stage!r}: a run of this kind has none of that name")
 
     def forked(self, recorded: Run, state: TrainState) -> TrainState:
         """The state that a fork with this run's settings begins from. Raises `ConfigError` where it cannot."""
