@@ -1,9 +1,15 @@
 """The import contract, and that every setting, metric and column is documented."""
 
+import ast
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import pytest
+
+from flows.chains import kind_of
 from schemas.control import ControlConfig
 from schemas.language import LanguageConfig
 from schemas.settings import Settings
@@ -43,3 +49,28 @@ def test_every_setting_is_explained():
 
     walk(LanguageConfig)
     walk(ControlConfig)
+
+
+def modules():
+    return [path for part in ("flows", "stages", "schemas") for path in sorted((ROOT / part).rglob("*.py"))]
+
+
+def test_a_base_name_stands_in_one_room_and_a_package_says_what_it_is_for():
+    names = Counter(path.stem for path in modules() if path.stem != "__init__")
+    assert [name for name, count in names.items() if count > 1] == []
+    for path in modules():
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_every_stage_that_is_declared_has_a_task_and_a_call(kind):
+    brought = kind_of(kind)
+    assert list(brought.tasks) == list(STAGES[kind])
+    assert all(callable(getattr(brought.chain, name)) for name in STAGES[kind])
+
+
+def test_what_is_documented_is_there():
+    """Every file that a document names."""
+    for document in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md"):
+        for name in re.findall(r"\b(?:flows|stages|schemas|tests)/[\w/]+\.py", document.read_text(encoding="utf-8")):
+            assert (ROOT / name).is_file(), f"{document.name}: {name}"
