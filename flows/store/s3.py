@@ -219,7 +219,7 @@ class S3Files:
         count = 0
         while not over.wait(HEARTBEAT_INTERVAL):
             count += 1
-            with contextlib.suppress(Exception):  # a beat that is missed is one missed
+            with contextlib.suppress(StoreError, ConfigError, OSError), self._errors(key):  # the next one may arrive
                 self.fs.pipe_file(self._path(key), str(count).encode())
 
     def holder(self, key: str) -> bytes | None:

@@ -40,7 +40,7 @@ def function_scorer(name: str, function: UserFunction) -> Scorer:
     def score(rollouts: Rollouts | Texts) -> np.ndarray:
         try:
             values = function(list(rollouts.prompt), list(rollouts.response))
-        except Exception as error:
+        except Exception as error:  # whatever a user's function does
             raise RewardError(f"reward {name}: the function raised {type(error).__name__}: {error}") from error
         return _as_scores(name, values, len(rollouts))
 
