@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stages.ops.kl import kl_estimate
 from stages.ops.language_model import entropy
-from stages.ops.losses import log_ratio, policy_loss, value_loss
+from stages.ops.losses import a2c_loss, log_ratio, policy_loss, value_loss
 
 NUMBER = st.floats(-4, 4)
 
@@ -107,3 +107,10 @@ def test_clipped_losses_equal_torchrls():
 def test_approx_kl_is_0_at_ratio_1_and_positive_elsewhere():
     assert kl_estimate(torch.tensor([0.0]), "k3").item() == 0
     assert (kl_estimate(torch.tensor([-1.0, -0.1, 0.1, 2.0]), "k3") > 0).all()
+
+
+def test_nothing_of_a2cs_loss_is_clipped():
+    found = a2c_loss(torch.tensor([-0.5, -9.0]), torch.tensor([2.0, -3.0]))
+    assert found.loss.tolist() == [1.0, -27.0] and found.bounded is None
+    for where in (found.outside, found.taken):
+        assert where.dtype == torch.bool and where.tolist() == [False, False]

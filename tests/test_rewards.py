@@ -13,7 +13,7 @@ from flows.cli.main import run_command
 from schemas.artifacts import Moments
 from schemas.errors import NonFiniteError, RewardError
 from schemas.language import ComponentConfig, RewardConfig
-from schemas.tables import Ragged, Rollouts
+from schemas.tables import Ragged, Rewards, Rollouts
 from stages.ops.moments import normalized, updated_moments
 from stages.ops.prompts import demonstrations_as_texts, pretraining_as_texts
 from stages.ops.rewards import (
@@ -237,3 +237,15 @@ def test_a_stage_is_tried_again_when_its_reward_server_was_away(server, copied, 
                         f"reward.components={components}"])
     assert (code, answers) == (0, [])
     assert json.loads(capsys.readouterr().out)["verdict"] == "new"
+
+
+@pytest.mark.parametrize("scores, spread", [([5.0], 0.0), ([1.0, 3.0], 2**0.5), ([1.0, 2.0, 6.0], 7**0.5)])
+def test_metrics_of_scores_by_hand(scores, spread):
+    """σ is divided by n − 1, and 0 for a single score; raw scores are apart from scores."""
+    values, raw = np.array(scores, np.float32), np.array(scores, np.float32) * 10
+    table = Rewards(row_id=np.arange(len(scores)), raw_score=raw, score=values, components={"a": raw + 1, "b": raw - 1})
+    found = metrics(table, config(), Moments())
+    assert found.score == pytest.approx(np.mean(scores)) and found.score_std == pytest.approx(spread)
+    assert (found.score_min, found.score_max) == (min(scores), max(scores))
+    assert found.raw_score == pytest.approx(10 * np.mean(scores))
+    assert found.component == {"a": pytest.approx(found.raw_score + 1), "b": pytest.approx(found.raw_score - 1)}

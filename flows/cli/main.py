@@ -198,7 +198,10 @@ def _finished(run: Run, before: TrainState, evaluated: TrainState, last: TrainSt
 @click.argument("run")
 def iterate(run: str, root: str) -> Answer:
     """Exactly the next iteration of RUN. The first one prepares it."""
-    there = open_existing(root, run)
+    from flows.chains import check_inputs
+    from flows.runs.start import Request, start
+
+    there = start(Request(root, run), check_inputs)
     there.require_unfinished(there.last())  # before Prefect starts
     from flows.iterate import iterate_flow
     from flows.opening import opened

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -121,6 +122,7 @@ class Store:
         self.files = open_files(root)
         self.uri = self.files.uri
         self._known: OrderedDict[ArtifactRef, _Known] = OrderedDict()
+        self._lock = threading.Lock()  # of what is known: stages may run side by side
 
     # --- writing ---
 
@@ -154,16 +156,19 @@ class Store:
 
         Raises `StoreError` if it cannot be believed.
         """
-        if ref not in self._known:
-            key = f"{folder_of(ref)}/manifest.json"
-            manifest = self.get(key, Manifest)
-            if manifest is None:
-                return None
-            for name, found in (("recipe", manifest.recipe.ref.identity), ("identity", manifest.identity)):
-                if found != ref.identity:
-                    raise DamageError(self.files.address(key), name, f"identity {ref.identity}", found, HINT)
-            self._keep(manifest, {})
-        return self._known[ref].manifest
+        known = self._known.get(ref)
+        return known.manifest if known else self._read(ref)
+
+    def _read(self, ref: ArtifactRef) -> Manifest | None:
+        key = f"{folder_of(ref)}/manifest.json"
+        manifest = self.get(key, Manifest)
+        if manifest is None:
+            return None
+        for name, found in (("recipe", manifest.recipe.ref.identity), ("identity", manifest.identity)):
+            if found != ref.identity:
+                raise DamageError(self.files.address(key), name, f"identity {ref.identity}", found, HINT)
+        self._keep(manifest, {})
+        return manifest
 
     def manifest(self, ref: ArtifactRef) -> Manifest:
         """As `find`; raises `StoreError` if there is none."""
@@ -173,18 +178,21 @@ class Store:
         return manifest
 
     def _keep(self, manifest: Manifest, tables: Mapping[type[Table], Table]) -> None:
-        self._known[manifest.ref] = _Known(manifest, dict(tables))
-        if len(self._known) > KNOWN:
-            self._known.popitem(last=False)
-        own = [known for known in self._known.values() if known.tables]
-        for old in own[:-TABLES_KEPT]:
-            old.tables.clear()
+        with self._lock:
+            self._known[manifest.ref] = _Known(manifest, dict(tables))
+            if len(self._known) > KNOWN:
+                self._known.popitem(last=False)
+            own = [known for known in self._known.values() if known.tables]
+            for old in own[:-TABLES_KEPT]:
+                old.tables.clear()
 
     def table(self, ref: ArtifactRef, kind: type[T]) -> T:
         """A table of the artifact, its size, digest, schema and row count checked."""
         manifest = self.manifest(ref)
-        if kind in self._known[ref].tables:
-            return self._known[ref].tables[kind]
+        known = self._known.get(ref)
+        kept = known.tables.get(kind) if known else None
+        if kept is not None:
+            return kept
         entry = _entry(manifest, kind.file)
         return read_table(self.checked(manifest, entry), entry, kind)
 
