@@ -143,8 +143,8 @@ def _inconsistencies(c: ControlConfig):
     if c.batch_size % c.ppo.minibatches:
         yield f"{steps}: {c.batch_size} steps do not divide into ppo.minibatches={c.ppo.minibatches}; make it a multiple"
     if c.ppo.whiten_minibatches and c.batch_size == c.ppo.minibatches:
-        yield (f"{steps} with ppo.minibatches={c.ppo.minibatches}: whitening a minibatch of one step takes away whether it "
-               "was good; make minibatches larger, or set ppo.whiten_minibatches: false")
+        yield (f"{steps} with ppo.minibatches={c.ppo.minibatches}: whitening a minibatch of one step removes the "
+               "learning signal; make minibatches larger, or set ppo.whiten_minibatches: false")
     if c.gae.whitens and c.batch_size == 1:
         yield f"{steps}: whitening one step removes the learning signal; take more steps, or set gae.whiten: none"
     if c.gae.length_adaptive_alpha is not None:

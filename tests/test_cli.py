@@ -61,7 +61,7 @@ def test_a_wrong_setting(refused, setting, message):
 
 
 @pytest.mark.parametrize("settings, message", [
-    (["rollout.batch_size=1", "ppo.minibatches=1"], "whitening with one response (rollout.batch_size=1) takes away whether"),
+    (["rollout.batch_size=1", "ppo.minibatches=1"], "whitening with one response (rollout.batch_size=1) removes the"),
     (["rollout.batch_size=1", "ppo.minibatches=1", "gae.whiten=none", "gae.whiten_rewards=true"], "whitening with one"),
     (["gae.estimator=grpo"], "gae.estimator=grpo compares the responses to one prompt, and rollout."),
     (["gae.estimator=rloo"], "gae.estimator=rloo compares"),

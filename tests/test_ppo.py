@@ -235,8 +235,7 @@ def test_texts_are_mixed_in_with_their_weight(learner, rollouts, tables, tiny_mo
     flat = advantages.advantages.with_values(np.zeros_like(advantages.advantages.values))
     texts = demonstrations_as_texts(tiny_model.tokenizer, [{"prompt": "The soup", "completion": " was warm."}], False)
     config = PPOConfig(epochs=1, minibatches=1, max_grad_norm=1e9, ptx_coef=0.25, ptx_batch_size=3)
-    trained, naive = learner(), learner()
-    trained.max_grad_norm = 1e9
+    trained, naive = learner(max_grad_norm=1e9), learner()
     metrics = ppo(trained, rollouts, values, replace(advantages, advantages=flat), config, seed=0, texts=texts)
     ids = torch.tensor([*texts.prompt_tokens[0], *texts.response_tokens[0]])[None].long()
     start = len(texts.prompt_tokens[0])

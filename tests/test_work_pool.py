@@ -100,8 +100,8 @@ def test_make_pool_ends_all_that_it_started_and_what_its_death_left(tmp_path):
         assert not [process for process in there if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_stage_with_another_lambda_leaves_the_run_alone(pool, trained):
-    store = trained[1]
+def test_stage_with_another_lambda_leaves_the_run_alone(pool, copied):
+    store = copied[1]
     records = {path: path.read_bytes() for path in (store / "runs").rglob("*.json")}
     recorded = open_run(Store(store), "tiny").recorded("gae", 1)
     there = set(Store(store).artifacts())
@@ -245,7 +245,7 @@ def test_a_port_that_is_taken(pool):
 def test_automations_are_there_once(pool):
     with pool.client() as client:
         assert sorted(one.name for one in client.read_automations()) == [
-            "baton-overdue", "baton-never-started", "baton-stuck-cancelling", "baton-missed-heartbeats"]
+            "baton-missed-heartbeats", "baton-never-started", "baton-overdue", "baton-stuck-cancelling"]
     again = [sys.executable, "-m", "flows.orchestration.automations"]
     subprocess.run([*again, "--patience", "90"], env=pool.environment, check=True, timeout=120)
     with pool.client() as client:
