@@ -15,7 +15,7 @@ from flows.orchestration import page
 from flows.orchestration.tasks import StageTasks, untagged
 from flows.perform import perform
 from flows.runs.retention import Retention
-from flows.runs.run import Run, lease_key
+from flows.runs.run import Run, lease_key, require_there
 from flows.runs.start import Source
 from flows.store.lease import working_on
 from flows.tracking.mirror import Mirror
@@ -92,6 +92,7 @@ def session(name: str, config: Source | None, overrides: Overrides, store: str |
     warm = warm_of(run.config.kind, run.store, run.config.execution)
     tasks = StageTasks(name, lambda call: perform(call, run.store, warm), run.config.execution.concurrent_stages)
     with (untagged(), working_on(run.store, lease_key(name), f"run {name!r}"), closing(warm), Mirror(run) as mirror):
+        require_there(run)
         yield Session(run, tasks, mirror)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -327,8 +326,3 @@ def sha256_json(value: Any) -> str:
 def derive_seed(run_seed: int, iteration: int, stage: str) -> int:
     """63 bits from (run seed, iteration, stage)."""
     return int(sha256_json([run_seed, iteration, stage])[:16], 16) >> 1
-
-
-def prefixed(stage: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    """`stage/metric` → value."""
-    return {f"{stage}/{name}": value for name, value in metrics.items()}

@@ -51,3 +51,13 @@ def test_a_run_whose_judge_is_not_allowed_is_not_made(example, tmp_path, monkeyp
     assert run_command(["train", str(example), "--store", str(tmp_path / "store")]) == 2
     assert "function 'grammar.py:gold': BATON_ALLOWED_FUNCTIONS does not allow it" in capsys.readouterr().err
     assert not (tmp_path / "store" / "runs").exists()
+
+
+@pytest.mark.parametrize("allowed", ["mypackage.*:score", "mypackage.rewards:*", "mypackage*:*"])
+def test_a_file_that_is_called_like_a_package_is_not_allowed_as_one(tmp_path, monkeypatch, allowed):
+    monkeypatch.setenv("BATON_ALLOWED_FUNCTIONS", allowed)
+    for place in ("mypackage.evil.py", "mypackage.rewards:evil.py"):
+        (tmp_path / place).write_text(SOURCE.format(path=str(tmp_path / "ran")))
+        with pytest.raises(ConfigError, match="BATON_ALLOWED_FUNCTIONS"):
+            load_function(f"{place}:score", tmp_path / place)
+    assert not (tmp_path / "ran").exists()

@@ -20,12 +20,12 @@ from test_tracking import only_run, points
 from flows.chains import check_inputs
 from flows.cli.main import run_command
 from flows.runs.gc import collect
-from flows.runs.run import lease_key, open_run
+from flows.runs.run import lease_key, open_run, remove_run, require_there
 from flows.runs.start import Request, start
 from flows.runs.verify import verify
 from flows.store.lease import GC, holder_of, lease, working_on
 from flows.store.store import Store
-from schemas.errors import StoreError
+from schemas.errors import ConfigError, StoreError
 
 
 def started(*arguments, **environment):
@@ -241,3 +241,36 @@ def test_another_error_of_a_lock_is_raised(copied, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(StoreError, match="Input/output error"), working_on(Store(copied[1]), lease_key("tiny"), "x"):
         pass
+
+
+def test_rm_leaves_nothing_to_a_process_that_waits(copied):
+    """It gets the lease of a new file once the run is gone, and keeps it."""
+    store, seen = Store(copied[1]), []
+    remove = store.files.remove
+
+    def waits_then_removed(key):
+        if key == "runs/tiny":
+            waiting.start()
+            time.sleep(1)
+        remove(key)
+
+    def wait():
+        with lease(Store(copied[1]), lease_key("tiny"), "run 'tiny'"):
+            time.sleep(0.5)
+            seen.append(holder_of(Store(copied[1]), lease_key("tiny")))
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    store.files.remove = waits_then_removed
+    remove_run(store, "tiny")
+    waiting.join(30)
+    assert seen and seen[0] and seen[0].startswith("process")
+
+
+def test_a_run_that_was_removed_while_its_lease_was_waited_for_is_not_gone_on_with(copied, capsys):
+    run = open_run(Store(copied[1]), "tiny")
+    remove_run(run.store, "tiny")
+    with pytest.raises(ConfigError, match="run 'tiny' was removed meanwhile"):
+        require_there(run)
+    with lease(run.store, lease_key("tiny"), "run 'tiny'"):
+        pass
+    assert run_command(["verify", "--store", str(copied[1])]) == 0 and run_command(["runs", "--store", str(copied[1])]) == 0

@@ -221,10 +221,12 @@ class LanguageChain:
             case "value":
                 return self.value(iteration, before.critic, made["rollout"])
             case "gae":
+                self._require_reference(made)
                 return self.gae(iteration, made["rollout"], made.get("reference"), made["reward"],
                                 self._values(recorded, iteration), self._kl_coef(recorded, before))
             case "ppo":
                 self._require_same_placement(recorded)
+                self._require_reference(made)
                 critic = before.critic if run.config.gae.has_critic else None
                 return self.ppo(iteration, before.actor, critic, before.optimizer, made["rollout"], made.get("reference"),
                                 self._values(recorded, iteration), made["gae"], self._kl_coef(recorded, before))
@@ -245,6 +247,12 @@ class LanguageChain:
         return state.model_copy(update={
             "critic": state.critic if config.gae.has_critic else None, "kl_coef": self._kl_coef(recorded, state),
             "reward_bias": self._bias(recorded, state), "reward_moments": self._moments(recorded, state)})
+
+    def _require_reference(self, made: Mapping[str, ArtifactRef]) -> None:
+        """Raises `ConfigError` where a KL is to be charged that was not measured."""
+        if self.run.config.kl.coef > 0 and "reference" not in made:
+            raise ConfigError("kl.coef: the run has no reference logprobs (kl.measure is false), so that there is no KL to "
+                              "charge; set it to 0, or make another run")
 
     def _values(self, recorded: Run, iteration: int) -> ArtifactRef | None:
         return recorded.recorded("value", iteration) if self.run.config.gae.has_critic else None

@@ -29,26 +29,32 @@ def fork(parent: Run, at: int, name: str, settings: Iterable[str], chain_of: Cal
         new, old = (getattr(config, section, None) for config in (run.config, parent.config))
         if new != old and not (section == "value" and new is None):
             raise ConfigError(f"--set {section}…: it was decided before the first iteration; make another run with it")
-    run = with_new_functions(run, parent)
     _require_kept(state, run)
-    first = chain_of(run).forked(parent, state)
-    record = RunRecord(name=name, config=run.config.model_dump(mode="json"), inputs=run.inputs,
-                       parent=f"{parent.name}@{at}", created=now())
-    with working_on(store, lease_key(name), f"run {name!r}"):
+    with working_on(store, lease_key(name), f"run {name!r}"):  # gc spares what is imported and in no record yet
         if name in run_names(store):
             raise ConfigError(f"run {name!r} exists by now; choose another name with --run")
-        remove_states(store, name)  # what an interrupted fork has left
-        run = replace(run, record=record)
-        for iteration in parent.iterations():
-            if iteration <= at:
-                run.save(first if iteration == at else parent.state(iteration))
-        store.put(record_key(name), record)  # last: with it the run is there, and retention keeps what it needs
         try:
-            _require_kept(state, run)
+            return _made(run, parent, state, name, chain_of)
         except ConfigError:
             remove_states(store, name)
             store.files.remove(record_key(name))
+            store.files.remove(f"runs/{name}")
             raise
+
+
+def _made(run: Run, parent: Run, state: TrainState, name: str, chain_of: Callable[[Run], Chain]) -> Run:
+    """The run, its record written last: with it the run is there, and retention keeps what it needs."""
+    run = with_new_functions(run, parent)
+    first = chain_of(run).forked(parent, state)
+    record = RunRecord(name=name, config=run.config.model_dump(mode="json"), inputs=run.inputs,
+                       parent=f"{parent.name}@{state.iteration}", created=now())
+    remove_states(run.store, name)  # what an interrupted fork has left
+    run = replace(run, record=record)
+    for iteration in parent.iterations():
+        if iteration <= state.iteration:
+            run.save(first if iteration == state.iteration else parent.state(iteration))
+    run.store.put(record_key(name), record)
+    _require_kept(state, run)
     return run
 
 

@@ -26,7 +26,7 @@ from schemas.errors import ConfigError
 def function_file(source: str, folder: Path) -> Path:
     """The Python file of `file.py:function` (below `folder`) or `package.module:function`. Raises `ConfigError`."""
     place, colon, name = source.rpartition(":")
-    if not place or not colon or not name.isidentifier():
+    if not place or not colon or not name.isidentifier() or ":" in place:
         raise ConfigError(f"function {source!r}: expected file.py:function or package.module:function")
     if place.endswith(".py"):
         path = folder / place
@@ -86,17 +86,25 @@ def _module_of(file: Path, source: str) -> ModuleType:
     return module
 
 
+def _matches(source: str, pattern: str) -> bool:
+    """Place and name each match; a pattern of packages matches no file, whatever the file is called."""
+    (place, _, name), (places, _, names) = source.rpartition(":"), pattern.rpartition(":")
+    if pattern == "*":
+        return True
+    return place.endswith(".py") == places.endswith(".py") and fnmatchcase(place, places) and fnmatchcase(name, names)
+
+
 def _require_allowed(source: str, file: Path | None) -> None:
     """Raises `ConfigError` if BATON_ALLOWED_FUNCTIONS is set and names neither the function nor the content of its file.
 
-    `file`: None before a module is imported, when only its name is known; a pattern of contents may then still hold.
+    `file`: None for an installed module, whose name has to be allowed: to find its file may import its package.
     """
     allowed = os.environ.get("BATON_ALLOWED_FUNCTIONS")
     if allowed is None:
         return
     patterns = [pattern.strip() for pattern in allowed.split(",")]
     contents = [pattern for pattern in patterns if pattern.startswith("sha256:")]
-    if any(fnmatchcase(source, pattern) for pattern in patterns if pattern not in contents):
+    if any(_matches(source, pattern) for pattern in patterns if pattern not in contents):
         return
     digest = f"sha256:{sha256_file(file)}" if file else None
     if digest not in contents:

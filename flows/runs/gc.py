@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from flows.runs.retention import Part, all_droppable, drop
-from flows.runs.run import Run, lease_key, open_run, record_key, references, run_folders, run_names
+from flows.runs.run import Run, lease_key, open_run, possible_runs, record_key, references, run_folders, run_names
 from flows.store.files import Stat
 from flows.store.lease import GC, holder_of, lease
 from flows.store.store import Store, folder_of
@@ -78,7 +78,7 @@ def remove(store: Store, found: Iterable[Garbage]) -> None:
 
 def _in_use(store: Store) -> Iterator[float]:
     """Of each run whose lease is held, when its last state was written; 0 where there is none."""
-    for name in run_folders(store):
+    for name in possible_runs(store):
         if holder_of(store, lease_key(name)):
             yield max((stat.modified for stat in store.files.walk(f"runs/{name}/iterations")), default=0.0)
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from flows.runs.run import Run, find_run, other_runs
+from flows.runs.run import Run, find_run, possible_runs, state_key
 from flows.store.store import Store, attempt_of, folder_of
-from schemas.artifacts import ArtifactRef, Dropped
+from schemas.artifacts import ArtifactRef, Dropped, TrainState
 from schemas.errors import ConfigError, StoreError
 from schemas.records import now
 from schemas.settings import PARTS, RetentionConfig
@@ -40,13 +40,11 @@ def kept_whole(config: RetentionConfig, iteration: int, last: int) -> bool:
 class Retention:
     """What a run keeps of its checkpoints, and what other runs of the store keep of the same ones.
 
-    An iteration asks each other run for one state, however many iterations there are. Their records, which are written once,
-    are read once.
+    An iteration asks each other run for one state, however many iterations there are.
     """
 
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config.retention
-        self._records: dict[str, Run | None] = {}  # other runs by name; none where the record cannot be read
 
     def droppable(self, iterations: Iterable[int], last: int) -> Iterator[Part]:
         """The parts that are still there and need not be, of those iterations; `last`: the run's latest."""
@@ -76,19 +74,17 @@ class Retention:
 
     def _kept_elsewhere(self, ref: ArtifactRef, iteration: int) -> bool:
         """Whether another run keeps that checkpoint whole; if it has it, then as that iteration."""
-        return any(self._kept_by(name, ref, iteration) for name in other_runs(self.run))
+        others = (name for name in possible_runs(self.run.store) if name != self.run.name)
+        return any(self._kept_by(name, ref, iteration) for name in others)
 
     def _kept_by(self, name: str, ref: ArtifactRef, iteration: int) -> bool:
         try:
-            if name not in self._records:
-                self._records[name] = find_run(self.run.store, name)
-            other = self._records[name]
-            if other is None:  # a run that is just being made, or removed
-                del self._records[name]
-                return False
-            state = other.state_if_reached(iteration)
+            state = self.run.store.get(state_key(name, iteration), TrainState)
             if state is None or state.artifacts.get("ppo") != ref:
                 return False
+            other = find_run(self.run.store, name)
+            if other is None:  # a fork that is just being made needs what its states name
+                return True
             return kept_whole(other.config.retention, iteration, other.iterations()[-1])
         except (StoreError, ConfigError):  # a run that cannot be read keeps everything
             return True

@@ -115,7 +115,7 @@ class Run:
 
     def state_key(self, iteration: int) -> str:
         """Where that state lies in the store."""
-        return f"runs/{self.name}/iterations/{iteration:06d}.json"
+        return state_key(self.name, iteration)
 
 
 # --- making and opening ---
@@ -171,26 +171,27 @@ def changed(run: Run, overrides: Mapping[str, Any] | None = None, settings: Iter
 
 def run_names(store: Store) -> list[str]:
     """Names of all runs, in order."""
-    return [name for name in _names(store) if store.files.exists(record_key(name))]
+    return [name for name in possible_runs(store) if store.files.exists(record_key(name))]
 
 
 def run_folders(store: Store) -> list[str]:
-    """Names of all folders of runs, whole or not, in order."""
-    return [name for name in _names(store) if store.files.names(f"runs/{name}")]
+    """Names of all folders of runs, whole or not, in order; one that holds a lease alone is of no run yet."""
+    return [name for name in possible_runs(store) if {*store.files.names(f"runs/{name}")} - {"lease"}]
 
 
-def other_runs(run: Run) -> list[str]:
-    """What may be other runs of the store, in order; one call to it, however many there are."""
-    return [name for name in _names(run.store) if name != run.name]
-
-
-def _names(store: Store) -> list[str]:
+def possible_runs(store: Store) -> list[str]:
+    """Names of what may be runs, or be about to be, in order; one call to the store, however many there are."""
     return [name for name in store.files.names("runs") if re.fullmatch(NAME_PATTERN, name)]
 
 
 def record_key(name: str) -> str:
     """Where a run's record lies in the store."""
     return f"runs/{name}/run.json"
+
+
+def state_key(name: str, iteration: int) -> str:
+    """Where the state of an iteration lies in the store."""
+    return f"runs/{name}/iterations/{iteration:06d}.json"
 
 
 def lease_key(name: str) -> str:
@@ -217,7 +218,13 @@ def remove_run(store: Store, name: str) -> None:
     with require_free(store, lease_key(name), f"run {name!r}"):
         remove_states(store, name)
         store.files.remove(record_key(name))
-    store.files.remove(f"runs/{name}")
+        store.files.remove(f"runs/{name}")  # the lease's file too, which a process that waits for it notices
+
+
+def require_there(run: Run) -> None:
+    """Raises `ConfigError` if the run was removed while its lease was waited for."""
+    if not run.store.files.exists(record_key(run.name)):
+        raise ConfigError(f"run {run.name!r} was removed meanwhile; make it again with baton train CONFIG --run {run.name}")
 
 
 def remove_states(store: Store, name: str) -> None:

@@ -156,7 +156,10 @@ class Store:
 
         Raises `StoreError` if it cannot be believed.
         """
-        known = self._known.get(ref)
+        with self._lock:
+            known = self._known.get(ref)
+            if known:
+                self._known.move_to_end(ref)
         return known.manifest if known else self._read(ref)
 
     def _read(self, ref: ArtifactRef) -> Manifest | None:

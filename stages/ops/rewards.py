@@ -62,7 +62,7 @@ def server_scorer(url: str, timeout: float = 60.0, *, token: str | None = None) 
             except httpx.HTTPError as error:
                 refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
                 raise (RewardError if refused else RewardServerError)(f"reward server {url}: {error}") from error
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise RewardError(f"reward server {url}: {error}") from error
         if not isinstance(answer, dict) or "scores" not in answer:
             raise RewardError(f"reward server {url}: expected an object with 'scores', found {str(answer)[:80]}")
@@ -90,7 +90,7 @@ def _reply(client: httpx.Client, url: str, body: dict[str, list[str]], limit: in
 def _as_scores(source: str, values: Sequence[float], rows: int) -> np.ndarray:
     """(B,) float32. Raises `RewardError` unless there are B numbers."""
     try:
-        scores = np.asarray(values, np.float32)
+        scores = np.array(values, np.float32)  # a copy: the function may use its own again
     except (TypeError, ValueError) as error:
         raise RewardError(f"reward {source}: expected {rows} numbers, found {str(values)[:80]}") from error
     if scores.shape != (rows,):
