@@ -7,11 +7,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 
 from flows.chains import check_inputs
 from flows.runs.run import Run
 from flows.runs.start import Request, Source, start
+from flows.store.store import Store, existing_store
 from schemas.errors import ConfigError
 from schemas.settings import Overrides
 
@@ -33,19 +33,15 @@ def requested(name: str, config: Source | None, overrides: Overrides, root: str 
 
     `root`: where the store is; none: where BATON_STORE says. Raises `ConfigError`.
     """
-    return _opened.get() or start(Request(reachable(root), name, config, overrides=overrides), check_inputs)
+    return _opened.get() or start(Request(store_of_flow(root).uri, name, config, overrides=overrides), check_inputs)
 
 
-def reachable(root: str | None) -> str:
+def store_of_flow(root: str | None) -> Store:
     """The store that a flow is to use. Raises `ConfigError` if it is not there.
 
     A folder has to be there already: a worker that has not mounted it would else begin a store of its own.
     """
     root = root or os.environ.get("BATON_STORE")
-    host = socket.gethostname()
     if not root:
-        raise ConfigError(f"no store: give the parameter store, or set BATON_STORE for the worker on {host}")
-    if "://" not in root and not Path(root).is_dir():
-        raise ConfigError(f"store {root}: no such folder on {host}, where the flow runs; mount it there, or make it if it "
-                          "is to be a new store")
-    return root
+        raise ConfigError(f"no store: give the parameter store, or set BATON_STORE for the worker on {socket.gethostname()}")
+    return existing_store(root)

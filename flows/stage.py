@@ -14,14 +14,13 @@ from pydantic import NonNegativeInt
 
 from flows.again import call_again
 from flows.chains import warm_of
-from flows.opening import reachable
+from flows.opening import store_of_flow
 from flows.orchestration import page
 from flows.orchestration.tasks import StageTasks, untagged
 from flows.perform import perform
 from flows.runs.run import open_run
 from flows.runs.start import check_device
 from flows.store.lease import wait_for_gc
-from flows.store.store import Store
 from schemas.artifacts import ArtifactRef, Produced
 from schemas.settings import Name
 from schemas.stages import STAGE_NAMES
@@ -66,7 +65,7 @@ def stage_flow(
         settings: What to change of the run's config, each as key=value, for example gae.gae_lambda=0.9.
         store: Where artifacts and runs are kept, a folder or s3://bucket/prefix; BATON_STORE of the worker by default.
     """
-    recorded = open_run(Store(reachable(store)), run)
+    recorded = open_run(store_of_flow(store), run)
     wait_for_gc(recorded.store)
     call = call_again(recorded, stage, iteration, settings or ())
     check_device(call.execution)

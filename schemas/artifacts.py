@@ -94,7 +94,7 @@ class Moments(Record):
 class StageCall(Record):
     """One stage's work, by references alone: what decides its result, and how it is computed.
 
-    It is JSON, and the same in this process, in a process of its own (`python -m flows.perform CALL.json`) or on another
+    It is JSON, and the same in this process, in a process of its own (`baton perform CALL.json`) or on another
     machine that reaches the store.
     """
 

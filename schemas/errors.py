@@ -49,6 +49,10 @@ class RewardServerError(RewardError, TransientError):
     """A reward server did not answer."""
 
 
+class StoppedError(BatonError):
+    """A stage in a thread of its own was ended, since its process is to end."""
+
+
 class TrackingError(BatonError):
     """MLflow could not be brought up to date with the store."""
 

@@ -53,6 +53,13 @@ def decode(data: bytes, where: str, kind: type[M]) -> M:
         raise DamageError(where, field, finding["msg"], repr(finding["input"])[:80], HINT) from None
 
 
+def first_finding(error: ValidationError) -> str:
+    """The first of pydantic's findings in a line: key and message."""
+    finding = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in finding["loc"])
+    return f"{key}: {finding['msg']}" if key else finding["msg"]
+
+
 def _check_digest(data: bytes, where: str, signed: object) -> None:
     if not isinstance(signed, str) or len(signed) != len(UNSIGNED):
         raise DamageError(where, "sha256", "the digest of the file", repr(signed)[:80], HINT)

@@ -1,7 +1,7 @@
 """Every stage, declared once: what it is called, what it writes and measures. How it computes is in stages/.
 
-In the order in which a run goes through them. Who wants to know what there is (the form on Prefect's page, `baton diff`, the
-reader of tables, the tasks) reads it here.
+In the order in which a run goes through them. The form on Prefect's page, `baton diff`, the reader of tables and the tasks
+all take it from here.
 """
 
 from __future__ import annotations

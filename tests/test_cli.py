@@ -51,7 +51,7 @@ def refused(example, tmp_path, capsys):
     ("execution.device=cuda", "torch finds no cuda here"),
     ("execution.device=gpu", "execution.device: should be 'cpu' or 'cuda', found 'gpu'"),
     ("evaluate.judge=grammar", "expected file.py:function or package.module:function"),
-    ("evaluate.judge=no.such:thing", "no.such cannot be imported"),
+    ("evaluate.judge=no.such:thing", "no such module: no.such"),
     ("base_model={source: nowhere}", "is no folder"),
     ("reward_model=null", "there is no reward_model section"),
     ("sft=null", "add an sft section"),

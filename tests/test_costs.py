@@ -15,6 +15,7 @@ from flows.cli.main import run_command
 from flows.language import language_tasks
 from flows.runs import inputs
 from flows.runs.run import Run, open_run
+from flows.store import store as store_module
 from flows.store.local import LocalFiles
 from flows.store.store import Store
 from flows.tracking.client import Client
@@ -50,7 +51,8 @@ def per_iteration(calls, monkeypatch):
 
 
 def test_an_iteration_asks_the_store_as_often_at_50_as_at_5(tmp_path, calls, monkeypatch, prefect_server):
-    """With ten other runs in the store, MLflow and retention on."""
+    """With ten other runs in the store, MLflow and retention on; the store forgets most of what it has read meanwhile."""
+    monkeypatch.setattr(store_module, "KNOWN", 24)
     example, store = write_control(tmp_path / "small", evaluate={"every": 0}, retention={"keep_last": 1}), tmp_path / "store"
     arguments = ["train", str(example), "--store", str(store), "--quiet"]
     assert run_command([*arguments, "--run", "other", "--iterations", "1"]) == 0

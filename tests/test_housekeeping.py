@@ -69,6 +69,13 @@ def test_gc_removes_what_nothing_refers_to_and_nothing_else(own, capsys):
     assert verify(Store(root), None)[1] == [] and not list(root.rglob("empty"))
 
 
+@pytest.mark.parametrize("command", [["gc"], ["gc", "--dry-run"], ["verify"]])
+def test_a_store_that_is_not_there_is_no_clean_store(tmp_path, command, capsys):
+    assert run_command([*command, "--store", str(tmp_path / "stroe")]) == 2
+    assert f"store {tmp_path / 'stroe'}: no such folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_gc_leaves_what_a_running_iteration_has_committed(own):
     """While a run is being worked on, what is younger than its last state stays, however old that is."""
     _, root = own

@@ -106,7 +106,9 @@ def test_a_token_is_sent_to_its_host_alone(monkeypatch, tokens, url, token):
 
 @pytest.mark.parametrize("tokens, url, message", [
     (f"a.org={CANARY}", "http://a.org/score", "which would be sent in clear; use https://"),
-    (CANARY, "https://a.org/score", "BATON_REWARD_TOKEN: expected host=token")])
+    (CANARY, "https://a.org/score", "BATON_REWARD_TOKEN: expected host=token"),
+    (f"{CANARY}=", "https://a.org/score", "BATON_REWARD_TOKEN: expected host=token"),
+    (f"a.org=x,{CANARY}==", "https://a.org/score", "BATON_REWARD_TOKEN: expected host=token")])
 def test_a_token_that_cannot_be_kept_secret_is_refused(monkeypatch, tokens, url, message):
     monkeypatch.setenv("BATON_REWARD_TOKEN", tokens)
     with pytest.raises(ConfigError, match=message) as error:

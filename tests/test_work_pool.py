@@ -20,6 +20,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 
 from flows.orchestration import page
+from flows.orchestration.automations import automations
 from flows.orchestration.pool import deploy
 from flows.runs.run import open_run
 from flows.runs.verify import verify
@@ -246,6 +247,8 @@ def test_automations_are_there_once(pool):
     with pool.client() as client:
         assert sorted(one.name for one in client.read_automations()) == [
             "baton-missed-heartbeats", "baton-never-started", "baton-overdue", "baton-stuck-cancelling"]
+        (old,) = (one for one in automations() if one.name == "baton-stuck-cancelling")
+        client.create_automation(old.model_copy(update={"name": "baton-undead"}))  # as an older version had it
     again = [sys.executable, "-m", "flows.orchestration.automations"]
     subprocess.run([*again, "--patience", "90"], env=pool.environment, check=True, timeout=120)
     with pool.client() as client:

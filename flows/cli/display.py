@@ -25,6 +25,9 @@ RETURNS = (("mean", "evaluate/episode_return"), ("σ", "evaluate/episode_return_
            ("least", "evaluate/episode_return_min"), ("greatest", "evaluate/episode_return_max"),
            ("steps, mean", "evaluate/episode_length"))
 
+HOW = {"made": "made", "found": "found, it was committed before", "adopted": "committed by another writer meanwhile",
+       "reproduced": "reproduced, the same bytes", "different": "NOT reproduced, other bytes"}
+
 
 def summary(console: Console, run: Run, before: TrainState, after: TrainState, last: TrainState) -> None:
     """The end of a run: held-out samples before and after, the scores, where the actor lies, MLflow's page.
@@ -145,17 +148,33 @@ def stage(
     """What a rerun came to. `metrics`: name → (in the run, now); `loaded`: models; `new`: not the recorded artifact."""
     models = f"{loaded} models loaded" if loaded else "no model loaded"
     if produced.how == "reproduced":
-        files = f"{produced.files} file{'s' if produced.files > 1 else ''}"
-        console.print(f"{what}: reproduced, {files}, the same bytes, {produced.ref.short}; {models}", highlight=False)
+        console.print(f"{what}: reproduced, {_files(produced)}, the same bytes, {produced.ref.short}; {models}",
+                      highlight=False)
     elif produced.how == "different":
-        console.print(f"{what}: NOT reproduced, {produced.ref.short}; {models}; the new files are in {produced.folder}",
-                      highlight=False, soft_wrap=True)
-        for path, (old, now) in produced.different.items():
-            console.print(f"  {path}: committed {(old or 'no such file')[:12]}, now {(now or 'no such file')[:12]}")
+        console.print(f"{what}: NOT reproduced, {produced.ref.short}; {models}", highlight=False, soft_wrap=True)
+        _differences(console, produced)
     else:
         console.print(f"{what}: a new artifact, {produced.ref.short}; {models}; the run is as it was", highlight=False)
     if new:
         console.print(_compared(metrics))
+
+
+def performed(console: Console, produced: Produced) -> None:
+    """What came of a call."""
+    console.print(f"{produced.ref.short}: {HOW[produced.how]}, {_files(produced)}", highlight=False)
+    if produced.how == "different":
+        _differences(console, produced)
+
+
+def _files(produced: Produced) -> str:
+    return f"{produced.files} file{'s' if produced.files > 1 else ''}"
+
+
+def _differences(console: Console, produced: Produced) -> None:
+    for path, (old, now) in produced.different.items():
+        console.print(f"  {path}: committed {(old or 'no such file')[:12]}, now {(now or 'no such file')[:12]}",
+                      highlight=False, soft_wrap=True)
+    console.print(f"  the new files are in {produced.folder}", highlight=False, soft_wrap=True)
 
 
 def difference(console: Console, a: Run, b: Run, found: Difference | None) -> None:

@@ -1,108 +1,28 @@
-"""`baton …`: reads arguments, calls a flow or the store, prints. Exit code 0 success, 2 the user's mistake, 1 all else."""
+"""`baton …`: each command reads its arguments, calls a flow or the store, and gives what is printed."""
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
-import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
-from flows.store.files import REMEDIES
-from schemas.addresses import without_user_info
-from schemas.errors import BatonError, ConfigError
+from flows.cli.command import Answer, command, run_command, terminate
+from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
     from flows.runs.run import Run
     from schemas.artifacts import TrainState
 
 log = logging.getLogger("baton")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command found: `data` for --json, a function where it is read only then; `show` for people; exit code."""
-
-    data: Any | Callable[[], Any]
-    show: Callable[[Console], None]
-    code: int = 0
-
-
-# --- what all commands share ---
-
-def global_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The four options that every command takes, before its name or after."""
-    for option in (
-        click.option("--verbose", is_flag=True, help="Prefect's and the libraries' own log lines too."),
-        click.option("--quiet", is_flag=True, help="Nothing but errors."),
-        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout and nothing else."),
-        click.option("--store", "root", envvar="BATON_STORE", help="Where artifacts and runs are kept (BATON_STORE sets "
-                     "it too); data/store by default."),
-    ):
-        function = option(function)
-    return function
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="baton")
-@global_options
-@click.pass_context
-def baton(context: click.Context, **options: Any) -> None:
-    """PPO, for language models and control tasks, as a pipeline of stages that hand each other committed artifacts."""
-    context.obj = options
-
-
-def command(function: Callable[..., Answer]) -> click.Command:
-    """A command with the global options, whose `Answer` is printed."""
-
-    @functools.wraps(function)
-    def wrapped(**arguments: Any) -> int:
-        before = click.get_current_context().obj
-        as_json, quiet, verbose = (arguments.pop(name) or before[name] for name in ("as_json", "quiet", "verbose"))
-        configure_output(as_json, quiet, verbose)
-        answer = function(**arguments | {"root": arguments["root"] or before["root"] or "data/store"})
-        if as_json:
-            click.echo(json.dumps(answer.data() if callable(answer.data) else answer.data, indent=1))
-        elif not quiet:
-            answer.show(Console(width=None if sys.stdout.isatty() else 140))
-        return answer.code
-
-    return baton.command(name=function.__name__.removesuffix("_command").replace("_", "-"))(global_options(wrapped))
-
-
-def configure_output(as_json: bool, quiet: bool, verbose: bool) -> None:
-    """What is written to the terminal. Before Prefect is imported, since it reads its settings then."""
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # it would go to stdout
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments are drawn into arrays, on no screen
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "baton")
-    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # for flows/orchestration/automations.py
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")  # a busy machine needs more than 20
-    if not verbose:
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-        os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL", "WARNING")  # not a line for each task
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        warnings.simplefilter("ignore", FutureWarning)
-    if quiet or as_json:
-        os.environ["TQDM_DISABLE"] = "1"
-    handler = logging.StreamHandler(sys.stderr if as_json else sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers[:] = [handler]
-    log.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
-
-
 SETTINGS = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
                         help="A setting of the config, for example ppo.learning_rate=1e-5; may be repeated.")
 
@@ -217,8 +137,8 @@ def iterate(run: str, root: str) -> Answer:
 @click.option("--iteration", type=click.IntRange(min=0), required=True,
               help="0 for base_model, sft, reward_model, policy and the first evaluate.")
 @SETTINGS
-@click.option("--print-call", is_flag=True, help="Print the stage's call as JSON and do nothing: python -m flows.perform "
-              "performs it, in any process that reaches the store.")
+@click.option("--print-call", is_flag=True, help="Print the stage's call as JSON and do nothing: baton perform performs "
+              "it, in any process that reaches the store.")
 def stage_command(
     stage: str, run: str, iteration: int, settings: tuple[str, ...], print_call: bool, root: str
 ) -> Answer:
@@ -247,6 +167,30 @@ def _call(run: Run, stage: str, iteration: int, settings: tuple[str, ...]) -> An
 
     call = call_again(run, stage, iteration, settings)
     return Answer(call.model_dump(mode="json"), lambda console: click.echo(call.model_dump_json(indent=1)))
+
+
+@partial(command, default_store=None)
+@click.argument("call", type=click.Path(path_type=Path))
+@click.option("--again", is_flag=True, help="Make an artifact that is there once more, and compare the bytes.")
+def perform(call: Path, again: bool, root: str | None) -> Answer:
+    """The stage CALL, a JSON file, in this process. In the store that it names, unless --store or BATON_STORE does.
+
+    baton stage STAGE RUN --iteration I --print-call writes one.
+    """
+    from flows.chains import warm_of
+    from flows.cli import display
+    from flows.perform import perform as perform_call
+    from flows.perform import read_call
+    from flows.store.lease import wait_for_gc
+    from flows.store.store import existing_store
+
+    what = read_call(call)
+    store = existing_store(root or what.store)
+    wait_for_gc(store)
+    with closing(warm_of(what.kind, store, what.execution)) as warm:
+        produced = perform_call(what, store, warm, again=again)
+    return Answer(produced.model_dump(mode="json"), lambda console: display.performed(console, produced),
+                  code=1 if produced.how == "different" else 0)
 
 
 @command
@@ -291,9 +235,9 @@ def show(run: str, iteration: int | None, root: str) -> Answer:
 def verify(run: str | None, root: str) -> Answer:
     """Check every byte of RUN, or of the whole store."""
     from flows.runs.verify import verify as verify_all
-    from flows.store.store import Store
+    from flows.store.store import existing_store
 
-    artifacts, findings = verify_all(Store(root), run)
+    artifacts, findings = verify_all(existing_store(root), run)
 
     def print_all(console: Console) -> None:
         for finding in findings:
@@ -353,9 +297,9 @@ def gc(dry_run: bool, hours: float, root: str) -> Answer:
     """Remove what nothing needs. What no run refers to, broken-off attempts, and what retention does not keep."""
     from flows.cli import display
     from flows.runs.gc import collect
-    from flows.store.store import Store
+    from flows.store.store import existing_store
 
-    found = collect(Store(root), hours, dry_run=dry_run)
+    found = collect(existing_store(root), hours, dry_run=dry_run)
     data = {"removed": not dry_run, "bytes": sum(one.bytes for one in found),
             "found": [{"kind": one.kind, "what": one.what, "bytes": one.bytes} for one in found]}
     return Answer(data, lambda console: display.garbage(console, found, dry_run))
@@ -376,42 +320,9 @@ def mlflow_sync(run: str, settings: tuple[str, ...], root: str) -> Answer:
         f"run {run}: MLflow has its {states} states; {how_to_open(what)}", highlight=False, soft_wrap=True))
 
 
-# --- the entry point ---
-
-def run_command(arguments: list[str] | None = None) -> int:
-    """The exit code of one call. What a user can mend is one line on stderr; a fault of Baton's is a traceback."""
-    try:
-        return baton.main(arguments, prog_name="baton", standalone_mode=False) or 0
-    except click.ClickException as error:
-        return _complain(f"{error.format_message()} (baton --help lists what there is)", 2)
-    except BatonError as error:
-        return _complain(str(error), 2 if isinstance(error, ConfigError) else 1)
-    except OSError as error:
-        if error.errno not in REMEDIES:
-            raise
-        return _complain(f"{error.filename or 'the store'}: {error.strerror}; {REMEDIES[error.errno]}", 1)
-    except (click.Abort, KeyboardInterrupt):
-        return _complain("interrupted; the same command goes on from here", 130)
-    except TerminatedError:
-        return _complain("terminated; what was committed is whole, the same command goes on from here", 143)
-
-
-class TerminatedError(BaseException):
-    """SIGTERM: the stage ends where it is, and takes what it has written with it."""
-
-
-def _terminate(*_: object) -> None:
-    raise TerminatedError
-
-
-def _complain(message: str, code: int) -> int:
-    click.echo(f"baton: {without_user_info(' '.join(message.split()))}", err=True)
-    return code
-
-
 def main() -> None:
     """The `baton` command."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(run_command())
 
 

@@ -45,7 +45,7 @@ def rollout(work: Work[WarmPolicies]) -> StageOutput:
     actor, critic = work.warm.actor(work.model("actor")), work.warm.critic(work.model("critic"))
     with work.warm.environments(
             work.settings(EnvironmentConfig, "environment"), _function(work), actor.spaces, config.num_envs,
-            seed=work.setting("environments_seed"), previous=work.ref("previous"), rollout=work.call.recipe.ref,
+            seed=work.setting("environments_seed"), previous=work.ref_if_given("previous"), rollout=work.call.recipe.ref,
     ) as environments:
         batch = rollout_stage.control_rollout(actor, critic, environments, config, reward, gamma=work.setting("gamma"),
                                               moments=before, seed=work.call.seed)
@@ -64,7 +64,7 @@ def gae(work: Work[WarmPolicies]) -> StageOutput:
 
 def ppo(work: Work[WarmPolicies]) -> StageOutput:
     config, batch = work.settings(PPOConfig), work.table("rollouts", Trajectories)
-    learner = work.warm.take_learner(work.model("actor"), work.model("critic"), work.model("optimizer"), config)
+    learner = work.warm.take_learner(work.model("actor"), work.model("critic"), work.model_if_given("optimizer"), config)
     metrics = ppo_stage.ppo(
         learner, batch, batch, work.table("advantages", Advantages), config, seed=work.call.seed,
         learning_rate_factor=work.setting("learning_rate_factor"), train_actor=work.setting("train_actor"))
@@ -95,4 +95,4 @@ TASKS: dict[str, Task] = {task.__name__: task for task in (policy, rollout, gae,
 
 def _function(work: Work[WarmPolicies]) -> Callable[..., gymnasium.Env] | None:
     """The user's function that makes an environment, none where its id is Gymnasium's."""
-    return work.function("environment", work.setting("environment")["id"]) if work.ref("environment") else None
+    return work.function("environment", work.setting("environment")["id"]) if "environment" in work.call.inputs else None

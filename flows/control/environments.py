@@ -17,6 +17,7 @@ from gymnasium import spaces
 from gymnasium.error import DependencyNotInstalled, Error, NameNotFound, NamespaceNotFound
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from flows.runs.functions import require_allowed
 from schemas.control import EnvironmentConfig, Spaces
 from schemas.errors import ConfigError, EnvironmentFailure
 from schemas.settings import ExecutionConfig
@@ -30,6 +31,8 @@ def make_environment(
     config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | None = None, **more: object
 ) -> gymnasium.Env:
     """One environment, by the user's function or by its id. Raises `ConfigError` saying what is missing."""
+    if function is None and ":" in config.id:  # Gymnasium imports the module, which runs it
+        require_allowed(config.id)
     try:
         if function is not None:
             environment = function(**{**config.kwargs, **more})

@@ -65,7 +65,7 @@ def reward_bias(work: Work[WarmModels]) -> StageOutput:
     rewards = reward_bias_stage.reward_bias(_scorers(work, config), texts, config)
     work.attempt.table(rewards)
     metrics = reward_bias_stage.metrics(rewards)
-    return StageOutput(metrics, _tokens(texts) if work.model("reward_model") else None, Outputs(bias=metrics.bias))
+    return StageOutput(metrics, _tokens(texts) if "reward_model" in work.call.inputs else None, Outputs(bias=metrics.bias))
 
 
 # --- every iteration ---
@@ -97,7 +97,7 @@ def reward(work: Work[WarmModels]) -> StageOutput:
     work.attempt.table(rewards)
     moments = updated_moments(before, rewards.raw_score) if config.normalize != "none" else None
     return StageOutput(reward_stage.metrics(rewards, config, before),
-                       _tokens(rollouts) if work.model("reward_model") else None, Outputs(moments=moments))
+                       _tokens(rollouts) if "reward_model" in work.call.inputs else None, Outputs(moments=moments))
 
 
 def value(work: Work[WarmModels]) -> StageOutput:
@@ -120,8 +120,8 @@ def gae(work: Work[WarmModels]) -> StageOutput:
 
 def ppo(work: Work[WarmModels]) -> StageOutput:
     config, rollouts = work.settings(PPOConfig), work.table("rollouts", Rollouts)
-    learner = work.warm.take_learner(work.model("actor"), work.model("critic"), work.model("optimizer"), config,
-                                     work.setting("temperature"))
+    learner = work.warm.take_learner(work.model("actor"), work.model_if_given("critic"), work.model_if_given("optimizer"),
+                                     config, work.setting("temperature"))
     penalty = None
     if reference := work.table_if_given("reference", ReferenceLogprobs):
         penalty = ppo_stage.KLLoss(reference, work.setting("kl_coef"), work.setting("kl_estimator"))

@@ -31,8 +31,8 @@ def _tokens() -> dict[str, str]:
     entries = [entry.strip() for entry in os.environ.get(VARIABLE, "").split(",") if entry.strip()]
     tokens = {}
     for entry in entries:
-        host, equals, token = entry.partition("=")
-        if not (host and equals and token):
+        host, _, token = entry.partition("=")
+        if not (host and token.strip("=")):  # a token alone may end with the padding of base64
             raise ConfigError(f"{VARIABLE}: expected host=token, several of them separated by commas; a token is sent to "
                               "its host alone")
         tokens[host.lower()] = token

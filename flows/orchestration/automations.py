@@ -29,6 +29,7 @@ ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Crash
 CANCELLING = {"prefect.flow-run.Cancelling"}
 RESCHEDULED = {f"prefect.flow-run.{state}" for state in ("Scheduled", "AwaitingRetry", "AwaitingConcurrencySlot", "Late",
                                                   "Pending")}  # its process is gone, and it will be started again
+OLD_NAMES = ("baton-zombies", "baton-stillborn", "baton-undead")
 HEARTBEAT = "prefect.flow-run.heartbeat"  # each 30 seconds, as in prefect.yaml; Prefect allows no shorter interval
 
 
@@ -70,8 +71,11 @@ def _missing(after: set[str], expect: set[str], seconds: float, *which: dict[str
 
 
 def install(wanted: list[AutomationCore]) -> None:
-    """Makes the server's automations of these names these, whatever they were."""
+    """Makes the server's automations of these names these, whatever they were; those of older versions go."""
     with get_client(sync_client=True) as client:
+        for name in OLD_NAMES:
+            for old in client.read_automations_by_name(name):
+                client.delete_automation(old.id)
         for automation in wanted:
             old = client.read_automations_by_name(automation.name)
             if old:  # not a new one: what it has seen so far would be forgotten

@@ -7,6 +7,7 @@ Prefect persists and caches nothing. A task whose artifact was there ends in a s
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,12 +16,14 @@ from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.context import TagsContext
+from prefect.futures import PrefectFuture, wait
 from prefect.states import Completed, State
 from prefect.utilities.annotations import quote
 
 from flows.orchestration import page
 from schemas.artifacts import Produced, StageCall
 from schemas.errors import TransientError
+from stages.ops.progress import interrupted_by
 
 log = logging.getLogger("baton")
 page.configure_events()  # now: Prefect begins to tell its server before it calls a flow
@@ -46,11 +49,31 @@ class StageTasks:
         if len(calls) == 1:
             made = _task(calls[0].stage)(self.run, calls[0].iteration, quote(calls[0]), quote(self.perform))
             return {calls[0].stage: made.result() if isinstance(made, State) else made}
-        futures = {call.stage: _task(call.stage).submit(self.run, call.iteration, quote(call), quote(self.perform))
-                   for call in calls}
-        for future in futures.values():  # all of them, so that none still writes when another's error ends the flow
-            future.wait()
+        stop = threading.Event()
+        perform = quote(stoppable(self.perform, stop))
+        futures: dict[str, PrefectFuture] = {}
+        try:
+            for call in calls:
+                futures[call.stage] = _task(call.stage).submit(self.run, call.iteration, quote(call), perform)
+            wait(list(futures.values()))  # all of them, so that none still writes when another's error ends the flow
+        except BaseException:  # a signal
+            stop.set()
+            wait(list(futures.values()))
+            raise
         return {stage: future.result() for stage, future in futures.items()}
+
+
+def stoppable(perform: Callable[[StageCall], Produced], stop: threading.Event) -> Callable[[StageCall], Produced]:
+    """The same for a thread of its own, which no signal reaches.
+
+    Once `stop` is set the next step of a progress bar raises `StoppedError`, and what the stage has written is removed.
+    """
+
+    def until_stopped(call: StageCall) -> Produced:
+        with interrupted_by(stop):
+            return perform(call)
+
+    return until_stopped
 
 
 @cache

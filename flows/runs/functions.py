@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import os
 import shutil
 import sys
@@ -24,35 +23,43 @@ from schemas.errors import ConfigError
 
 
 def function_file(source: str, folder: Path) -> Path:
-    """The Python file of `file.py:function` (below `folder`) or `package.module:function`. Raises `ConfigError`."""
+    """The Python file of `file.py:function` (below `folder`) or `package.module:function`; nothing is imported.
+
+    Raises `ConfigError`.
+    """
     place, colon, name = source.rpartition(":")
     if not place or not colon or not name.isidentifier() or ":" in place:
         raise ConfigError(f"function {source!r}: expected file.py:function or package.module:function")
-    if place.endswith(".py"):
-        path = folder / place
-        if not path.is_file():
-            raise ConfigError(f"function {source!r}: no such file: {path}")
-        return path
-    return _installed(source, place)
+    path = folder / place if place.endswith(".py") else _installed(place)
+    if path is None or not path.is_file():
+        raise ConfigError(f"function {source!r}: no such {f'file: {path}' if place.endswith('.py') else f'module: {place}'}")
+    return path
 
 
-def _installed(source: str, place: str) -> Path:
-    """The source file of a module that is installed. Importing it runs it, so that its name has to be allowed first."""
-    _require_allowed(source, None)
-    try:
-        return Path(inspect.getsourcefile(importlib.import_module(place)))
-    except (Exception, SystemExit) as error:  # whatever a user's module does when it is run
-        raise ConfigError(f"function {source!r}: {place} cannot be imported: {error}") from None
+def _installed(module: str) -> Path | None:
+    """The source file of an installed module, found without running its packages, as `importlib.util.find_spec` would."""
+    parts, search = module.split("."), None
+    for depth in range(1, len(parts) + 1):
+        name = ".".join(parts[:depth])
+        found = (finder.find_spec(name, search) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is None:
+            return None
+        search = spec.submodule_search_locations or []
+    return Path(spec.origin) if spec.has_location else None
 
 
 def load_function(source: str, file: Path) -> Callable:
     """The function, from `file` or from its installed package, which must have the same source. Raises `ConfigError`."""
     place, _, name = source.rpartition(":")
-    _require_allowed(source, file)
+    require_allowed(source, file)
     if not place.endswith(".py") and sha256_file(function_file(source, file.parent)) != sha256_file(file):
         raise ConfigError(f"function {source!r}: the installed file is not the one the run was made with; install that "
                           "version, or make another run")
-    module = _module_of(file, source) if place.endswith(".py") else importlib.import_module(place)
+    try:
+        module = _module_of(file) if place.endswith(".py") else importlib.import_module(place)
+    except (Exception, SystemExit) as error:  # whatever a user's file does when it is run
+        raise ConfigError(f"function {source!r}: {file} cannot be run: {type(error).__name__}: {error}") from None
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"function {source!r}: {place} has no function {name!r}")
@@ -71,7 +78,7 @@ def stored_function(store: Store, ref: ArtifactRef, source: str) -> Callable:
     return load_function(source, store.file(ref, entry.path))
 
 
-def _module_of(file: Path, source: str) -> ModuleType:
+def _module_of(file: Path) -> ModuleType:
     """The file as a module, under a name made from its content, so that a process can hold several versions."""
     name = f"baton_user_{sha256_file(file)[:16]}"
     if (module := sys.modules.get(name)) is None:
@@ -80,9 +87,9 @@ def _module_of(file: Path, source: str) -> ModuleType:
         sys.modules[name] = module  # dataclasses look their module up there
         try:
             spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # whatever a user's file does when it is run
+        except BaseException:
             del sys.modules[name]
-            raise ConfigError(f"function {source!r}: {file} cannot be run: {type(error).__name__}: {error}") from None
+            raise
     return module
 
 
@@ -94,10 +101,10 @@ def _matches(source: str, pattern: str) -> bool:
     return place.endswith(".py") == places.endswith(".py") and fnmatchcase(place, places) and fnmatchcase(name, names)
 
 
-def _require_allowed(source: str, file: Path | None) -> None:
-    """Raises `ConfigError` if BATON_ALLOWED_FUNCTIONS is set and names neither the function nor the content of its file.
+def require_allowed(source: str, file: Path | None = None) -> None:
+    """Raises `ConfigError` if BATON_ALLOWED_FUNCTIONS is set and names neither `source` nor the content of its file.
 
-    `file`: None for an installed module, whose name has to be allowed: to find its file may import its package.
+    `file`: none for what is known by its name alone, such as an environment that a module registers.
     """
     allowed = os.environ.get("BATON_ALLOWED_FUNCTIONS")
     if allowed is None:

@@ -72,8 +72,7 @@ class Rows(Sequence[dict[str, str]]):
         return len(self.begins)
 
     def __getitem__(self, row: int) -> dict[str, str]:
-        if not 0 <= row < len(self):
-            raise IndexError(row)
+        row = range(len(self))[row]
         return _row(self.data[self.begins[row] : self.ends[row]], f"{self.path}, line {row + 1}", self.columns)
 
 

@@ -57,7 +57,7 @@ class Run:
         return StageCall(
             kind=declared.kind, stage=declared.name, version=declared.version, settings=settings, seed=seed,
             inputs={role: ref for role, ref in inputs.items() if ref is not None}, iteration=iteration,
-            store=self.store.uri, execution=self.config.execution)
+            store=self.store.absolute, execution=self.config.execution)
 
     # --- iterations ---
 
@@ -122,12 +122,12 @@ class Run:
 
 def create(store: Store, name: str, config: RunConfig, inputs: Mapping[str, ArtifactRef]) -> Run:
     """A new run of that name; one that another process has made meanwhile, if it is the same. Raises `ConfigError`."""
-    settled = with_threads(config)
-    record = RunRecord(name=name, config=settled.model_dump(mode="json"), inputs=dict(inputs), created=now())
+    config = with_threads(config)
+    record = RunRecord(name=name, config=config.model_dump(mode="json"), inputs=dict(inputs), created=now())
     if store.files.names(f"runs/{name}/iterations"):
         raise ConfigError(f"run {name!r} is not whole, a fork or removal of it was interrupted; baton rm {name}, then again")
     if store.put(record_key(name), record):
-        return Run(store, record, settled)
+        return Run(store, record, config)
     run = open_run(store, name)
     require_same(run, config, inputs)
     return run
@@ -202,8 +202,8 @@ def lease_key(name: str) -> str:
 def with_threads(config: RunConfig) -> RunConfig:
     """With the number of threads it runs with, so that it can be used again."""
     execution = config.execution
-    settled = execution.model_copy(update={"threads": execution.threads or _cores()})
-    return config.model_copy(update={"execution": settled})
+    execution = execution.model_copy(update={"threads": execution.threads or _cores()})
+    return config.model_copy(update={"execution": execution})
 
 
 def _cores() -> int:

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from pydantic import ValidationError
+
 from flows.runs.functions import stored_function
 from flows.runs.inputs import Rows, stored_rows
 from flows.runs.produce import StageOutput
 from flows.store.store import Attempt, Store
 from schemas.artifacts import ArtifactRef, ModelRef, Moments, StageCall
+from schemas.errors import ConfigError
+from schemas.records import first_finding
 from schemas.settings import Settings
 from schemas.tables import Table
 
@@ -29,12 +33,17 @@ class Work(Generic[W]):
     attempt: Attempt
 
     def settings(self, kind: type[S], section: str | None = None) -> S:
-        """The call's settings that are of that class; those below `section`, if one is named."""
-        values = self.call.settings if section is None else self.call.settings[section]
-        return kind.model_validate({name: value for name, value in values.items() if name in kind.model_fields})
+        """The call's settings that are of that class; those below `section`, if one is named. Raises `ConfigError`."""
+        values = self.call.settings if section is None else self.setting(section)
+        try:
+            return kind.model_validate({name: value for name, value in values.items() if name in kind.model_fields})
+        except ValidationError as error:
+            raise self._unusable(f"settings: {first_finding(error)}") from None
 
     def setting(self, name: str) -> Any:
-        """One of the settings."""
+        """One of the settings. Raises `ConfigError` if the call has none of that name."""
+        if name not in self.call.settings:
+            raise self._unusable(f"settings.{name}: missing")
         return self.call.settings[name]
 
     @property
@@ -42,14 +51,26 @@ class Work(Generic[W]):
         """Running moments before this call; those of nothing where they are not kept."""
         return Moments.model_validate(self.call.settings.get("moments", {}))
 
-    def ref(self, role: str) -> ArtifactRef | None:
-        """An artifact that is read, none if the call has none in that role."""
-        found = self.call.inputs.get(role)
+    def ref(self, role: str) -> ArtifactRef:
+        """An artifact that is read. Raises `ConfigError` if the call has none in that role."""
+        if role not in self.call.inputs:
+            raise self._unusable(f"inputs.{role}: missing")
+        found = self.call.inputs[role]
         return found.artifact if isinstance(found, ModelRef) else found
 
-    def model(self, role: str) -> ModelRef | None:
-        """A model that is read, none if the call has none in that role."""
-        return self.call.inputs.get(role)
+    def ref_if_given(self, role: str) -> ArtifactRef | None:
+        """The same, none if the call has none in that role."""
+        return self.ref(role) if role in self.call.inputs else None
+
+    def model(self, role: str) -> ModelRef:
+        """A model that is read. Raises `ConfigError` if the call has none in that role."""
+        if not isinstance(found := self.call.inputs.get(role), ModelRef):
+            raise self._unusable(f"inputs.{role}: " + ("expected a model's artifact and folder" if found else "missing"))
+        return found
+
+    def model_if_given(self, role: str) -> ModelRef | None:
+        """The same, none if the call has none in that role."""
+        return self.model(role) if role in self.call.inputs else None
 
     def made_with(self, role: str) -> dict[str, Any]:
         """The settings that an artifact which is read was made with."""
@@ -70,6 +91,10 @@ class Work(Generic[W]):
     def function(self, role: str, source: str) -> Callable[..., Any]:
         """A user's function."""
         return stored_function(self.store, self.ref(role), source)
+
+    def _unusable(self, reason: str) -> ConfigError:
+        return ConfigError(f"call of {self.call.stage}: {reason}; baton stage {self.call.stage} RUN --iteration I "
+                           "--print-call writes one that is whole")
 
 
 Task = Callable[[Work], StageOutput]

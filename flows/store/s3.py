@@ -174,7 +174,8 @@ class S3Files:
 
         A term whose heartbeat does not change for LEASE_TIMEOUT seconds, by the clock of the waiting process, has expired.
         """
-        term = self._win(key, holder, waiting)
+        mine = holder + f"\n{uuid.uuid4().hex}".encode()
+        term = self._win(key, mine, waiting)
         over = threading.Event()
         beats = threading.Thread(target=self._beat, args=(f"{key}/{term:06d}.beat", over), daemon=True)
         beats.start()
@@ -184,11 +185,19 @@ class S3Files:
             over.set()
             beats.join()
             with contextlib.suppress(StoreError, OSError):  # it will lapse
-                self._put_once(f"{key}/{term:06d}.end", b"")
+                self._end(key, term, mine)
 
-    def _win(self, key: str, holder: bytes, waiting: Callable[[bytes], None]) -> int:
+    def _end(self, key: str, term: int, mine: bytes) -> None:
+        """Ends the term. One that was removed meanwhile, with all else of its run, is over, and its number another's."""
+        there = self.read(f"{key}/{term:06d}")
+        if there == mine:
+            self._put_once(f"{key}/{term:06d}.end", b"")
+        elif there is None:
+            self.remove(f"{key}/{term:06d}.beat")
+
+    def _win(self, key: str, mine: bytes, waiting: Callable[[bytes], None]) -> int:
         self.probe()
-        mine, seen, since, warned = holder + f"\n{uuid.uuid4().hex}".encode(), None, time.monotonic(), False
+        seen, since, warned = None, time.monotonic(), False
         while True:
             last, ended = self._last_term(key)
             sign = (last, self.read(f"{key}/{last:06d}.beat"))

@@ -12,7 +12,9 @@ one exists already, so that of two writers the first wins and the second adopts 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import socket
 import threading
 import uuid
 from collections import OrderedDict
@@ -123,6 +125,11 @@ class Store:
         self.uri = self.files.uri
         self._known: OrderedDict[ArtifactRef, _Known] = OrderedDict()
         self._lock = threading.Lock()  # of what is known: stages may run side by side
+
+    @property
+    def absolute(self) -> str:
+        """Its address for processes that work in another folder."""
+        return self.uri if "://" in self.uri else os.path.abspath(self.uri)
 
     # --- writing ---
 
@@ -266,6 +273,14 @@ class Store:
         with disk_errors(self.files.address(key)):
             data = self.files.read(key)
         return None if data is None else decode(data, self.files.address(key), kind)
+
+
+def existing_store(root: str) -> Store:
+    """The store at `root`; of a folder that is not there none is made. Raises `ConfigError`."""
+    if "://" not in root and not Path(root).is_dir():
+        raise ConfigError(f"store {root}: no such folder on {socket.gethostname()}; mount it there, or make it if it is to "
+                          "be a new store")
+    return Store(root)
 
 
 def open_files(root: str | Path) -> Files:

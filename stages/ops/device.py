@@ -1,4 +1,4 @@
-"""Where models run: its name, generators, autocast, and what decides the last bits of a product there."""
+"""Where models run: which device, with how many threads, in which precision."""
 
 from __future__ import annotations
 

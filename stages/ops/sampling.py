@@ -19,7 +19,7 @@ from stages.ops.progress import progress_bar
 from stages.ops.prompts import tokenize
 from stages.ops.sequences import pad_left, positions
 
-COMPACT_BELOW = 0.75  # the batch is cut to its unfinished rows when fewer than this part of it is left
+COMPACT_BELOW = 0.75  # the batch is cut to its unfinished rows when less than this fraction of it is left
 
 
 class Sampler(Protocol):
