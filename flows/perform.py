@@ -16,7 +16,7 @@ from flows.runs.produce import produce
 from flows.runs.work import Work
 from flows.store.store import Store
 from schemas.artifacts import Produced, StageCall
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, NonFiniteError
 from schemas.records import first_finding
 from schemas.stages import STAGES
 from stages.ops.device import Device
@@ -33,7 +33,10 @@ def perform(call: StageCall, store: Store, warm: Warm, *, again: bool = False) -
         raise ConfigError(f"call of {call.stage}, version {call.version}: this Baton has {has}; make the call with it")
     Device(call.execution.device).use_threads(call.execution.threads)
     task = kind_of(call.kind).tasks[call.stage]
-    produced = produce(store, call, lambda attempt: task(Work(call, store, warm, attempt)), again=again)
+    try:
+        produced = produce(store, call, lambda attempt: task(Work(call, store, warm, attempt)), again=again)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{call.stage} of iteration {call.iteration}: {error}; nothing was committed") from error
     if produced.how == "adopted" and produced.different:
         warm.forget(produced.ref)  # what it holds is ours
     return produced

@@ -45,10 +45,6 @@ class RewardError(BatonError):
     """A reward source failed, or did not give one number per response."""
 
 
-class RewardServerError(RewardError, TransientError):
-    """A reward server did not answer."""
-
-
 class StoppedError(BatonError):
     """A stage in a thread of its own was ended, since its process is to end."""
 

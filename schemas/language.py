@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from schemas.addresses import Address
 from schemas.presets import PRESETS, merged
-from schemas.settings import KLConfig, Name, RunConfig, Settings
+from schemas.settings import LATER, KLConfig, Name, RunConfig, Settings
 from schemas.stages import Kind
 
 
@@ -135,6 +135,8 @@ class RewardConfig(Settings):
     """The last so many tokens before the limit cost up to `overlong_penalty`, in proportion (Yu et al. 2025, DAPO)."""
     overlong_penalty: float = Field(1.0, ge=0)
     """What a response of the full length costs, if there is an `overlong_buffer`."""
+    special_tokens: Annotated[bool, LATER] = False
+    """Whether functions, servers and the judge are given responses with their special tokens, such as `<think>` and EOS."""
 
     @model_validator(mode="after")
     def _some_component(self) -> Self:
@@ -246,6 +248,10 @@ def _meaningless(c: LanguageConfig):
     if c.gae.compares_responses and k == 1:
         yield (f"gae.estimator={estimator} compares the responses to one prompt, and rollout.responses_per_prompt is 1: "
                "every advantage would be 0; set it to 2 or more")
+    if c.ppo.whiten_minibatches and c.rollout.batch_size == c.ppo.minibatches and (
+            c.rollout.max_new_tokens == 1 or c.gae.compares_responses):
+        yield ("ppo.whiten_minibatches with minibatches of one response, all of whose tokens have one advantage, removes "
+               "the learning signal; make ppo.minibatches fewer, or set ppo.whiten_minibatches: false")
     if c.rollout.batch_size == 1 and (c.gae.whitens or c.gae.whiten_rewards):
         yield ("whitening with one response (rollout.batch_size=1) removes the learning signal; raise the batch size, or "
                "set gae.whiten: none and gae.whiten_rewards: false")

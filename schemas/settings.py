@@ -6,6 +6,7 @@ Everything in a stage's class decides its result and is part of the identity of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -23,6 +24,15 @@ class Settings(BaseModel):
     """Base of all settings: immutable, strict about keys, documented by the strings below its fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Later:
+    """Marks a setting that a section did not have at first: at its default it is left out of a call, so that calls that were
+    made before are the same."""
+
+
+LATER = Later()
 
 
 class KLConfig(Settings):
@@ -202,6 +212,15 @@ class ExecutionConfig(Settings):
     `threads` threads, and its models' memory."""
     warm_models: PositiveInt = 5
     """Models kept in memory between stages; 1 on a machine that holds only one (the update itself needs two)."""
+    function_patience: PositiveFloat = 30.0
+    """Seconds after which a reward function or judge that has not returned is named, and again after as many."""
+    function_timeout: PositiveFloat | None = None
+    """Seconds after which it is ended, and the stage with it; null waits forever."""
+    server_timeout: PositiveFloat = 60.0
+    """Seconds that a reward server may take to answer."""
+    server_tries: PositiveInt = 4
+    """How often a reward server is asked that does not answer, or answers 429, 500, 502, 503 or 504; in between it is waited
+    as long as `Retry-After` says, else 2, 10 and 30 seconds."""
     environments: Literal["sync", "async"] = "sync"
     """Control tasks: environments are stepped one after another in this process, or each in a process of its own."""
     environment_timeout: PositiveFloat = 60.0

@@ -12,6 +12,7 @@ from schemas.metrics import ControlEvaluateMetrics
 from schemas.tables import Returns
 from stages.ops.episodes import Environments
 from stages.ops.finite import require_finite
+from stages.ops.moments import sample_std
 from stages.ops.networks import Actor, ToEnvironment
 from stages.ops.progress import progress_bar
 
@@ -64,5 +65,5 @@ def metrics(returns: Returns) -> ControlEvaluateMetrics:
     """Mean and spread."""
     x = returns.episode_return
     return ControlEvaluateMetrics(
-        episode_return=x.mean(), episode_return_std=x.std(ddof=1) if len(x) > 1 else 0.0, episode_return_min=x.min(),
+        episode_return=x.mean(), episode_return_std=sample_std(x), episode_return_min=x.min(),
         episode_return_max=x.max(), episode_length=returns.length.mean())

@@ -16,6 +16,7 @@ from schemas.metrics import EvaluateMetrics
 from schemas.tables import Rollouts, Samples
 from stages.ops.finite import require_finite
 from stages.ops.language_model import LanguageModel, score_tokens
+from stages.ops.moments import sample_std
 from stages.ops.rewards import Scorer, score_components, weighted_sum
 from stages.ops.sampling import Sampler, respond
 
@@ -58,7 +59,7 @@ def metrics(samples: Samples) -> EvaluateMetrics:
     """Means over the samples."""
     gold = samples.gold.astype(np.float64)
     return EvaluateMetrics(
-        gold=gold.mean(), gold_std=gold.std(ddof=1) if len(gold) > 1 else 0.0,
+        gold=gold.mean(), gold_std=sample_std(gold),
         score=samples.score.mean(dtype=np.float64), kl=samples.kl.mean(dtype=np.float64),
         win_rate=samples.win.mean(dtype=np.float64), response_length=samples.response_length.mean(),
         eos_fraction=np.mean(np.array(samples.finish_reason) == "eos"))

@@ -118,9 +118,12 @@ def _float32(rows: Ragged, values: np.ndarray) -> Ragged:
 
 def metrics(
     advantages: Advantages, rollouts: Rollouts | Trajectories, values: Values | Trajectories | None, config: GAEConfig, *,
-    kl_coef: float | None,
+    kl_coef: float | None, scores: np.ndarray | None = None,
 ) -> GAEMetrics:
-    """KL, reward, and moments of what the update is given. `kl_coef`: none where there is no reference."""
+    """KL, reward, and moments of what the update is given.
+
+    `kl_coef`: none where there is no reference; `scores`: (B,) of the responses, where they are compared.
+    """
     raw, returns = (x.values.astype(np.float64) for x in (advantages.raw_advantages, advantages.returns))
     errors, variance = returns - values.values.values if values else None, returns.var()
     measured = kl_coef is not None
@@ -130,4 +133,4 @@ def metrics(
         reward=advantages.rewards.sums().mean(), advantage_mean=raw.mean(), advantage_std=raw.std(),
         return_mean=returns.mean(), return_std=returns.std(),
         explained_variance=1 - errors.var() / variance if values and variance > 0 else None,
-        equal_groups=equal_groups(advantages.rewards.sums(), rollouts.prompt_id) if config.compares_responses else None)
+        equal_groups=equal_groups(scores, rollouts.prompt_id) if config.compares_responses else None)

@@ -63,10 +63,10 @@ def ppo(
                      learner.units(texts) if texts else None)
     order, tally = np.random.Generator(np.random.Philox(seed)), Tally()
     with progress_bar(total=config.epochs * config.minibatches, desc="ppo") as bar:
-        for _ in range(config.epochs):
-            for minibatch in np.array_split(order.permutation(len(units.lengths)), config.minibatches):
+        for epoch in range(config.epochs):
+            for i, minibatch in enumerate(np.array_split(order.permutation(len(units.lengths)), config.minibatches)):
                 mixed = order.integers(len(texts), size=config.ptx_batch_size) if texts and train_actor else None
-                update.step(minibatch, mixed, tally)
+                update.step(minibatch, mixed, tally, _hint(epoch, i, config))
                 bar.update()
                 if config.target_kl is not None and tally.approx_kl() > config.target_kl:
                     return tally.metrics(learning_rate_factor, _measured(importance, config))
@@ -131,8 +131,8 @@ class _Update:
     kl_loss: KLLoss | None
     texts: Units | None
 
-    def step(self, minibatch: np.ndarray, mixed: np.ndarray | None, tally: Tally) -> None:
-        """On those units, and on those texts."""
+    def step(self, minibatch: np.ndarray, mixed: np.ndarray | None, tally: Tally, hint: str) -> None:
+        """On those units, and on those texts; `hint`: for the message where a number is not finite."""
         batches = self.units.micro_batches(minibatch)
         index = np.concatenate([batch.token_index for batch in batches]) if len(batches) > 1 else batches[0].token_index
         column = self.columns.of(index)
@@ -147,7 +147,7 @@ class _Update:
             mean = loss.sum() / len(index)
             if "per_response" in part:
                 mean = (loss * part["per_response"]).sum() / len(minibatch)
-            _require_finite_loss(mean, loss, self.rollouts, batch)
+            _require_finite_loss(mean, loss, self.rollouts, batch, hint)
             mean.backward()
             begin = end
         if mixed is not None:
@@ -156,7 +156,7 @@ class _Update:
         for network, norm in norms.items():
             if not math.isfinite(norm):
                 rows = np.unique(self.rollouts.logprobs.row_of_value[index])
-                require_finite(f"the {network}'s gradient norm", np.full(len(rows), norm), self.rollouts.row_id[rows])
+                require_finite(f"the {network}'s gradient norm", np.full(len(rows), norm), self.rollouts.row_id[rows], hint)
         tally.end_step(norms)
 
     def _loss(self, prediction: Prediction, column: dict[str, Tensor], tally: Tally) -> Tensor:
@@ -201,11 +201,23 @@ class _Update:
             (self.config.ptx_coef * loss.sum() / total).backward()
 
 
-def _require_finite_loss(mean: Tensor, loss: Tensor, rollouts: Rollouts | Trajectories, batch: MicroBatch) -> None:
+def _hint(epoch: int, minibatch: int, config: PPOConfig) -> str:
+    """Where in the update a number is not finite, the likely cause, and what to change."""
+    where = f", in epoch {epoch + 1}, minibatch {minibatch + 1} of {config.minibatches}"
+    if epoch == minibatch == 0:
+        return (f"{where}, before any step of this update: the weights or the scores that it begins with are extreme; look "
+                "at the iteration before, or bound the scores with reward.clip")
+    return (f"{where}: the steps before it have made the weights extreme; lower ppo.learning_rate={config.learning_rate:g} "
+            f"or ppo.critic_learning_rate={config.critic_learning_rate or config.learning_rate:g}")
+
+
+def _require_finite_loss(
+    mean: Tensor, loss: Tensor, rollouts: Rollouts | Trajectories, batch: MicroBatch, hint: str
+) -> None:
     """Raises `NonFiniteError` with the rows whose tokens' loss is not finite, or all if only their sum is not."""
     if not math.isfinite(mean.item()):
         flat = np.zeros(len(rollouts.logprobs.values), np.float32)
         flat[batch.token_index] = loss.detach().cpu().numpy()
-        require_finite("the loss", rollouts.logprobs.with_values(flat), rollouts.row_id)
+        require_finite("the loss", rollouts.logprobs.with_values(flat), rollouts.row_id, hint)
         rows = np.unique(rollouts.logprobs.row_of_value[batch.token_index])
-        raise NonFiniteError(f"the summed loss overflowed in rows {rollouts.row_id[rows].tolist()}")
+        raise NonFiniteError(f"the summed loss overflowed in rows {rollouts.row_id[rows].tolist()}{hint}")

@@ -19,7 +19,7 @@ from schemas.language import RewardConfig
 from schemas.metrics import RewardMetrics
 from schemas.tables import Rewards, Rollouts
 from stages.ops.finite import require_finite
-from stages.ops.moments import normalized, updated_moments
+from stages.ops.moments import normalized, sample_std, updated_moments
 from stages.ops.rewards import Scorer, overlong_penalty, score_components, weighted_sum
 
 
@@ -59,7 +59,7 @@ def metrics(rewards: Rewards, config: RewardConfig, moments: Moments) -> RewardM
     score, running = rewards.score.astype(np.float64), updated_moments(moments, rewards.raw_score)
     kept = config.normalize != "none"
     return RewardMetrics(
-        score=score.mean(), score_std=score.std(ddof=1) if len(score) > 1 else 0.0, score_min=score.min(),
+        score=score.mean(), score_std=sample_std(score), score_min=score.min(),
         score_max=score.max(), raw_score=rewards.raw_score.mean(dtype=np.float64),
         component={name: x.mean(dtype=np.float64) for name, x in rewards.components.items()},
         running_count=running.count if kept else None, running_mean=running.mean if kept else None,

@@ -14,6 +14,7 @@ from schemas.language import RewardConfig
 from schemas.metrics import RewardBiasMetrics
 from schemas.tables import Rewards
 from stages.ops.finite import require_finite
+from stages.ops.moments import sample_std
 from stages.ops.rewards import Scorer, score_components, weighted_sum
 from stages.ops.texts import Texts
 
@@ -29,4 +30,4 @@ def reward_bias(scorers: Mapping[str, Scorer], demonstrations: Texts, config: Re
 def metrics(rewards: Rewards) -> RewardBiasMetrics:
     """The bias, and how the scores spread around it."""
     score = rewards.raw_score.astype(np.float64)
-    return RewardBiasMetrics(bias=score.mean(), bias_std=score.std(ddof=1) if len(score) > 1 else 0.0)
+    return RewardBiasMetrics(bias=score.mean(), bias_std=sample_std(score))

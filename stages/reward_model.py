@@ -14,8 +14,8 @@ import numpy as np
 
 from schemas.language import RewardModelConfig
 from schemas.metrics import RewardModelMetrics
-from stages.ops.language_model import LanguageModel, sequence_scores
-from stages.ops.prompts import render
+from stages.ops.language_model import LanguageModel, scores_at_last_token, sequence_scores
+from stages.ops.prompts import completed
 from stages.ops.seeding import seeded
 
 Pairs = list[Mapping[str, str]]
@@ -31,7 +31,9 @@ def reward_model(
 
     from stages.ops.trainer import common_arguments, run  # datasets: not in every process that imports stages
 
-    rows, heldout = (_rendered(start, some) for some in (pairs, heldout_pairs))
+    chosen, rejected = (_tokens(start, pairs, which) for which in ("chosen", "rejected"))
+    rows = [{"chosen_ids": one, "rejected_ids": other} for one, other in zip(chosen, rejected, strict=True)]
+    scores_at_last_token(start.module)
     with seeded(seed) as seed32, tempfile.TemporaryDirectory() as folder:
         arguments = common_arguments(config, seed32, len(rows), start.device.torch.type)
         trainer = RewardTrainer(
@@ -39,18 +41,14 @@ def reward_model(
             args=TRLConfig(output_dir=folder, center_rewards_coefficient=config.center_coef or None, **arguments))
         loss, steps = run(trainer, "reward_model", "chosen_ids")
     start.module.eval()
-    margins = _score(start, heldout, "chosen") - _score(start, heldout, "rejected")
+    margins = np.subtract(*(sequence_scores(start, _tokens(start, heldout_pairs, which), "reward_model test")
+                            for which in ("chosen", "rejected")))
     return RewardModelMetrics(loss=loss, steps=steps, heldout_accuracy=float((margins > 0).mean()),
                               heldout_margin=float(margins.mean()))
 
 
-def _rendered(model: LanguageModel, pairs: Pairs) -> Pairs:
-    """The pairs with their prompts as a model is given them."""
-    return [{"prompt": render(model.tokenizer, row["prompt"], model.chat_template), "chosen": row["chosen"],
-             "rejected": row["rejected"]} for row in pairs]
-
-
-def _score(model: LanguageModel, pairs: Pairs, which: str) -> np.ndarray:
-    """(n,) scores of prompt + response + EOS."""
-    texts = [row["prompt"] + row[which] + model.tokenizer.eos_token for row in pairs]
-    return sequence_scores(model, model.tokenizer(texts)["input_ids"], "reward_model test")
+def _tokens(model: LanguageModel, pairs: Pairs, which: str) -> list[list[int]]:
+    """Prompt, response and EOS of each pair, as tokens."""
+    wholes, _ = completed(model.tokenizer, [row["prompt"] for row in pairs], [row[which] for row in pairs],
+                          model.chat_template)
+    return [whole.tolist() for whole in wholes]

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from schemas.language import SFTConfig
 from schemas.metrics import SFTMetrics
 from stages.ops.language_model import LanguageModel
-from stages.ops.prompts import render
+from stages.ops.prompts import completed
 from stages.ops.seeding import seeded
 
 
@@ -27,9 +27,10 @@ def sft(
 
     from stages.ops.trainer import common_arguments, run  # datasets: not in every process that imports stages
 
-    rows = Dataset.from_list([
-        {"prompt": render(base.tokenizer, row["prompt"], base.chat_template), "completion": row["completion"]}
-        for row in demonstrations])
+    wholes, cuts = completed(base.tokenizer, [row["prompt"] for row in demonstrations],
+                             [row["completion"] for row in demonstrations], base.chat_template)
+    rows = Dataset.from_list([{"input_ids": whole.tolist(), "completion_mask": [0] * cut + [1] * (len(whole) - cut)}
+                              for whole, cut in zip(wholes, cuts, strict=True)])
     with seeded(seed) as seed32, tempfile.TemporaryDirectory() as folder:
         arguments = common_arguments(config, seed32, len(rows), base.device.torch.type)
         trainer = SFTTrainer(

@@ -179,8 +179,8 @@ def test_a_model_folder_that_brings_its_own_code(refused, tmp_path, file):
 
 
 @pytest.mark.parametrize("body, message", [
-    ("import sys\nsys.exit(3)\n", "cannot be run: SystemExit: 3"),
-    ("raise ValueError('one\\ntwo')\n", "cannot be run: ValueError: one two"),
+    ("import sys\nsys.exit(3)\n", "judge.py cannot be run: it called sys.exit(3) (judge.py, line 2, in <module>)"),
+    ("raise ValueError('one\\ntwo')\n", "cannot be run: it raised ValueError: one two (judge.py, line 1, in <module>)"),
     ("WORDS = open(__file__.replace('judge.py', 'words.txt')).read()\ndef gold(p, r): ...\n", "FileNotFoundError"),
 ])
 def test_a_function_file_that_cannot_stand_alone(refused, example, body, message):

@@ -40,8 +40,15 @@ def test_rows_are_pieces_of_episodes_and_no_step_leads_over_a_reset():
             expected = gymnasium.utils.seeding.np_random(int(batch.seed[row]))[0].random()
             assert draw[0] == np.float32(expected)
     assert second.episode_return.tolist() == [15, 15, 10] * 2  # the first row's carries 1 + 2 from the batch before
-    assert metrics(second, actor, c.reward, Moments()).episode_return == 15
-    assert metrics(second, actor, c.reward, Moments()).episodes == 4
+    measured = metrics(second, actor, c.reward.model_copy(update={"normalize": "scale"}), Moments(count=2, mean=1, std=0))
+    assert (measured.episode_return, measured.episode_length, measured.episodes, measured.steps) == (15, 5, 4, 24)
+    seen = np.append([1, 1], second.discounted_returns.values.astype(np.float64))  # what the moments were of before
+    assert measured.running_count == 26
+    np.testing.assert_allclose([measured.running_mean, measured.running_std], [seen.mean(), seen.std()], rtol=1e-6)
+    np.testing.assert_allclose([measured.raw_reward, measured.value, measured.value_std, measured.logprob], [
+        np.mean([3, 4, 5, 1, 2, 3, 4, 5, 1, 2, 3, 4]), np.mean(second.values.values, dtype=float),
+        np.std(second.values.values, dtype=float), np.mean(second.logprobs.values, dtype=float)], rtol=1e-6)
+    assert metrics(second, actor, c.reward, Moments()).running_count is None
 
 
 def test_a_time_limit_is_a_truncation():

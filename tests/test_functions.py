@@ -1,13 +1,17 @@
 """Which functions may run: BATON_ALLOWED_FUNCTIONS, at the start and on a worker."""
 
 import hashlib
+import json
+import subprocess
 import sys
 
 import pytest
 
 from flows.cli.main import run_command
 from flows.control.environments import make_environment
-from flows.runs.functions import function_file, load_function
+from flows.runs.functions import check_function, function_files, load_function
+from flows.runs.run import open_run
+from flows.store.store import Store
 from schemas.control import EnvironmentConfig
 from schemas.errors import ConfigError
 
@@ -40,7 +44,7 @@ def test_what_is_allowed_runs(file, monkeypatch, allowed):
         allowed = f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
     if allowed is not None:
         monkeypatch.setenv("BATON_ALLOWED_FUNCTIONS", allowed)
-    assert load_function("rewards.py:score", file)(["a"], ["b"]) == [0.0]
+    assert load_function("rewards.py:score", [file])(["a"], ["b"]) == [0.0]
 
 
 @pytest.mark.parametrize("allowed", ["", "other.py:*", "rewards.py:loss", f"sha256:{'0' * 64}"])
@@ -48,20 +52,20 @@ def test_what_is_not_allowed_is_not_even_imported(file, monkeypatch, allowed):
     monkeypatch.setenv("BATON_ALLOWED_FUNCTIONS", allowed)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     with pytest.raises(ConfigError, match=f"'rewards.py:score': BATON_ALLOWED_FUNCTIONS does not .* or sha256:{digest}"):
-        load_function("rewards.py:score", file)
+        load_function("rewards.py:score", [file])
     assert not (file.parent / "ran").exists()
 
 
 def test_an_installed_function_is_not_imported_either(package, monkeypatch):
     """Nor its package, when the file that is imported into the store is looked for; by content it can be allowed."""
     monkeypatch.setenv("BATON_ALLOWED_FUNCTIONS", "rewards.py:*")
-    file = function_file("my_package.rewards:score", package)
+    (file,) = function_files("my_package.rewards:score", package)
     assert file == package / "my_package" / "rewards.py"
     with pytest.raises(ConfigError, match=r"'my_package.rewards:score': BATON_ALLOWED_FUNCTIONS"):
-        load_function("my_package.rewards:score", file)
+        load_function("my_package.rewards:score", [file])
     assert not (package / "ran").exists() and "my_package" not in sys.modules
     monkeypatch.setenv("BATON_ALLOWED_FUNCTIONS", f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}")
-    assert load_function("my_package.rewards:score", file)(["a"], ["b"]) == [0.0]
+    assert load_function("my_package.rewards:score", [file])(["a"], ["b"]) == [0.0]
 
 
 def test_an_environment_that_a_module_registers_has_to_be_allowed(package, monkeypatch):
@@ -78,7 +82,7 @@ def test_an_environment_that_a_module_registers_has_to_be_allowed(package, monke
 def test_a_module_without_a_source_file_brings_no_function(tmp_path):
     for module in ("sys", "no_such_package", "os.path", "my_package.no_such_module"):
         with pytest.raises(ConfigError, match=f"no such module: {module}"):
-            function_file(f"{module}:score", tmp_path)
+            function_files(f"{module}:score", tmp_path)
 
 
 def test_a_run_whose_judge_is_not_allowed_is_not_made(example, tmp_path, monkeypatch, capsys):
@@ -94,5 +98,66 @@ def test_a_file_that_is_called_like_a_package_is_not_allowed_as_one(tmp_path, mo
     for place in ("mypackage.evil.py", "mypackage.rewards:evil.py"):
         (tmp_path / place).write_text(SOURCE.format(path=str(tmp_path / "ran")))
         with pytest.raises(ConfigError, match="BATON_ALLOWED_FUNCTIONS"):
-            load_function(f"{place}:score", tmp_path / place)
+            load_function(f"{place}:score", [tmp_path / place])
     assert not (tmp_path / "ran").exists()
+
+
+# --- the modules beside a function's file ---
+
+@pytest.fixture
+def with_helpers(tmp_path):
+    """A function in a folder with a helper, a package and a file that nothing imports."""
+    folder = tmp_path / "mine"
+    (folder / "words").mkdir(parents=True)
+    (folder / "rewards.py").write_text("from helper import scale\nimport words.good\n\n\ndef score(prompts, responses):\n"
+                                       "    import later\n    return [scale * later.seen() for _ in responses]\n")
+    (folder / "helper.py").write_text("import words.bad\nscale = 2.0\n")
+    (folder / "later.py").write_text("count = 0\n\n\ndef seen():\n    global count\n    count += 1\n    return count\n")
+    for name in ("__init__", "good", "bad"):
+        (folder / "words" / f"{name}.py").write_text("")
+    (folder / "unused.py").write_text("raise RuntimeError")
+    return folder
+
+
+def test_modules_beside_a_file_travel_with_it(with_helpers, monkeypatch):
+    files = function_files("rewards.py:score", with_helpers)
+    assert files[0].name == "rewards.py" and {path.relative_to(with_helpers).as_posix() for path in files} == {
+        "rewards.py", "helper.py", "later.py", "words/__init__.py", "words/good.py", "words/bad.py"}
+    check_function("rewards.py:score", files)
+    before = set(sys.modules), list(sys.path)
+    score = load_function("rewards.py:score", files)
+    assert [score(["p"], ["r"]), score(["p"], ["r"])] == [[2.0], [4.0]]  # a module that is kept from call to call
+    assert sys.path == before[1] and not {"helper", "later", "words"} & {*sys.modules}
+    monkeypatch.setenv("BATON_ALLOWED_FUNCTIONS", f"sha256:{hashlib.sha256(files[0].read_bytes()).hexdigest()}")
+    with pytest.raises(ConfigError, match=r"does not allow it here; add its name or sha256:.*,sha256:"):
+        load_function("rewards.py:score", files)
+
+
+def test_two_versions_of_a_helper_in_one_process(with_helpers, tmp_path):
+    old = load_function("rewards.py:score", function_files("rewards.py:score", with_helpers))
+    (with_helpers / "helper.py").write_text("scale = -1.0\n")
+    new = load_function("rewards.py:score", function_files("rewards.py:score", with_helpers))
+    assert old(["p"], ["r"])[0] > 0 > new(["p"], ["r"])[0]
+
+
+def test_a_run_keeps_a_function_with_its_modules(example, with_helpers, tmp_path, prefect_server, capsys):
+    """Trained, then reproduced after the originals are gone; a changed helper is another input."""
+    for path in with_helpers.rglob("*.py"):
+        (target := example / path.relative_to(with_helpers)).parent.mkdir(exist_ok=True)
+        target.write_text(path.read_text())
+    (example / "later.py").write_text("def seen():\n    return 1\n")
+    arguments = ["train", str(example), "--store", str(tmp_path / "store"), "--quiet", "--set",
+                 'reward.components={"mine": {"source": "rewards.py:score"}}', "--iterations", "1"]
+    assert run_command(arguments) == 0
+    (example / "helper.py").write_text("import words.bad\nscale = 3.0\n")
+    assert run_command(arguments) == 2 and "data.reward.mine: other content" in capsys.readouterr().err
+    for name in ("rewards.py", "helper.py", "later.py"):
+        (example / name).unlink()
+    run = open_run(Store(tmp_path / "store"), example.name)
+    (ref,) = (ref for role, ref in run.inputs.items() if role == "reward.mine")
+    assert sorted(entry.path for entry in run.store.manifest(ref).files) == [
+        "helper.py", "later.py", "rewards.py", "words/__init__.py", "words/bad.py", "words/good.py"]
+    assert run_command(["verify", "--store", str(tmp_path / "store")]) == 0
+    call = ["stage", "reward", example.name, "--iteration", "1", "--store", str(tmp_path / "store"), "--json"]
+    code = subprocess.run([sys.executable, "-m", "flows.cli.main", *call], capture_output=True, text=True, timeout=300)
+    assert code.returncode == 0 and json.loads(code.stdout)["verdict"] == "same", code.stderr

@@ -24,6 +24,7 @@ from stages.ops.advantages import (
     whiten,
 )
 from stages.ops.kl import adapted_kl_coef, kl_estimate
+from stages.ops.signal import of_advantages, of_components, of_policy
 
 NUMBERS = st.floats(-5, 5, width=32)
 ROWS = st.lists(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=7), min_size=1, max_size=5)
@@ -258,7 +259,7 @@ def test_estimators_without_a_critic_by_hand(estimator, expected):
     out = gae(*tables, None, GAEConfig(estimator=estimator, whiten="none"), KLConfig(), kl_coef=0.5)
     np.testing.assert_allclose(out.advantages.values, expected, atol=1e-4)
     assert out.returns.values.tolist() == [1, 0.5, 4]
-    measured = metrics(out, tables[0], None, GAEConfig(estimator=estimator), kl_coef=0.5)
+    measured = metrics(out, tables[0], None, GAEConfig(estimator=estimator), kl_coef=0.5, scores=np.array([1.0, 4.0]))
     assert measured.explained_variance is None and measured.equal_groups == (None if estimator == "reinforce++" else 0)
 
 
@@ -275,3 +276,26 @@ def test_misaligned_rows_and_infinite_values_are_refused():
     bad = make([[-1, -1]], [[-1, -1]], [1], [[0, np.inf]])[3]
     with pytest.raises(NonFiniteError, match=r"the advantage is .* in row 0"):
         gae(rollouts, reference, rewards, bad, GAEConfig(), KLConfig(), kl_coef=0.1)
+
+
+def test_groups_are_equal_by_their_scores():
+    """With the KL in the reward the sums of equal scores differ, and so do the advantages: it is said."""
+    tables = make([[-1], [-2], [-1], [-1]], [[-1], [-1], [-1], [-2]], [3, 3, 1, 2], [[0]] * 4, prompt_id=[0, 0, 1, 1])[:3]
+    config, kl = GAEConfig(estimator="grpo"), KLConfig()
+    out = gae(*tables, None, config, kl, kl_coef=0.5)
+    assert (out.raw_advantages.values[:2] != 0).all()
+    measured = metrics(out, tables[0], None, config, kl_coef=0.5, scores=tables[2].score)
+    assert measured.equal_groups == 0.5
+    (line,) = of_advantages(out.raw_advantages.values, measured.equal_groups, config, kl)
+    assert "in 50% of the groups all responses have one score" in line and "kl.placement: loss leaves them at 0" in line
+    assert not list(of_advantages(out.raw_advantages.values, 0.5, config, KLConfig(placement="loss", estimator="k2")))
+    assert list(of_advantages(np.zeros(4), 1.0, config, kl)) == [
+        "all 4 advantages are 0: the update has nothing to learn from"]
+
+
+def test_components_and_policies_without_signal():
+    assert list(of_components({"a": np.ones(3), "b": np.array([1.0, 2, 1]), "c": np.ones(1)})) == [
+        "the component 'a' is 1 for all 3 responses: it does not say which of them is better"]
+    (line,) = of_policy(np.log(300) * 0.9995, 300)
+    assert "its entropy of 5.701 nats is that of 300 equally likely tokens" in line
+    assert not list(of_policy(5.0, 300)) and not list(of_policy(None, 300))

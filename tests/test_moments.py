@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from schemas.artifacts import Moments
-from stages.ops.moments import RunningMoments, normalized, updated_moments
+from stages.ops.moments import RunningMoments, normalized, sample_std, updated_moments
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
@@ -33,6 +33,11 @@ def test_moments_of_batches_are_those_of_all_values():
         values = np.concatenate(seen).astype(np.float64)
         assert moments.count == len(values)
         assert moments.mean == pytest.approx(values.mean()) and moments.std == pytest.approx(values.std(), abs=1e-12)
+
+
+@pytest.mark.parametrize("x, std", [([1, 2, 4], 1.5275252316519468), ([5, 7], 1.4142135623730951), ([3], 0)])
+def test_a_samples_standard_deviation(x, std):
+    assert sample_std(np.array(x)) == pytest.approx(std, rel=1e-12)
 
 
 def test_nothing_is_divided_where_all_scores_are_equal():

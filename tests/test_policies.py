@@ -101,6 +101,12 @@ def test_moments_of_observations_are_those_of_all_that_were_seen():
     torch.testing.assert_close(actor(actor.inputs(seen)), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_an_observation_that_never_varies_is_normalised_to_0():
+    actor = Actor(BOX, PolicyConfig(hidden=(4,), normalize_observations=True))
+    actor.observe(np.full((5, 2, 3), 7, np.float32))
+    assert (actor.inputs(np.full((2, 3), 7, np.float32)) == 0).all()
+
+
 def test_a_policy_that_was_not_told_to_normalise_keeps_no_moments():
     actor, _, environments = begun(config(environment=own("count")))
     before = {k: v.clone() for k, v in actor.state_dict().items()}

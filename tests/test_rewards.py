@@ -1,26 +1,22 @@
 """Reward sources and how they become one score; a real reward server on loopback."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.cli.main import run_command
 from schemas.artifacts import Moments
 from schemas.errors import NonFiniteError, RewardError
 from schemas.language import ComponentConfig, RewardConfig
 from schemas.tables import Ragged, Rewards, Rollouts
+from stages.ops.finite import require_finite
 from stages.ops.moments import normalized, updated_moments
 from stages.ops.prompts import demonstrations_as_texts, pretraining_as_texts
 from stages.ops.rewards import (
     function_scorer,
     model_scorer,
     overlong_penalty,
-    server_scorer,
     weighted_sum,
 )
 from stages.reward import metrics, reward
@@ -176,69 +172,6 @@ def test_a_reward_model_scores_as_transformers_does_row_by_row(tiny_critic, roll
         assert abs(ours[row] - expected) < 2e-6
 
 
-class _Handler(BaseHTTPRequestHandler):
-    answer = staticmethod(lambda body: {"scores": [float(len(text)) for text in body["responses"]]})
-    status = 200
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        data = json.dumps(self.answer(body)).encode()
-        self.send_response(self.status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server():
-    def start(**attributes):
-        handler = type("Handler", (_Handler,), attributes)
-        http = HTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        started.append(http)
-        return f"http://127.0.0.1:{http.server_port}/score"
-
-    started: list[HTTPServer] = []
-    yield start
-    for http in started:
-        http.shutdown()
-
-
-def test_a_reward_server_is_asked_over_http(server, rollouts):
-    scores = server_scorer(server())(rollouts)
-    assert scores.tolist() == [len(text) for text in rollouts.response]
-
-
-@pytest.mark.parametrize("attributes, message", [
-    ({"status": 503}, "503"),
-    ({"answer": staticmethod(lambda body: {"result": []})}, "expected an object with 'scores'"),
-    ({"answer": staticmethod(lambda body: {"scores": [1]})}, "expected 9 numbers"),
-])
-def test_a_reward_server_that_fails_is_named(server, rollouts, attributes, message):
-    url = server(**attributes)
-    with pytest.raises(RewardError) as error:
-        server_scorer(url)(rollouts)
-    assert url in str(error.value) and message in str(error.value)
-
-
-def test_no_reward_server(rollouts):
-    with pytest.raises(RewardError, match=r"127\.0\.0\.1:9"):
-        server_scorer("http://127.0.0.1:9/score")(rollouts)
-
-
-def test_a_stage_is_tried_again_when_its_reward_server_was_away(server, copied, capsys):
-    answers = [503, 200]
-    url = server(status=property(lambda handler: answers.pop(0)))
-    components = json.dumps({"served": {"source": url}})
-    code = run_command(["stage", "reward", "tiny", "--iteration", "1", "--store", str(copied[1]), "--json", "--set",
-                        f"reward.components={components}"])
-    assert (code, answers) == (0, [])
-    assert json.loads(capsys.readouterr().out)["verdict"] == "new"
-
-
 @pytest.mark.parametrize("scores, spread", [([5.0], 0.0), ([1.0, 3.0], 2**0.5), ([1.0, 2.0, 6.0], 7**0.5)])
 def test_metrics_of_scores_by_hand(scores, spread):
     """σ is divided by n − 1, and 0 for a single score; raw scores are apart from scores."""
@@ -249,3 +182,19 @@ def test_metrics_of_scores_by_hand(scores, spread):
     assert (found.score_min, found.score_max) == (min(scores), max(scores))
     assert found.raw_score == pytest.approx(10 * np.mean(scores))
     assert found.component == {"a": pytest.approx(found.raw_score + 1), "b": pytest.approx(found.raw_score - 1)}
+
+
+def test_how_demonstrations_score():
+    rewards = Rewards(np.arange(3), np.float32([1, 2, 4]), np.float32([1, 2, 4]), {})
+    measured = bias_metrics(rewards)
+    assert (measured.bias, measured.bias_std) == pytest.approx((7 / 3, 1.5275252316519468))
+
+
+@pytest.mark.parametrize("bad, rows", [
+    ([3], "row 13"), ([0, 3], "rows 10, 13"), (range(8), "rows 10, 11, 12, 13, 14, 15, 16, 17"),
+    (range(10), "rows 10, 11, 12, 13, 14, 15, 16, 17 and 2 more")])
+def test_a_number_that_is_none_is_said_with_its_rows(bad, rows):
+    values = np.ones(12, np.float32)
+    values[list(bad)] = np.inf
+    with pytest.raises(NonFiniteError, match=f"^the score is inf in {rows}$"):
+        require_finite("the score", values, np.arange(10, 22))

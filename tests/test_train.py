@@ -108,7 +108,7 @@ def in_memory(folder, config, tmp_path):
             learning_rate_factor=learning_rate_factor(i, config.ppo), train_actor=i > config.ppo.critic_warmup,
             kl_loss=KLLoss(scored, kl_coef, config.kl.estimator) if config.kl.placement == "loss" else None,
             texts=texts if config.ppo.ptx_coef else None)
-        kl = gae_metrics(advantages, batch, values, config.gae, kl_coef=kl_coef).kl
+        kl = gae_metrics(advantages, batch, values, config.gae, kl_coef=kl_coef, scores=rewards.score).kl
         moments = updated_moments(moments, rewards.raw_score)
         if i > config.ppo.critic_warmup:
             kl_coef = adapted_kl_coef(kl_coef, kl, size, config.kl)
@@ -261,7 +261,7 @@ def test_a_nan_in_the_reward_commits_nothing(example, prefect_server, tmp_path, 
                  "--set", "reward.components={bad: {source: 'broken.py:score'}}"]
     assert run_command(arguments) == 1
     message = capsys.readouterr().err
-    assert "reward component 'bad' is nan in rows 0, 1, 2" in message and message.count("\n") == 1
+    assert "reward broken.py:score: gave nan for the response in row 0 and " in message and message.count("\n") == 1
     store = Store(tmp_path / "store")
     assert not [ref for ref in store.artifacts() if ref.stage in ("evaluate", "reward")]
     assert not list(Path(store.uri).glob("artifacts/evaluate/*/attempts/*"))

@@ -104,6 +104,9 @@ def run_command(arguments: list[str] | None = None) -> int:
     """The exit code of one call. What a user can mend is one line on stderr; a fault of Baton's is a traceback."""
     try:
         return baton.main(arguments, prog_name="baton", standalone_mode=False) or 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 2
     except click.ClickException as error:
         return _complain(f"{error.format_message()} (baton --help lists what there is)", 2)
     except BatonError as error:

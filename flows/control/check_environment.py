@@ -13,7 +13,6 @@ def check(config: ControlConfig, files: dict[str, list[Path]]) -> None:
     """Raises `ConfigError` if the environment cannot be made, or is not one that a policy here can act in."""
     function = None
     if "environment" in files:
-        (file,) = files["environment"]
-        check_function(config.environment.id, file)
-        function = load_function(config.environment.id, file)
+        check_function(config.environment.id, files["environment"])
+        function = load_function(config.environment.id, files["environment"])
     look_at(config.environment, function, config.execution.environment_timeout)

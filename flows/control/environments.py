@@ -22,6 +22,7 @@ from schemas.control import EnvironmentConfig, Spaces
 from schemas.errors import ConfigError, EnvironmentFailure
 from schemas.settings import ExecutionConfig
 from stages.ops.episodes import Player
+from stages.ops.guest import HungError, ring
 
 gymnasium.logger.min_level = gymnasium.logger.ERROR + 1  # what it would say on stderr, errors here say in one line
 EXTRAS = {"mujoco": "mujoco", "pygame": "classic-control"}  # module that is missing → extra of Baton's that brings it
@@ -121,15 +122,8 @@ def _in_a_process(
 ) -> Player:
     if os.getpid() != parent:  # it would inherit Prefect's answer to SIGTERM
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.stdout = sys.stderr  # what an environment prints is no part of a command's JSON
     return _player(config, function, index)
-
-
-class _HungError(BaseException):
-    """Not an `Exception`, so that an environment does not catch it."""
-
-
-def _ring(*_: object) -> None:
-    raise _HungError
 
 
 class Watch:
@@ -143,7 +137,7 @@ class Watch:
         self.name, self.seconds = name, seconds
         self._watching = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
         if self._watching:
-            signal.signal(signal.SIGALRM, _ring)
+            signal.signal(signal.SIGALRM, ring)
 
     def __call__(self, what: str, steps: np.ndarray | None = None) -> Watch:
         """`steps`: of the episodes that the call is about."""
@@ -159,10 +153,10 @@ class Watch:
         if self._watching:
             try:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            except _HungError as late:  # it rang on the way here
+            except HungError as late:  # it rang on the way here
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 error = late
-        if isinstance(error, _HungError):
+        if isinstance(error, HungError):
             where = "" if self.steps is None else f", at the steps {self.steps.tolist()} of their episodes"
             raise EnvironmentFailure(f"{self.name}: {self.what} has not come back for {self.seconds:g} s{where}; nothing "
                                      "was committed (execution.environment_timeout sets the limit)") from None

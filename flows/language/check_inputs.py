@@ -7,25 +7,28 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from flows.language.warm_models import context_length, load_tokenizer
+from flows.language.check_model import check_model
 from flows.runs.functions import check_function
 from flows.runs.inputs import COLUMNS, read_lines
 from schemas.errors import ConfigError
 from schemas.language import LanguageConfig
 from stages.base_model import train_tokenizer
-from stages.ops.prompts import require_fit, tokenize
+from stages.ops.prompts import render, require_fit, require_no_clock, tokenize
 
 
 def check(config: LanguageConfig, files: dict[str, list[Path]]) -> None:
     """Raises `ConfigError` naming the function, or file and lines, that cannot be used."""
     for role, source in config.functions.items():
-        check_function(source, files[role][0])
+        check_function(source, files[role])
     rows = {role: read_lines(paths[0], role) for role, paths in files.items() if role in COLUMNS}
     tokenizer, context = _model(config, files, rows)
     template = config.base_model.chat_template
     if template and tokenizer.chat_template is None:
         raise ConfigError(f"base_model.chat_template: the tokenizer of {config.base_model.source} has no chat template; "
                           "set it to false")
+    if template:
+        render(tokenizer, "x", template)
+        require_no_clock(tokenizer)
     for role, lines in rows.items():
         where = str(files[role][0])
         if role in ("prompts", "heldout_prompts"):
@@ -39,21 +42,17 @@ def check(config: LanguageConfig, files: dict[str, list[Path]]) -> None:
 
 def _model(
     config: LanguageConfig, files: dict[str, list[Path]], rows: dict[str, list[dict[str, str]]]
-) -> tuple[PreTrainedTokenizerBase, int]:
-    """The base model's tokenizer, and its context in tokens."""
+) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """The base model's tokenizer, and its context in tokens; none where it has no limit."""
     if config.base_model.source is None:
         texts = (row["prompt"] + row["completion"] for row in rows["demonstrations"])
         return train_tokenizer(texts, config.base_model), config.base_model.context_length
-    place = files["base_model"][0].parent
-    try:
-        return load_tokenizer(place), context_length(place)
-    except Exception as error:  # transformers raises whatever a broken file leads to
-        reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"base_model.source: {place} cannot be read as a model: {reason}") from None
+    brought = check_model(files["base_model"][0].parent)
+    return brought.tokenizer, brought.context
 
 
 def _require_fit(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], template: bool, context: int, reserved: int, where: str
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], template: bool, context: int | None, reserved: int, where: str
 ) -> None:
     if texts:
         tokens = tokenize(tokenizer, list(texts), template)

@@ -54,7 +54,7 @@ class LanguageChain:
         i = state.iteration + 1
         made = perform(self.rollout(i, state.actor))
         rollouts = made["rollout"].ref
-        scores = [self.reward(i, state.reward_model, rollouts, state.reward_bias, state.reward_moments)]
+        scores = [self.reward(i, state.reference, state.reward_model, rollouts, state.reward_bias, state.reward_moments)]
         if self.run.config.kl.needs_reference:
             scores.insert(0, self.reference(i, state.reference, rollouts))
         if state.critic:
@@ -128,13 +128,14 @@ class LanguageChain:
         return self.run.call("reference", iteration, {"temperature": self._temperature(rollouts)},
                              reference_model=reference_model, rollouts=rollouts)
 
-    def reward(self, iteration: int, reward_model: ModelRef | None, rollouts: ArtifactRef, bias: float,
+    def reward(self, iteration: int, tokenizer: ModelRef, reward_model: ModelRef | None, rollouts: ArtifactRef, bias: float,
                moments: Moments) -> StageCall:
         config = self.run.config.reward
         settings = settings_of(config) | {"bias": bias, "max_new_tokens": self._made_with(rollouts)["max_new_tokens"]}
         if config.normalize != "none":
             settings["moments"] = moments.model_dump(mode="json")
-        return self.run.call("reward", iteration, settings, rollouts=rollouts, **self._reward_inputs(reward_model))
+        return self.run.call("reward", iteration, settings, rollouts=rollouts, **self._reward_inputs(reward_model),
+                             tokenizer=tokenizer if config.special_tokens else None)
 
     def value(self, iteration: int, critic: ModelRef, rollouts: ArtifactRef) -> StageCall:
         return self.run.call("value", iteration, {}, critic=critic, rollouts=rollouts)
@@ -216,8 +217,8 @@ class LanguageChain:
             case "reference":
                 return self.reference(iteration, after.reference, made["rollout"])
             case "reward":
-                return self.reward(iteration, after.reward_model, made["rollout"], self._bias(recorded, after),
-                                   self._moments(recorded, before))
+                return self.reward(iteration, after.reference, after.reward_model, made["rollout"],
+                                   self._bias(recorded, after), self._moments(recorded, before))
             case "value":
                 return self.value(iteration, before.critic, made["rollout"])
             case "gae":
@@ -288,9 +289,9 @@ class LanguageChain:
 
 def _components(config: RewardConfig) -> dict[str, Any]:
     """What of the reward's settings decides the raw score."""
-    return config.model_dump(mode="json", include={"components"})
+    return {name: value for name, value in settings_of(config).items() if name in ("components", "special_tokens")}
 
 
 def _raw(config: RewardConfig) -> tuple:
     """What decides the raw score."""
-    return config.components, config.center_on_demonstrations
+    return config.components, config.center_on_demonstrations, config.special_tokens

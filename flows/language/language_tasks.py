@@ -6,6 +6,7 @@ All that decides a result is in the call, whose settings are those of the recipe
 from __future__ import annotations
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from flows.language.reward_tokens import token_for
 from flows.language.warm_models import WarmModels, load_causal, load_scalar, load_tokenizer, save_learner, save_model
@@ -26,11 +27,14 @@ from stages import reward_model as reward_model_stage
 from stages import rollout as rollout_stage
 from stages import sft as sft_stage
 from stages import value as value_stage
+from stages.ops.guest import Patience
 from stages.ops.language_model import LanguageModel
 from stages.ops.moments import updated_moments
 from stages.ops.prompts import demonstrations_as_texts, pretraining_as_texts, prompt_order
-from stages.ops.rewards import Scorer, function_scorer, model_scorer, server_scorer
+from stages.ops.reward_server import RewardServer
+from stages.ops.rewards import Scorer, function_scorer, model_scorer, seeing_special_tokens
 from stages.ops.sampling import ModelSampler
+from stages.ops.signal import of_advantages, of_components, of_policy
 from stages.ops.texts import Texts
 
 # --- once, before the first iteration ---
@@ -59,9 +63,9 @@ def reward_model(work: Work[WarmModels]) -> StageOutput:
 
 
 def reward_bias(work: Work[WarmModels]) -> StageOutput:
-    config, model = work.settings(RewardConfig), work.model("tokenizer")
-    tokenizer = load_tokenizer(work.store.folder(model.artifact, model.folder))
-    texts = demonstrations_as_texts(tokenizer, work.rows("demonstrations"), work.setting("chat_template"))
+    config = work.settings(RewardConfig)
+    tokenizer, rows = _tokenizer(work, "tokenizer"), work.rows("demonstrations")
+    texts = demonstrations_as_texts(tokenizer, rows, work.setting("chat_template"))
     rewards = reward_bias_stage.reward_bias(_scorers(work, config), texts, config)
     work.attempt.table(rewards)
     metrics = reward_bias_stage.metrics(rewards)
@@ -95,6 +99,7 @@ def reward(work: Work[WarmModels]) -> StageOutput:
     rewards = reward_stage.reward(_scorers(work, config), rollouts, config, bias=work.setting("bias"), moments=before,
                                   max_new_tokens=work.setting("max_new_tokens"))
     work.attempt.table(rewards)
+    work.warn(of_components(rewards.components))
     moments = updated_moments(before, rewards.raw_score) if config.normalize != "none" else None
     return StageOutput(reward_stage.metrics(rewards, config, before),
                        _tokens(rollouts) if "reward_model" in work.call.inputs else None, Outputs(moments=moments))
@@ -111,10 +116,12 @@ def gae(work: Work[WarmModels]) -> StageOutput:
     config, kl_coef = work.settings(GAEConfig), work.setting("kl_coef")
     kl = KLConfig(coef=kl_coef, estimator=work.setting("kl_estimator"), placement=work.setting("kl_placement"))
     rollouts, values = work.table("rollouts", Rollouts), work.table_if_given("values", Values)
-    reference = work.table_if_given("reference", ReferenceLogprobs)
-    advantages = gae_stage.gae(rollouts, reference, work.table("rewards", Rewards), values, config, kl, kl_coef=kl_coef)
+    reference, rewards = work.table_if_given("reference", ReferenceLogprobs), work.table("rewards", Rewards)
+    advantages = gae_stage.gae(rollouts, reference, rewards, values, config, kl, kl_coef=kl_coef)
     work.attempt.table(advantages)
-    metrics = gae_stage.metrics(advantages, rollouts, values, config, kl_coef=kl_coef if reference else None)
+    metrics = gae_stage.metrics(advantages, rollouts, values, config, kl_coef=kl_coef if reference else None,
+                                scores=rewards.score)
+    work.warn(of_advantages(advantages.raw_advantages.values, metrics.equal_groups, config, kl))
     return StageOutput(metrics, outputs=Outputs(kl=gae_stage.mean_kl(advantages) if reference else None))
 
 
@@ -130,6 +137,7 @@ def ppo(work: Work[WarmModels]) -> StageOutput:
         seed=work.call.seed, learning_rate_factor=work.setting("learning_rate_factor"),
         train_actor=work.setting("train_actor"), kl_loss=penalty,
         texts=_texts(work, learner.actor) if config.ptx_coef else None)
+    work.warn(of_policy(metrics.entropy, learner.actor.module.get_input_embeddings().num_embeddings))
     save_learner(work.attempt, learner)
     work.warm.put_learner(work.call.recipe.ref, learner)
     return StageOutput(metrics, _tokens(rollouts) * metrics.steps // config.minibatches)
@@ -140,7 +148,7 @@ def evaluate(work: Work[WarmModels]) -> StageOutput:
     actor = work.warm.actor(work.model("actor"), work.setting("chat_template"))
     samples = evaluate_stage.evaluate(
         ModelSampler(actor), work.warm.reference(work.model("reference_model")),
-        [row["prompt"] for row in work.rows("prompts")], _scorers(work, rewards), _judge(work),
+        [row["prompt"] for row in work.rows("prompts")], _scorers(work, rewards, "actor"), _judge(work, rewards),
         work.table_if_given("baseline", Samples), sampling, rewards, bias=work.setting("bias"), seed=work.call.seed)
     work.attempt.table(samples)
     return StageOutput(evaluate_stage.metrics(samples), int(samples.response_length.sum()))
@@ -170,21 +178,30 @@ def _texts(work: Work[WarmModels], actor: LanguageModel) -> Texts:
     return work.warm.texts(work.ref(role), work.model("actor"), chat_template, tokenized)
 
 
-def _scorers(work: Work[WarmModels], config: RewardConfig) -> dict[str, Scorer]:
-    """Component → scorer."""
-    return {name: _scorer(work, name, part.kind, part.source) for name, part in config.components.items()}
+def _scorers(work: Work[WarmModels], config: RewardConfig, tokenizer: str = "tokenizer") -> dict[str, Scorer]:
+    """Component → scorer. `tokenizer`: the role of the model whose special tokens they see, if they are to."""
+    return {name: _scorer(work, f"reward.{name}", part.kind, part.source, tokenizer if config.special_tokens else None)
+            for name, part in config.components.items()}
 
 
-def _scorer(work: Work[WarmModels], name: str, kind: str, source: str) -> Scorer:
+def _scorer(work: Work[WarmModels], role: str, kind: str, source: str, tokenizer: str | None) -> Scorer:
+    execution = work.call.execution
     match kind:
         case "reward_model":
             return model_scorer(work.warm.reward_model(work.model("reward_model")))
         case "server":
-            return server_scorer(source, token=token_for(source))
+            scorer = RewardServer(source, token_for(source), execution.server_timeout, execution.server_tries)
         case _:
-            return function_scorer(source, work.function(f"reward.{name}", source))
+            patience = Patience(execution.function_patience, execution.function_timeout)
+            scorer = function_scorer(source, work.function(role, source), patience)
+    return scorer if tokenizer is None else seeing_special_tokens(scorer, _tokenizer(work, tokenizer))
 
 
-def _judge(work: Work[WarmModels]) -> Scorer | None:
+def _judge(work: Work[WarmModels], config: RewardConfig) -> Scorer | None:
     source = work.setting("judge")
-    return function_scorer(source, work.function("judge", source)) if source else None
+    return _scorer(work, "judge", "function", source, "actor" if config.special_tokens else None) if source else None
+
+
+def _tokenizer(work: Work[WarmModels], role: str) -> PreTrainedTokenizerBase:
+    model = work.model(role)
+    return load_tokenizer(work.store.folder(model.artifact, model.folder))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,13 +23,15 @@ from transformers import (
 
 from flows.store.store import Attempt, Store
 from schemas.artifacts import ArtifactRef, ModelRef
-from schemas.errors import StoreError
+from schemas.errors import ConfigError, StoreError
 from schemas.settings import ExecutionConfig, PPOConfig
+from stages.ops.abilities import abilities
 from stages.ops.device import Device
 from stages.ops.language_learner import LanguageModelLearner
 from stages.ops.language_model import LanguageModel
 from stages.ops.optim import load_state_tensors, state_tensors
 from stages.ops.progress import progress_bar
+from stages.ops.scalar_head import ScalarHead
 from stages.ops.texts import Texts
 
 NOT_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -140,23 +144,54 @@ class WarmModels:
         module = load(folder).to(Device(execution.device).torch).eval()
         module.config.pad_token_id = tokenizer.pad_token_id
         return LanguageModel(module, tokenizer, micro_batch_tokens=execution.micro_batch_tokens,
-                             generation_batch_size=execution.generation_batch_size)
+                             generation_batch_size=execution.generation_batch_size, abilities=abilities(module))
 
 
 # --- one folder, one model ---
 
+SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+
+
 def load_causal(folder: Path) -> PreTrainedModel:
-    """A causal language model in float32, from safetensors alone."""
-    return _own_memory(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **_SAFE))
+    """A causal language model in float32, from safetensors alone. Raises `ConfigError` if weights are missing."""
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **SAFE)
+    require_all_weights(folder, report)
+    return _own_memory(model)
 
 
 def load_scalar(folder: Path) -> PreTrainedModel:
-    """A sequence classifier with one label in float32; over a causal model's body, its head is new and all zeros."""
-    trained = any("SequenceClassification" in name for name in AutoConfig.from_pretrained(folder).architectures or ())
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, num_labels=1, **_SAFE)
-    if not trained:
+    """A sequence classifier with one label in float32; over a causal model's body, its head is new and all zeros.
+
+    Raises `ConfigError` if weights are missing.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    architectures = config.architectures or ()
+    if ScalarHead.__name__ in architectures:
+        return _own_memory(ScalarHead.load(folder, config))
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return ScalarHead(config, load_causal(folder).base_model)
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, num_labels=1, output_loading_info=True, **SAFE)
+    if any("SequenceClassification" in name for name in architectures):
+        require_all_weights(folder, report)
+    else:
+        heads = {"score.weight", "lm_head.weight", "embed_out.weight"}  # the new one, and that of the causal model
+        require_all_weights(folder, {what: set(keys) - heads for what, keys in report.items()})
         torch.nn.init.zeros_(model.score.weight)
     return _own_memory(model)
+
+
+def require_all_weights(folder: Path, report: Mapping[str, Iterable]) -> None:
+    """Raises `ConfigError` with transformers' own report of keys that are missing, left over, or of another shape."""
+    said = []
+    for what in ("missing", "unexpected", "mismatched"):
+        keys = sorted(key if isinstance(key, str) else f"{key[0]} {list(key[1])} for {list(key[2])}"
+                      for key in report[f"{what}_keys"])
+        if keys:
+            said.append(f"{len(keys)} {what} ({', '.join(keys[:4])}{', …' if len(keys) > 4 else ''})")
+    if said:
+        raise ConfigError(f"base_model.source: {folder}: the weights are not those of config.json: {'; '.join(said)}. What "
+                          "is missing would be random: save the whole model with save_pretrained, or mend config.json")
 
 
 def _own_memory(module: PreTrainedModel) -> PreTrainedModel:
@@ -167,12 +202,14 @@ def _own_memory(module: PreTrainedModel) -> PreTrainedModel:
     return module
 
 
-_SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
-
-
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer; one without a padding token pads with EOS."""
+    """The folder's tokenizer; one without an EOS has the model's, and one without a padding token pads with EOS.
+
+    Raises `ConfigError` where no file names an EOS.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = _eos_of_model(folder, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     for how_it_was_loaded in ("is_local", "local_files_only"):  # would be saved with it
@@ -180,15 +217,35 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def context_length(folder: Path) -> int:
-    """The most tokens the model in the folder can attend to, from its config alone."""
-    return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().max_position_embeddings
+def _eos_of_model(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The EOS that generation_config.json or config.json names by its id."""
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+        for token in ids if isinstance(ids, list) else [ids]:
+            if isinstance(token, int) and (text := tokenizer.convert_ids_to_tokens(token)) is not None:
+                return text
+    raise ConfigError(f"base_model.source: {folder} names no EOS, so that no response would end: set eos_token in "
+                      "tokenizer_config.json, to one of the tokenizer's tokens")
+
+
+CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
+
+
+def context_length(folder: Path) -> int | None:
+    """The most tokens the model in the folder can attend to, from its config alone; none where it names no limit."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    found = (getattr(config, name, None) for name in CONTEXTS)
+    return next((length for length in found if isinstance(length, int) and length > 0), None)
 
 
 def save_model(attempt: Attempt, inner: str, model: LanguageModel) -> None:
-    """A Hugging Face folder that `from_pretrained` reads with nothing of Baton installed."""
+    """A Hugging Face folder that `from_pretrained` reads with nothing of Baton installed, but for a `ScalarHead`."""
     folder = attempt.path(inner)
-    model.module.save_pretrained(folder)
+    if isinstance(model.module, ScalarHead):
+        model.module.save(folder)
+    else:
+        model.module.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
 
 

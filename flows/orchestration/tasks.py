@@ -16,13 +16,13 @@ from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.context import TagsContext
-from prefect.futures import PrefectFuture, wait
+from prefect.futures import wait
 from prefect.states import Completed, State
 from prefect.utilities.annotations import quote
 
 from flows.orchestration import page
 from schemas.artifacts import Produced, StageCall
-from schemas.errors import TransientError
+from schemas.errors import StoppedError, TransientError
 from stages.ops.progress import interrupted_by
 
 log = logging.getLogger("baton")
@@ -49,31 +49,43 @@ class StageTasks:
         if len(calls) == 1:
             made = _task(calls[0].stage)(self.run, calls[0].iteration, quote(calls[0]), quote(self.perform))
             return {calls[0].stage: made.result() if isinstance(made, State) else made}
-        stop = threading.Event()
-        perform = quote(stoppable(self.perform, stop))
-        futures: dict[str, PrefectFuture] = {}
+        together = Together(self.perform)
         try:
-            for call in calls:
-                futures[call.stage] = _task(call.stage).submit(self.run, call.iteration, quote(call), perform)
+            futures = {call.stage: _task(call.stage).submit(self.run, call.iteration, quote(call), quote(together))
+                       for call in calls}
             wait(list(futures.values()))  # all of them, so that none still writes when another's error ends the flow
         except BaseException:  # a signal
-            stop.set()
-            wait(list(futures.values()))
+            together.end()
             raise
         return {stage: future.result() for stage, future in futures.items()}
 
 
-def stoppable(perform: Callable[[StageCall], Produced], stop: threading.Event) -> Callable[[StageCall], Produced]:
-    """The same for a thread of its own, which no signal reaches.
+class Together:
+    """Performs calls in threads, which no signal reaches, and can end them all."""
 
-    Once `stop` is set the next step of a progress bar raises `StoppedError`, and what the stage has written is removed.
-    """
+    def __init__(self, perform: Callable[[StageCall], Produced]) -> None:
+        self.perform, self.at_work = perform, 0
+        self.stop, self.changed = threading.Event(), threading.Condition()
 
-    def until_stopped(call: StageCall) -> Produced:
-        with interrupted_by(stop):
-            return perform(call)
+    def __call__(self, call: StageCall) -> Produced:
+        """Raises `StoppedError` at the next step of a progress bar once they are ended, and leaves nothing of the stage."""
+        with self.changed:
+            if self.stop.is_set():
+                raise StoppedError(f"{call.stage}: not begun")
+            self.at_work += 1
+        try:
+            with interrupted_by(self.stop):
+                return self.perform(call)
+        finally:
+            with self.changed:
+                self.at_work -= 1
+                self.changed.notify_all()
 
-    return until_stopped
+    def end(self) -> None:
+        """Returns when none is at work."""
+        self.stop.set()
+        with self.changed:
+            self.changed.wait_for(lambda: not self.at_work)
 
 
 @cache

@@ -6,13 +6,17 @@ BATON_ALLOWED_FUNCTIONS narrows which may run in this process: patterns separate
 
 from __future__ import annotations
 
+import ast
+import functools
+import hashlib
 import importlib
 import importlib.util
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
@@ -20,12 +24,13 @@ from types import ModuleType
 from flows.store.store import Store, sha256_file
 from schemas.artifacts import ArtifactRef
 from schemas.errors import ConfigError
+from stages.ops.user_errors import said
 
 
-def function_file(source: str, folder: Path) -> Path:
-    """The Python file of `file.py:function` (below `folder`) or `package.module:function`; nothing is imported.
+def function_files(source: str, folder: Path) -> list[Path]:
+    """The Python file of `file.py:function` (below `folder`), and the modules beside it that it imports, and these theirs.
 
-    Raises `ConfigError`.
+    Of `package.module:function` the module's file alone; nothing is imported. Raises `ConfigError`.
     """
     place, colon, name = source.rpartition(":")
     if not place or not colon or not name.isidentifier() or ":" in place:
@@ -33,7 +38,7 @@ def function_file(source: str, folder: Path) -> Path:
     path = folder / place if place.endswith(".py") else _installed(place)
     if path is None or not path.is_file():
         raise ConfigError(f"function {source!r}: no such {f'file: {path}' if place.endswith('.py') else f'module: {place}'}")
-    return path
+    return _with_modules_beside(path) if place.endswith(".py") else [path]
 
 
 def _installed(module: str) -> Path | None:
@@ -49,48 +54,115 @@ def _installed(module: str) -> Path | None:
     return Path(spec.origin) if spec.has_location else None
 
 
-def load_function(source: str, file: Path) -> Callable:
-    """The function, from `file` or from its installed package, which must have the same source. Raises `ConfigError`."""
+def _with_modules_beside(file: Path) -> list[Path]:
+    """`file` first."""
+    files, todo = [file], [file]
+    while todo:
+        for name in _imported(todo.pop()):
+            beside = [file.parent / f"{name}.py", *sorted((file.parent / name).rglob("*.py"))]
+            new = [path for path in beside if path.is_file() and path not in files]
+            files, todo = files + new, todo + new
+    return files
+
+
+def _imported(file: Path) -> list[str]:
+    """Top names of the modules that a file imports, at its top or in a function; none if it is no Python."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # said when it is run
+        return []
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
+
+
+def load_function(source: str, files: list[Path]) -> Callable:
+    """The function, from the first of its files or from its installed package, which must have the same source.
+
+    Raises `ConfigError`.
+    """
     place, _, name = source.rpartition(":")
-    require_allowed(source, file)
-    if not place.endswith(".py") and sha256_file(function_file(source, file.parent)) != sha256_file(file):
+    require_allowed(source, files)
+    if not place.endswith(".py") and sha256_file(function_files(source, Path())[0]) != sha256_file(files[0]):
         raise ConfigError(f"function {source!r}: the installed file is not the one the run was made with; install that "
                           "version, or make another run")
     try:
-        module = _module_of(file) if place.endswith(".py") else importlib.import_module(place)
+        module = _module_of(files) if place.endswith(".py") else importlib.import_module(place)
     except (Exception, SystemExit) as error:  # whatever a user's file does when it is run
-        raise ConfigError(f"function {source!r}: {file} cannot be run: {type(error).__name__}: {error}") from None
+        raise ConfigError(f"function {source!r}: {files[0].name} cannot be run: it {said(error)}") from None
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"function {source!r}: {place} has no function {name!r}")
-    return function
+    return function if len(files) == 1 else _with_its_modules(function, module, files)
 
 
-def check_function(source: str, file: Path) -> None:
-    """Loads the function from a copy of its file alone, as it will be from the store. Raises `ConfigError`."""
+def check_function(source: str, files: list[Path]) -> None:
+    """Loads the function from copies of its files alone, as it will be from the store. Raises `ConfigError`."""
     with tempfile.TemporaryDirectory() as alone:
-        load_function(source, Path(shutil.copy(file, alone)))
+        copies = [Path(alone) / path.relative_to(files[0].parent) for path in files]
+        for path, copy in zip(files, copies, strict=True):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        sys.modules.pop(load_function(source, copies).__module__ if source.rpartition(":")[0].endswith(".py") else "", None)
 
 
 def stored_function(store: Store, ref: ArtifactRef, source: str) -> Callable:
-    """The function of an imported file: of a file, from its copy in the store; of a package, as it is installed."""
-    (entry,) = store.manifest(ref).files
-    return load_function(source, store.file(ref, entry.path))
+    """The function of imported files: of files, from their copies in the store; of a package, as it is installed."""
+    entries = store.manifest(ref).files
+    place = source.rpartition(":")[0]
+    main = Path(place).name if place.endswith(".py") else entries[0].path
+    names = [main, *(entry.path for entry in entries if entry.path != main)]
+    return load_function(source, [store.file(ref, name) for name in names])
 
 
-def _module_of(file: Path) -> ModuleType:
-    """The file as a module, under a name made from its content, so that a process can hold several versions."""
-    name = f"baton_user_{sha256_file(file)[:16]}"
+def _module_of(files: list[Path]) -> ModuleType:
+    """The first file as a module, under a name made from their contents, so that a process can hold several versions."""
+    name = f"baton_user_{hashlib.sha256(''.join(map(sha256_file, files)).encode()).hexdigest()[:16]}"
     if (module := sys.modules.get(name)) is None:
-        spec = importlib.util.spec_from_file_location(name, file)
+        spec = importlib.util.spec_from_file_location(name, files[0])
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # dataclasses look their module up there
+        module.__baton_modules__ = {}
         try:
-            spec.loader.exec_module(module)
+            with _importable(files, module.__baton_modules__):
+                spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[name]
             raise
     return module
+
+
+@contextmanager
+def _importable(files: list[Path], own: dict[str, ModuleType]) -> Iterator[None]:
+    """Inside it `import` finds the modules beside the first file before all others, and nothing of them stays imported.
+
+    `own`: those that were imported, by name.
+    """
+    names = {path.relative_to(files[0].parent).parts[0].removesuffix(".py") for path in files[1:]}
+
+    def taken() -> dict[str, ModuleType]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in names}
+
+    others, folder = taken(), str(files[0].parent)
+    sys.modules.update(own)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        own.update(taken())
+        sys.modules.update(others)
+
+
+def _with_its_modules(function: Callable, module: ModuleType, files: list[Path]) -> Callable:
+    """The function, which may import the modules beside its file when it is called, too."""
+
+    @functools.wraps(function)
+    def called(*arguments: object, **more: object) -> object:
+        with _importable(files, module.__baton_modules__):
+            return function(*arguments, **more)
+
+    return called
 
 
 def _matches(source: str, pattern: str) -> bool:
@@ -101,19 +173,18 @@ def _matches(source: str, pattern: str) -> bool:
     return place.endswith(".py") == places.endswith(".py") and fnmatchcase(place, places) and fnmatchcase(name, names)
 
 
-def require_allowed(source: str, file: Path | None = None) -> None:
-    """Raises `ConfigError` if BATON_ALLOWED_FUNCTIONS is set and names neither `source` nor the content of its file.
+def require_allowed(source: str, files: Sequence[Path] = ()) -> None:
+    """Raises `ConfigError` if BATON_ALLOWED_FUNCTIONS is set and names neither `source` nor the contents of all its files.
 
-    `file`: none for what is known by its name alone, such as an environment that a module registers.
+    `files`: none for what is known by its name alone, such as an environment that a module registers.
     """
     allowed = os.environ.get("BATON_ALLOWED_FUNCTIONS")
     if allowed is None:
         return
     patterns = [pattern.strip() for pattern in allowed.split(",")]
-    contents = [pattern for pattern in patterns if pattern.startswith("sha256:")]
-    if any(_matches(source, pattern) for pattern in patterns if pattern not in contents):
+    if any(_matches(source, pattern) for pattern in patterns if not pattern.startswith("sha256:")):
         return
-    digest = f"sha256:{sha256_file(file)}" if file else None
-    if digest not in contents:
-        raise ConfigError(f"function {source!r}: BATON_ALLOWED_FUNCTIONS does not allow it here; add its name"
-                          + (f" or {digest}" if digest else ""))
+    missing = [digest for path in files if (digest := f"sha256:{sha256_file(path)}") not in patterns]
+    if missing or not files:
+        more = f" or {','.join(missing)}" if missing else ""
+        raise ConfigError(f"function {source!r}: BATON_ALLOWED_FUNCTIONS does not allow it here; add its name{more}")

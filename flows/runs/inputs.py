@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from flows.runs.functions import function_file
+from flows.runs.functions import function_files
 from flows.runs.produce import StageOutput, write
 from flows.store.store import Attempt, Store, sha256_file
 from schemas.artifacts import ArtifactRef, Recipe
@@ -60,9 +61,11 @@ class Rows(Sequence[dict[str, str]]):
 
     def __init__(self, path: Path, role: str) -> None:
         if not path.is_file():
-            raise ConfigError(f"data.{role}: no such file: {path}")
+            raise ConfigError(f"data.{role}: {_no_file(path)}")
         self.path, self.columns = path, COLUMNS[role]
         self.data = path.read_bytes().removeprefix(codecs.BOM_UTF8).rstrip()
+        if (other := _other_format(self.data, path)) is not None:
+            raise ConfigError(f"data.{role}: {path} {other}")
         newlines = np.flatnonzero(np.frombuffer(self.data, np.uint8) == ord("\n"))  # U+2028 may stand in text
         self.begins, self.ends = np.append(0, newlines + 1), np.append(newlines, len(self.data))
         if not self.data:
@@ -71,7 +74,9 @@ class Rows(Sequence[dict[str, str]]):
     def __len__(self) -> int:
         return len(self.begins)
 
-    def __getitem__(self, row: int) -> dict[str, str]:
+    def __getitem__(self, row: int | slice) -> dict[str, str] | list[dict[str, str]]:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
         row = range(len(self))[row]
         return _row(self.data[self.begins[row] : self.ends[row]], f"{self.path}, line {row + 1}", self.columns)
 
@@ -81,20 +86,69 @@ def read_lines(path: Path, role: str) -> list[dict[str, str]]:
     return list(Rows(path, role))
 
 
+def _no_file(path: Path) -> str:
+    """What may be meant by a path at which there is no file."""
+    if path.is_dir():
+        return f"{path} is a folder; name a file of JSON lines in it"
+    on_hub = "; of a data set on the hub: datasets.load_dataset(…).to_json(file) makes one"
+    return f"no such file: {path}{'' if path.suffix else on_hub}"
+
+
+def _other_format(data: bytes, path: Path) -> str | None:
+    """What a file is that holds no JSON lines, and how to make some of it; none if that cannot be told."""
+    if data.startswith(b"PAR1"):
+        return (f"is Parquet; expected JSON lines: datasets.Dataset.from_parquet({str(path)!r}).to_json(file) makes them")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "is UTF-16; expected UTF-8: iconv -f UTF-16 -t UTF-8 makes it"
+    if data.startswith(b"\x1f\x8b"):
+        return "is compressed; expected JSON lines: gunzip it"
+    if data.startswith(b"["):
+        return f"is one JSON array; expected JSON lines: jq -c '.[]' {path} makes them"
+    return None
+
+
 def _row(line: bytes, where: str, columns: tuple[str, ...]) -> dict[str, str]:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_no_key_twice)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}: is not UTF-8: {error.reason} at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: {error}") from None
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: expected an object with {_keys(columns)}, found {line.decode()[:40]}")
     for column in columns:
         if not isinstance(row.get(column), str):
             found = f"found {row[column]!r:.40}" if column in row else f"found only {_keys(row) or 'nothing'}"
-            raise ConfigError(f"{where}: column {column!r}: expected text, {found}")
+            raise ConfigError(f"{where}: column {column!r}: expected text, {found}{_mapping(row, columns)}")
+        if (half := re.search("[\ud800-\udfff]", row[column])) is not None:
+            raise ConfigError(f"{where}: column {column!r}: \\u{ord(half[0]):04x} at character {half.start() + 1} is half "
+                              "of a surrogate pair, which is no text; write the other half beside it, or take it out")
     return {column: row[column] for column in columns}
+
+
+def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice; leave one")
+    return row
+
+
+def _mapping(row: dict[str, object], columns: tuple[str, ...]) -> str:
+    """How to make the columns of those that are there, in a way that can be pasted and changed."""
+    if not (missing := [column for column in columns if not isinstance(row.get(column), str)]) or not row:
+        return ""
+    others = [name for name in row if name not in columns] or list(row)
+    sources = {column: column for column in columns} | dict(zip(missing, others + others[-1:] * len(missing), strict=False))
+    parts = [f"{column}: .{source}{_inside(row.get(source))}" for column, source in sources.items()]
+    return f"; jq -c '{{{', '.join(parts)}}}' FILE > NEW.jsonl makes a file of other columns, if these are what is meant"
+
+
+def _inside(value: object) -> str:
+    """Where in a list of messages its text is."""
+    return "[0].content" if isinstance(value, list) else ""
 
 
 def _keys(columns: Iterable[str]) -> str:
@@ -111,7 +165,7 @@ def stored_rows(store: Store, ref: ArtifactRef) -> Rows:
 
 def input_files(config: RunConfig, folder: Path) -> dict[str, list[Path]]:
     """Role → files of everything the config names; that they are there, not what is in them. Raises `ConfigError`."""
-    files = {role: [function_file(source, folder)] for role, source in config.functions.items()}
+    files = {role: function_files(source, folder) for role, source in config.functions.items()}
     if not isinstance(config, LanguageConfig):
         return files
     for role in COLUMNS:
@@ -160,13 +214,15 @@ def recipes_of(files: dict[str, list[Path]]) -> dict[str, Recipe]:
 def _recipe(role: str, paths: list[Path]) -> Recipe:
     """The recipe of an input: its identity is that of its content, and of its file name where that matters."""
     kind = "function" if role in ("judge", "environment") or role.startswith("reward.") else role
-    content = {_inner(role, path): sha256_file(path) for path in paths}
+    content = {_inner(role, path, paths): sha256_file(path) for path in paths}
     return Recipe(stage=f"input.{kind}", version=1, config={"sha256": content}, inputs={})
 
 
-def _inner(role: str, path: Path) -> str:
-    """The name of an imported file: `prompts.jsonl`, `model/config.json`, or a function's own file name."""
-    return f"{role}.jsonl" if role in COLUMNS else f"model/{path.name}" if role == "base_model" else path.name
+def _inner(role: str, path: Path, paths: list[Path]) -> str:
+    """The name of an imported file: `prompts.jsonl`, `model/config.json`, or as it lies beside a function's own."""
+    if role in COLUMNS:
+        return f"{role}.jsonl"
+    return f"model/{path.name}" if role == "base_model" else path.relative_to(paths[0].parent).as_posix()
 
 
 def import_files(
@@ -182,6 +238,6 @@ def import_files(
 
 def _copy(role: str, paths: list[Path], attempt: Attempt) -> StageOutput:
     for path in paths:
-        shutil.copyfile(path, attempt.path(_inner(role, path)))
+        shutil.copyfile(path, attempt.path(_inner(role, path, paths)))
     return StageOutput()
 

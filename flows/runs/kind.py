@@ -12,7 +12,7 @@ from flows.runs.work import Task
 from flows.store.store import Store
 from schemas.artifacts import ArtifactRef, Produced, StageCall, TrainState
 from schemas.errors import StoreError
-from schemas.settings import ExecutionConfig, RunConfig, Settings
+from schemas.settings import LATER, ExecutionConfig, RunConfig, Settings
 
 ITERATION_DECIDES = frozenset({"critic_warmup", "warmup_iterations", "schedule", "schedule_iterations"})
 """Settings of `ppo` whose outcome in an iteration is in its call in their place."""
@@ -73,8 +73,10 @@ class KindOfRun:
 
 
 def settings_of(section: Settings, exclude: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
-    """A section as part of a call's settings."""
-    return section.model_dump(mode="json", exclude=set(exclude))
+    """A section as part of a call's settings; without those that were added `LATER` and are at their defaults."""
+    later = {name for name, field in type(section).model_fields.items()
+             if LATER in field.metadata and getattr(section, name) == field.default}
+    return section.model_dump(mode="json", exclude={*exclude, *later})
 
 
 def made_in(made: Mapping[str, Produced]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def write(
 def _finite(recipe: Recipe, metrics: dict[str, float]) -> dict[str, float]:
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise NonFiniteError(f"the metric {recipe.stage}/{name} is {value}; nothing was committed")
+            raise NonFiniteError(f"the metric {recipe.stage}/{name} is {value}")
     return metrics
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flows.runs.functions import check_function, function_file
+from flows.runs.functions import check_function, function_files
 from flows.runs.inputs import import_files, input_files, read_config, recipes_of
 from flows.runs.run import Run, changed, create, find_run, lease_key, open_run, require_same
 from flows.store.lease import working_on
@@ -65,7 +65,7 @@ def _made(store: Store, request: Request, check: Callable[[RunConfig, Files], No
     config, folder = request.source, Path.cwd()
     if isinstance(request.source, str):
         config, folder = read_config(request.source, request.settings)
-    name = check_name(folder.resolve().name if request.name is None else request.name, "run name")
+    name = _name(request.name, folder)
     files = input_files(config, folder)
     recipes = recipes_of(files)
     run = find_run(store, name)
@@ -79,6 +79,16 @@ def _made(store: Store, request: Request, check: Callable[[RunConfig, Files], No
     check(config, files)
     _require_writable(store)
     return _create(store, name, config, files, recipes), config
+
+
+def _name(name: str | None, folder: Path) -> str:
+    """The run's name, that of the config's folder by default. Raises `ConfigError`."""
+    if name is not None:
+        return check_name(name, "run name")
+    try:
+        return check_name(folder.resolve().name, "run name")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; it is the folder's: --run chooses another") from None
 
 
 def _create(store: Store, name: str, config: RunConfig, files: Files, recipes: dict[str, Recipe]) -> Run:
@@ -100,8 +110,8 @@ def with_new_functions(run: Run, recorded: Run) -> Run:
     files: Files = {}
     for role, source in run.config.functions.items():
         if recorded.config.functions.get(role) != source:
-            files[role] = [function_file(source, Path.cwd())]
-            check_function(source, files[role][0])
+            files[role] = function_files(source, Path.cwd())
+            check_function(source, files[role])
     imported = import_files(run.store, run.config.execution, files, recipes_of(files))
     return replace(run, record=run.record.model_copy(update={"inputs": run.inputs | imported}))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +19,7 @@ from schemas.records import first_finding
 from schemas.settings import Settings
 from schemas.tables import Table
 
+log = logging.getLogger("baton")
 S = TypeVar("S", bound=Settings)
 T = TypeVar("T", bound=Table)
 W = TypeVar("W")  # what a process keeps warm
@@ -91,6 +93,11 @@ class Work(Generic[W]):
     def function(self, role: str, source: str) -> Callable[..., Any]:
         """A user's function."""
         return stored_function(self.store, self.ref(role), source)
+
+    def warn(self, lines: Iterable[str]) -> None:
+        """Says them of this stage."""
+        for line in lines:
+            log.warning("%s of iteration %d: %s", self.call.stage, self.call.iteration, line)
 
     def _unusable(self, reason: str) -> ConfigError:
         return ConfigError(f"call of {self.call.stage}: {reason}; baton stage {self.call.stage} RUN --iteration I "

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import MethodType
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from schemas.tables import Ragged, Rollouts
+from stages.ops.abilities import Abilities
 from stages.ops.device import Device
 from stages.ops.finite import require_finite
 from stages.ops.progress import progress_bar
-from stages.ops.sequences import Batch, make_batch, split_by_tokens
+from stages.ops.sequences import Batch, by_length, make_batch, pad_left, split_by_tokens
 from stages.ops.texts import Texts
 
 
@@ -29,6 +32,8 @@ class LanguageModel:
     """Whether a prompt is put to it as a user's turn in the tokenizer's chat template."""
     micro_batch_tokens: int = 4096
     generation_batch_size: int = 256
+    abilities: Abilities = Abilities()
+    """What may be done with the network; found when it is loaded."""
 
     @property
     def device(self) -> Device:
@@ -44,7 +49,7 @@ class LanguageModel:
         return self.module(
             input_ids=batch.input_ids[:, :-1], attention_mask=batch.attention_mask[:, :-1],
             position_ids=batch.position_ids[:, :-1], logits_to_keep=batch.response_ids.shape[1], use_cache=False,
-        ).logits.float()
+        ).logits[:, -batch.response_ids.shape[1] :].float()  # some families know no logits_to_keep
 
     def score(self, hidden: Tensor) -> Tensor:
         """(…, H) to (…,) float32: the scalar head."""
@@ -67,7 +72,8 @@ class LanguageModel:
 def batches(rollouts: Rollouts | Texts, rows: np.ndarray, model: LanguageModel) -> list[Batch]:
     """The rows as padded batches within the model's token budget."""
     lengths = np.stack([rollouts.prompt_tokens.lengths, rollouts.response_tokens.lengths], 1)
-    groups = split_by_tokens(lengths, rows, model.micro_batch_tokens)
+    apart = [rows] if model.abilities.pads else by_length(lengths[rows, 0], rows)
+    groups = [group for some in apart for group in split_by_tokens(lengths, some, model.micro_batch_tokens)]
     return [make_batch(rollouts.prompt_tokens, rollouts.response_tokens, group, model.pad_id, model.device.torch)
             for group in groups]
 
@@ -116,16 +122,34 @@ def state_values(critic: LanguageModel, batch: Batch) -> Tensor:
 
 @torch.inference_mode()
 def sequence_scores(model: LanguageModel, rows: Sequence[Sequence[int]], progress: str) -> np.ndarray:
-    """(b,) float32: a one-label sequence classifier's output for each token row, as transformers pools it.
-
-    That is at the last token that is not the padding token, in training too. A tokenizer that pads with EOS therefore
-    has it read before EOS.
-    """
+    """(b,) float32: a one-label sequence classifier's output at the last token of each row, whatever token that is."""
     lengths, out = np.array([[len(row)] for row in rows]), np.empty(len(rows), np.float32)
     groups = split_by_tokens(lengths, np.arange(len(rows)), model.micro_batch_tokens)
     for group in progress_bar(groups, progress):
-        batch = model.tokenizer.pad({"input_ids": [list(rows[i]) for i in group]}, padding_side="right",
-                                    return_tensors="pt").to(model.device.torch)
-        logits = model.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        out[group] = logits[:, 0].float().cpu().numpy()
+        ids, mask = (torch.from_numpy(x[:, ::-1].copy()).to(model.device.torch) for x in pad_left(
+            [np.asarray(rows[i], np.int64)[::-1] for i in group], model.pad_id))
+        out[group] = last_token_scores(model.module, ids, mask)[:, 0].float().cpu().numpy()
     return out
+
+
+def last_token_scores(classifier: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(b, 1): the score at each row's last token, of (b, T) rows that are padded on the right.
+
+    By the mask: transformers' own classifiers look for the last token that is not the padding token, and so read a response
+    that was sampled to end in that token, or in an EOS that pads, too early.
+    """
+    hidden = classifier.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    last = attention_mask.sum(1) - 1
+    return classifier.score(hidden)[torch.arange(len(last), device=last.device), last]
+
+
+def scores_at_last_token(classifier: PreTrainedModel) -> None:
+    """Has the classifier's own forward pass, which trainers call, read where `last_token_scores` does."""
+
+    def forward(
+        self: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None, **_: object
+    ) -> SequenceClassifierOutput:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return SequenceClassifierOutput(logits=last_token_scores(self, input_ids, mask))
+
+    classifier.forward = MethodType(forward, classifier)

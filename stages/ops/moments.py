@@ -60,3 +60,8 @@ def normalized(values: np.ndarray, moments: Moments, how: str) -> np.ndarray:
     if how == "none":
         return scores
     return (scores - (moments.mean if how == "standardize" else 0.0)) / (moments.std or 1.0)
+
+
+def sample_std(x: np.ndarray) -> float:
+    """Sample standard deviation (÷ n − 1), 0 of a single number."""
+    return float(x.std(ddof=1)) if len(x) > 1 else 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from schemas.errors import ConfigError
@@ -29,58 +30,124 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool) -> str:
     """The text a model continues: the prompt, or a user's turn with the assistant's begun.
 
-    A leading BOS is left out, since tokenizers that want one add it.
+    A leading BOS is left out, since tokenizers that want one add it. Raises `ConfigError` with what the template says.
     """
     if not chat_template:
         return prompt
     turns = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return text.removeprefix(tokenizer.bos_token) if _adds_bos(tokenizer) else text
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:  # whatever a template does
+        said = " ".join(str(error).split())
+        raise ConfigError(f"the tokenizer's chat template cannot render a user's turn: {said}; a prompt is one user turn: "
+                          "change the model's chat_template.jinja so that it takes that, or set base_model.chat_template: "
+                          "false") from None
+    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token and _added(tokenizer)[0] else text
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def require_no_clock(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `ConfigError` if the chat template asks for the time: a prompt would be another one the next day."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        raise ConfigError("the tokenizer's chat template calls strftime_now, so that a prompt would change with the day and "
+                          "no stage could be run again to the same bytes: write a date in its place in the model's "
+                          "chat_template.jinja, or set base_model.chat_template: false")
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Whether the tokenizer puts BOS before a text, and EOS after it."""
     ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+    return (tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id,
+            tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str], chat_template: bool) -> list[np.ndarray]:
-    """Token ids of the rendered prompts, (P,) int32 each."""
-    ids = tokenizer([render(tokenizer, prompt, chat_template) for prompt in prompts])["input_ids"]
-    return [np.array(row, np.int32) for row in ids]
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat_template: bool, completions: Sequence[str] | None = None
+) -> list[np.ndarray]:
+    """Token ids of the rendered prompts, each with its completion if there are some: (P,) int32.
+
+    They end where the text ends, also with a tokenizer that puts EOS after each text.
+    """
+    texts = [render(tokenizer, prompt, chat_template) for prompt in prompts]
+    if completions is not None:
+        texts = [prompt + completion for prompt, completion in zip(texts, completions, strict=True)]
+    ids, last = tokenizer(texts)["input_ids"] if texts else [], -1 if _added(tokenizer)[1] else None
+    return [np.array(row[:last], np.int32) for row in ids]
+
+
+def completed(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str], chat_template: bool
+) -> tuple[list[np.ndarray], list[int]]:
+    """Prompt, completion and EOS of each row, tokenized together, (P + R,) int32; and P, where the completion begins.
+
+    The prompt's tokens are those that it has alone too: one that spans its end and the completion's beginning is the
+    completion's. `sft`, `ptx`, the demonstrations' mean and the reward model all read a row like this.
+    """
+    alone = tokenize(tokenizer, prompts, chat_template)
+    wholes = tokenize(tokenizer, prompts, chat_template, completions)
+    return [_with_eos(tokenizer, whole) for whole in wholes], list(map(_common, alone, wholes))
+
+
+def _common(one: np.ndarray, other: np.ndarray) -> int:
+    """With how many equal tokens both begin."""
+    both = min(len(one), len(other))
+    different = np.flatnonzero(one[:both] != other[:both])
+    return int(different[0]) if different.size else both
+
+
+def _with_eos(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> np.ndarray:
+    """Ended by EOS, once."""
+    ends = ids.size > 0 and ids[-1] == tokenizer.eos_token_id
+    return ids if ends else np.append(ids, np.int32(tokenizer.eos_token_id))
 
 
 def demonstrations_as_texts(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]], chat_template: bool
 ) -> Texts:
-    """`prompt` and `completion` of each row, tokenized together as `sft` does; EOS is added.
-
-    The prompt is as many tokens as it has alone, and one at least, since the first token is predicted by none.
-    """
-    prompts = tokenize(tokenizer, [row["prompt"] for row in rows], chat_template)
-    wholes = tokenizer([render(tokenizer, row["prompt"], chat_template) + row["completion"] for row in rows])["input_ids"]
-    cuts = [max(1, len(prompt)) for prompt in prompts]
-    return _texts([row["prompt"] for row in rows], [row["completion"] for row in rows],
-                  [whole[:cut] for whole, cut in zip(wholes, cuts, strict=True)],
-                  [[*whole[cut:], tokenizer.eos_token_id] for whole, cut in zip(wholes, cuts, strict=True)])
+    """`prompt` and `completion` of each row; the prompt has one token at least, since the first is predicted by none."""
+    prompts, completions = [row["prompt"] for row in rows], [row["completion"] for row in rows]
+    wholes, cuts = completed(tokenizer, prompts, completions, chat_template)
+    return _texts(prompts, completions, wholes, [max(1, cut) for cut in cuts])
 
 
 def pretraining_as_texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]]) -> Texts:
     """`text` of each row: its first token the prompt, the rest and EOS the response."""
-    ids = tokenizer([row["text"] for row in rows])["input_ids"]
-    return _texts([""] * len(rows), [row["text"] for row in rows], [row[:1] for row in ids],
-                  [[*row[1:], tokenizer.eos_token_id] for row in ids])
+    texts = [row["text"] for row in rows]
+    wholes = [_with_eos(tokenizer, ids) for ids in tokenize(tokenizer, texts, False)]
+    return _texts([""] * len(rows), texts, wholes, [1] * len(rows))
 
 
-def _texts(prompts: list[str], responses: list[str], prompt_tokens: list, response_tokens: list) -> Texts:
-    ragged = (Ragged.from_rows([np.asarray(row) for row in rows], np.int32) for rows in (prompt_tokens, response_tokens))
+def _texts(prompts: list[str], responses: list[str], wholes: list[np.ndarray], cuts: list[int]) -> Texts:
+    ragged = (Ragged.from_rows(part, np.int32) for part in zip(*(
+        (whole[:cut], whole[cut:]) for whole, cut in zip(wholes, cuts, strict=True)), strict=True))
     return Texts(np.arange(len(prompts)), tuple(prompts), tuple(responses), *ragged)
 
 
-def require_fit(lengths: Sequence[int], context: int, reserved: int, where: str) -> None:
+def response_texts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], *,
+    special_tokens: bool = False,
+) -> list[str]:
+    """Text of each response: what follows the prompt's text in that of both, so that a blank between them is kept.
+
+    `special_tokens`: whether they are part of it.
+    """
+    def decoded(rows: list[np.ndarray]) -> list[str]:
+        return tokenizer.batch_decode(rows, skip_special_tokens=not special_tokens)
+
+    alone, heads = decoded(list(responses)), decoded(list(prompts))
+    both = decoded([np.concatenate(pair) for pair in zip(prompts, responses, strict=True)])
+    return [text[len(head):] if text.startswith(head) else response
+            for text, head, response in zip(both, heads, alone, strict=True)]
+
+
+def require_fit(lengths: Sequence[int], context: int | None, reserved: int, where: str) -> None:
     """Raises `ConfigError` saying which lines of a file, and how many, are empty or longer than context − reserved."""
-    found, room = np.array(lengths), context - reserved
+    found = np.array(lengths)
     if (empty := np.flatnonzero(found == 0)).size:
         raise ConfigError(f"{where}: line {empty[0] + 1} has no tokens; give every prompt some text")
+    if context is None:
+        return
+    room = context - reserved
     too_long = np.flatnonzero(found > room)
     if too_long.size:
         lines = ", ".join(str(i + 1) for i in too_long[:8]) + ("…" if too_long.size > 8 else "")

@@ -1,22 +1,23 @@
-"""Where a response's score comes from: a reward model, a function, or a server; and how components make one score."""
+"""Scores of responses by a reward model or a function (reward_server.py: by a server), and how components make one."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-import httpx
 import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
 
-from schemas.errors import RewardError, RewardServerError
+from schemas.errors import NonFiniteError, RewardError
 from schemas.language import RewardConfig
 from schemas.tables import Rollouts
 from stages.ops.finite import require_finite
+from stages.ops.guest import FOREVER, Patience, call_guest
 from stages.ops.language_model import LanguageModel, sequence_scores
+from stages.ops.prompts import response_texts
 from stages.ops.texts import Texts
 
-MAX_REPLY = 2**20  # bytes of a server's reply
-MAX_REPLY_PER_RESPONSE = 1024
 Scorer = Callable[[Rollouts | Texts], np.ndarray]
 """B responses to (B,) scores."""
 
@@ -34,67 +35,50 @@ def model_scorer(model: LanguageModel) -> Scorer:
     return score
 
 
-def function_scorer(name: str, function: UserFunction) -> Scorer:
+def function_scorer(name: str, function: UserFunction, patience: Patience = FOREVER) -> Scorer:
     """Scores by a user's function of (prompts, responses)."""
 
     def score(rollouts: Rollouts | Texts) -> np.ndarray:
-        try:
-            values = function(list(rollouts.prompt), list(rollouts.response))
-        except Exception as error:  # whatever a user's function does
-            raise RewardError(f"reward {name}: the function raised {type(error).__name__}: {error}") from error
-        return _as_scores(name, values, len(rollouts))
+        values = call_guest(f"reward {name}: the function", function, list(rollouts.prompt), list(rollouts.response),
+                            error=RewardError, patience=patience)
+        return as_scores(f"reward {name}", values, rollouts)
 
     return score
 
 
-def server_scorer(url: str, timeout: float = 60.0, *, token: str | None = None) -> Scorer:
-    """Scores by POST of `{"prompts": […], "responses": […]}`; the answer is `{"scores": […]}`.
-
-    `token`: a bearer token of this server. Redirects are not followed, so that it reaches no other.
-    """
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+def seeing_special_tokens(scorer: Scorer, tokenizer: PreTrainedTokenizerBase) -> Scorer:
+    """The scorer, given responses with their special tokens, EOS too."""
 
     def score(rollouts: Rollouts | Texts) -> np.ndarray:
-        body = {"prompts": list(rollouts.prompt), "responses": list(rollouts.response)}
-        with httpx.Client(transport=httpx.HTTPTransport(retries=2), timeout=timeout, headers=headers) as client:
-            try:
-                answer = json.loads(_reply(client, url, body, MAX_REPLY + MAX_REPLY_PER_RESPONSE * len(rollouts)))
-            except httpx.HTTPError as error:
-                refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
-                raise (RewardError if refused else RewardServerError)(f"reward server {url}: {error}") from error
-            except (ValueError, RecursionError) as error:
-                raise RewardError(f"reward server {url}: {error}") from error
-        if not isinstance(answer, dict) or "scores" not in answer:
-            raise RewardError(f"reward server {url}: expected an object with 'scores', found {str(answer)[:80]}")
-        return _as_scores(url, answer["scores"], len(rollouts))
+        whole = response_texts(tokenizer, list(rollouts.prompt_tokens), list(rollouts.response_tokens), special_tokens=True)
+        return scorer(replace(rollouts, response=tuple(whole)))
 
     return score
 
 
-def _reply(client: httpx.Client, url: str, body: dict[str, list[str]], limit: int) -> bytes:
-    """The reply's bytes. Raises `RewardError` once there are more than `limit`."""
-    reply = bytearray()
-    with client.stream("POST", url, json=body) as response:
-        if response.is_redirect:
-            where = response.headers.get("location")
-            raise RewardError(f"reward server {url}: redirects to {where}, which is not followed; name it in the config")
-        response.raise_for_status()
-        for chunk in response.iter_bytes():
-            reply += chunk
-            if len(reply) > limit:
-                raise RewardError(f"reward server {url}: the reply is longer than {limit} bytes, for "
-                                  f"{len(body['responses'])} scores; is this the right server?")
-    return bytes(reply)
+def as_scores(source: str, values: object, rollouts: Rollouts | Texts) -> np.ndarray:
+    """(B,) float32 of what a function or server gave: numbers, one a response; tensors count as numbers.
 
-
-def _as_scores(source: str, values: Sequence[float], rows: int) -> np.ndarray:
-    """(B,) float32. Raises `RewardError` unless there are B numbers."""
+    Raises `RewardError`, and `NonFiniteError` naming row and prompt.
+    """
+    rows = len(rollouts)
+    if torch.is_tensor(values):
+        values = values.detach().cpu().tolist()
     try:
-        scores = np.array(values, np.float32)  # a copy: the function may use its own again
+        found = [value.item() if hasattr(value, "item") else value for value in values]
+        numbers = np.array([float("nan") if value is None else value for value in found], np.float64)  # a copy
     except (TypeError, ValueError) as error:
-        raise RewardError(f"reward {source}: expected {rows} numbers, found {str(values)[:80]}") from error
-    if scores.shape != (rows,):
-        raise RewardError(f"reward {source}: expected {rows} numbers, one a response, found shape {scores.shape}")
+        raise RewardError(f"{source}: expected {rows} numbers, found {str(values)[:80]}") from error
+    if numbers.shape != (rows,):
+        raise RewardError(f"{source}: expected {rows} numbers, one a response, found shape {numbers.shape}")
+    with np.errstate(over="ignore"):
+        scores = numbers.astype(np.float32)
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if bad.size:
+        row = bad[0]
+        more = f" and {bad.size - 1} more" if bad.size > 1 else ""
+        raise NonFiniteError(f"{source}: gave {found[row]!r} for the response in row {rollouts.row_id[row]}{more}, to the "
+                             f"prompt {rollouts.prompt[row][:60]!r}; expected a finite number below 3.4e38")
     return scores
 
 

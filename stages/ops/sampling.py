@@ -16,8 +16,8 @@ from schemas.tables import Ragged, Rollouts
 from stages.ops.finite import require_finite
 from stages.ops.language_model import LanguageModel
 from stages.ops.progress import progress_bar
-from stages.ops.prompts import tokenize
-from stages.ops.sequences import pad_left, positions
+from stages.ops.prompts import response_texts, tokenize
+from stages.ops.sequences import by_length, pad_left, positions
 
 COMPACT_BELOW = 0.75  # the batch is cut to its unfinished rows when less than this fraction of it is left
 
@@ -65,8 +65,10 @@ class ModelSampler:
         self, prompts: list[np.ndarray], config: RolloutConfig, *, seed: int, progress: str
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Prompts of like length are generated together."""
-        order, size = np.argsort([-len(row) for row in prompts], kind="stable"), self.model.generation_batch_size
-        groups = [order[i : i + size] for i in range(0, len(order), size)]
+        lengths, size = np.array([len(row) for row in prompts]), self.model.generation_batch_size
+        order = np.argsort(-lengths, kind="stable")
+        apart = [order] if self.model.abilities.pads else by_length(lengths[order], order)
+        groups = [some[i : i + size] for some in apart for i in range(0, len(some), size)]
         tokens: list = [None] * len(prompts)
         logprobs: list = [None] * len(prompts)
         with progress_bar(total=len(prompts), desc=progress) as bar:
@@ -87,7 +89,7 @@ def respond(
     tokens, logprobs = sampler.sample(prompt_tokens, config, seed=seed, progress=progress)
     rollouts = Rollouts(
         row_id=np.arange(len(prompts)), prompt_id=prompt_id, prompt=tuple(prompts),
-        response=tuple(sampler.tokenizer.batch_decode(tokens, skip_special_tokens=True)),
+        response=tuple(response_texts(sampler.tokenizer, prompt_tokens, tokens)),
         prompt_tokens=Ragged.from_rows(prompt_tokens, np.int32), response_tokens=Ragged.from_rows(tokens, np.int32),
         logprobs=Ragged.from_rows(logprobs, np.float32),
         finish_reason=tuple("eos" if row[-1] in sampler.eos_ids else "length" for row in tokens),
@@ -117,15 +119,21 @@ class _Batch:
     """Responses that are being generated: the rows still unfinished, and the cache that holds their past."""
 
     rows: np.ndarray  # (b,) positions in the caller's list
-    token: Tensor  # (b,) the last token
-    mask: Tensor  # (b, T) over the cached tokens
-    cache: DynamicCache
+    token: Tensor  # (b, T) the prompts; then (b,) the last token, or (b, T) all tokens where there is no cache
+    mask: Tensor  # (b, T) over the tokens so far
+    cache: DynamicCache | None
+    begun: bool = False  # whether the prompts were read
+
+    def append(self, token: Tensor) -> None:
+        """(b,): the tokens that were sampled."""
+        self.token = torch.cat([self.token, token[:, None]], 1) if self.cache is None else token
 
     def keep(self, kept: Tensor) -> None:
         """Only these rows, by position in the batch."""
         self.rows = self.rows[kept.cpu().numpy()]
         self.token, self.mask = self.token[kept], self.mask[kept]
-        self.cache.batch_select_indices(kept)
+        if self.cache is not None:
+            self.cache.batch_select_indices(kept)
 
 
 @torch.inference_mode()
@@ -146,21 +154,22 @@ def sample(
     tokens = torch.zeros(b, steps, dtype=torch.int64, device=device)
     logprobs = torch.zeros(b, steps, device=device)
     lengths = np.full(b, steps)
-    batch = _Batch(np.arange(b), ids, mask, DynamicCache(config=model.module.config))
+    batch = _Batch(np.arange(b), ids, mask, DynamicCache(config=model.module.config) if model.abilities.caches else None)
     open_rows = torch.ones(b, dtype=torch.bool, device=device)  # of the batch, not of the caller's list
     for step in range(steps):
         with model.device.autocast(precision):
             distribution = _next_logprobs(model, batch, temperature)
-        batch.token = sample_tokens(distribution, draws[batch.rows, step])
-        tokens[batch.rows, step] = batch.token
-        logprobs[batch.rows, step] = distribution.gather(-1, batch.token[:, None]).squeeze(-1)
-        ended = open_rows & torch.isin(batch.token, eos)
+        token = sample_tokens(distribution, draws[batch.rows, step])
+        tokens[batch.rows, step] = token
+        logprobs[batch.rows, step] = distribution.gather(-1, token[:, None]).squeeze(-1)
+        batch.append(token)
+        ended = open_rows & torch.isin(token, eos)
         lengths[batch.rows[ended.cpu().numpy()]] = step + 1
         open_rows &= ~ended
         on_finished(int(ended.sum()))
         if not open_rows.any():
             break
-        if open_rows.float().mean() < COMPACT_BELOW:
+        if (model.abilities.trims or batch.cache is None) and open_rows.float().mean() < COMPACT_BELOW:
             batch.keep(open_rows.nonzero().squeeze(-1))
             open_rows = open_rows[open_rows]
     on_finished(int(open_rows.sum()))
@@ -168,15 +177,14 @@ def sample(
 
 
 def _next_logprobs(model: LanguageModel, batch: _Batch, temperature: float) -> Tensor:
-    """(b, V) logprobs of the next token; the cache then holds all that the mask covers."""
-    first = batch.token.dim() == 2
-    if not first:
+    """(b, V) logprobs of the next token; the cache, where there is one, then holds all that the mask covers."""
+    ids = batch.token if batch.token.dim() == 2 else batch.token[:, None]
+    if batch.begun:
         batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.mask), 1)], 1)
-    place = positions(batch.mask)
+    batch.begun = True
     out = model.module(
-        input_ids=batch.token if first else batch.token[:, None], attention_mask=batch.mask,
-        position_ids=place if first else place[:, -1:], past_key_values=batch.cache, use_cache=True, logits_to_keep=1,
-    )
+        input_ids=ids, attention_mask=batch.mask, position_ids=positions(batch.mask)[:, -ids.shape[1] :],
+        past_key_values=batch.cache, use_cache=batch.cache is not None, logits_to_keep=1)
     return (out.logits[:, -1].float() / temperature).log_softmax(-1)
 
 

@@ -59,6 +59,11 @@ def make_batch(prompts: Ragged, responses: Ragged, rows: np.ndarray, pad_id: int
     return Batch(rows, token_index, ids, mask, positions(mask), mask[:, left.shape[1] :].bool(), left.shape[1])
 
 
+def by_length(lengths: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
+    """The rows in groups of one length each, the longest first. `lengths`: (b,), of those rows."""
+    return [rows[lengths == length] for length in np.unique(lengths)[::-1]]
+
+
 def split_by_tokens(lengths: np.ndarray, rows: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """`rows` sorted by length, longest first, cut so that no padded group is larger than `max_tokens`.
 

@@ -1,0 +1,72 @@
+"""A model's folder before anything is loaded from it: whole weights, of a model and not an adapter, and not quantised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from schemas.errors import ConfigError
+
+POINTER = b"version https://git-lfs"
+HEADER = 8  # bytes that hold the length of a safetensors header
+
+
+def check_model_files(place: Path) -> None:
+    """Raises `ConfigError` naming the file, what is wrong with it, and the way on."""
+    _require_no_adapter(place)
+    config = _read_json(place / "config.json")
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else "?"
+        raise ConfigError(f"base_model.source: {place} is quantised ({method}, quantization_config in config.json), and "
+                          "what is trained is float32: take the weights from before quantisation")
+    for file in sorted(place.glob("*.safetensors")):
+        _require_whole(file)
+    index = place / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(_read_json(index).get("weight_map", {}).values())
+        if missing := sorted(name for name in named if not (place / name).is_file()):
+            raise ConfigError(f"base_model.source: {index} names {len(missing)} files that are not there: {missing[0]}; "
+                              "download the folder again")
+
+
+def _require_no_adapter(place: Path) -> None:
+    file = place / "adapter_config.json"
+    if not file.is_file():
+        return
+    base = _read_json(file).get("base_model_name_or_path")
+    beside = "" if list(place.glob("model*.safetensors")) else f" of {base}"
+    raise ConfigError(
+        f"base_model.source: {place} holds an adapter{beside} (adapter_config.json), which is not read: merge it first, "
+        f"PeftModel.from_pretrained(base, {str(place)!r}).merge_and_unload().save_pretrained(folder), with the tokenizer "
+        "beside it" + ("" if beside else "; or remove adapter_config.json if the weights beside it are what is meant"))
+
+
+def _require_whole(file: Path) -> None:
+    """By its header alone, so that gigabytes are not read."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        begin = stream.read(len(POINTER))
+        if begin == POINTER:
+            raise ConfigError(f"base_model.source: {file} is a pointer of Git LFS, not the weights: run git lfs pull")
+        stream.seek(0)
+        length = int.from_bytes(stream.read(HEADER), "little")
+        header = stream.read(length) if length <= size - HEADER else b""
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"base_model.source: {file} is no safetensors file, or was cut short ({size} bytes): download it "
+                          "again") from None
+    expected = HEADER + length + max(ends, default=0)
+    if size != expected:
+        raise ConfigError(f"base_model.source: {file} has {size} bytes, its header says {expected}: it was cut short or "
+                          "changed; download it again")
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base_model.source: {file}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"base_model.source: {file}: expected an object, found {type(values).__name__}")
+    return values

@@ -1,0 +1,43 @@
+"""A scalar head over the body of a causal model, for families that have no sequence classifier in transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+WEIGHTS = "model.safetensors"
+
+
+class ScalarHead(PreTrainedModel):
+    """`model`, the body, and `score`, a linear layer to one number without bias; used as transformers' classifiers are."""
+
+    base_model_prefix = "model"
+    config_class = PretrainedConfig
+
+    def __init__(self, config: PretrainedConfig, body: PreTrainedModel | None = None) -> None:
+        """Over a new body of that config, or over one that is there; the head is all zeros."""
+        super().__init__(config)
+        self.model = AutoModelForCausalLM.from_config(config).base_model if body is None else body
+        self.score = nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
+        nn.init.zeros_(self.score.weight)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def save(self, folder: Path) -> None:
+        """Config and weights, each as it is in memory."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(folder)
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()},
+                  folder / WEIGHTS, metadata={"format": "pt"})
+
+    @classmethod
+    def load(cls, folder: Path, config: PretrainedConfig) -> ScalarHead:
+        """The inverse of `save`, in float32."""
+        model = cls(config)
+        model.load_state_dict(load_file(folder / WEIGHTS))
+        return model.float()

@@ -1,0 +1,36 @@
+"""Is there anything to learn from? Lines for people where a score, an advantage or a policy carries no signal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from schemas.settings import GAEConfig, KLConfig
+
+NEARLY_UNIFORM = 0.999  # of the largest entropy there is
+
+
+def of_components(components: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """Components of the reward, (B,) each, that are the same for all responses."""
+    for name, values in components.items():
+        if len(values) > 1 and (values == values[0]).all():
+            yield (f"the component {name!r} is {values[0]:g} for all {len(values)} responses: it does not say which of them "
+                   "is better")
+
+
+def of_advantages(raw: np.ndarray, flat: float | None, config: GAEConfig, kl: KLConfig) -> Iterator[str]:
+    """`raw`: (n,) before whitening; `flat`: the fraction of groups whose responses all have one score."""
+    if len(raw) > 1 and (raw == raw[0]).all():
+        yield f"all {len(raw)} advantages are {raw[0]:g}: the update has nothing to learn from"
+    elif flat and kl.coef > 0 and kl.placement == "reward":
+        yield (f"in {flat:.0%} of the groups all responses have one score, and their advantages come from the KL in the "
+               f"reward alone ({config.estimator} compares the sums); kl.placement: loss leaves them at 0")
+
+
+def of_policy(entropy: float | None, vocabulary: int) -> Iterator[str]:
+    """`entropy`: mean over the tokens, nats."""
+    if entropy is not None and entropy >= NEARLY_UNIFORM * math.log(vocabulary):
+        yield (f"the policy is uniform: its entropy of {entropy:.3f} nats is that of {vocabulary} equally likely tokens; a "
+               "lower learning rate, or a smaller ppo.entropy_coef, may keep it")

@@ -1,0 +1,294 @@
+"""Models that are brought: what is refused before the run exists, and in which words; what is let in, and how it is used."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from brought import PROMPTS, change_json, change_weights, make_model, make_tokenizer, write_brought
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModel
+
+from flows.cli.main import run_command
+from flows.language.check_model import check_model
+from flows.language.warm_models import load_causal, load_scalar, load_tokenizer, save_model
+from flows.runs.run import open_run
+from flows.store.store import Store
+from schemas.artifacts import Recipe
+from schemas.errors import ConfigError
+from schemas.language import RolloutConfig
+from schemas.tables import Rollouts
+from stages.ops.abilities import Abilities, abilities
+from stages.ops.language_model import LanguageModel, score_tokens
+from stages.ops.sampling import ModelSampler, respond
+from stages.ops.scalar_head import ScalarHead
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model that is whole."""
+    return write_brought(tmp_path / "case") / "model"
+
+
+def quantised(folder):
+    change_json(folder / "config.json", quantization_config={"quant_method": "fp8"})
+
+
+def without_its_head(folder):
+    change_weights(folder, lambda tensors: tensors.pop("lm_head.weight"))
+
+
+def with_a_layer_too_few(folder):
+    change_json(folder / "config.json", num_hidden_layers=3)
+
+
+def with_a_layer_too_many(folder):
+    change_json(folder / "config.json", num_hidden_layers=1)
+
+
+def of_another_shape(folder):
+    change_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(5)}))
+
+
+def saved_by_its_body(folder):
+    make_model(kind=AutoModel).save_pretrained(folder)
+
+
+def adapter(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
+
+def adapter_beside_weights(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+
+
+def cut_short(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def with_a_cut_header(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:50])
+
+
+def pointer(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+
+
+def with_a_shard_missing(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')
+
+
+def with_a_token_too_many(folder):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+
+
+def without_eos(folder):
+    make_tokenizer(eos=None, pad=None).save_pretrained(folder)
+    change_json(folder / "config.json", eos_token_id=None)
+    change_json(folder / "generation_config.json", eos_token_id=None)
+
+
+def with_a_config_that_is_no_json(folder):
+    (folder / "config.json").write_text("{")
+
+
+def of_a_family_that_is_not_there(folder):
+    change_json(folder / "config.json", model_type="llamma")
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (quantised, r"is quantised \(fp8, quantization_config in config.json\), and what is trained is float32: take the "
+                "weights from before quantisation"),
+    (without_its_head, r"the weights are not those of config.json: 1 missing \(lm_head.weight\). What is missing would be"),
+    (saved_by_its_body, r"1 missing \(lm_head.weight\)"),
+    (with_a_layer_too_few, r"9 missing \(model.layers.2.input_layernorm.weight, .*, …\)"),
+    (with_a_layer_too_many, r"9 unexpected \(model.layers.1"),
+    (of_another_shape, r"1 mismatched \(model.norm.weight \[5\] for \[32\]\)"),
+    (adapter, r"holds an adapter of some/base \(adapter_config.json\), .*merge_and_unload"),
+    (adapter_beside_weights, r"holds an adapter \(adapter_config.json\).*or remove adapter_config.json if the weights"),
+    (cut_short, r"model.safetensors has \d+ bytes, its header says \d+: it was cut short or changed; download it again"),
+    (with_a_cut_header, r"is no safetensors file, or was cut short \(50 bytes\): download it again"),
+    (pointer, "is a pointer of Git LFS, not the weights: run git lfs pull"),
+    (with_a_shard_missing, r"names 1 files that are not there: model-00002-of-00002.safetensors; download the folder again"),
+    (with_a_token_too_many, r"tokens that the model has no embedding for \('\[PAD\]' is (\d+); \1 embeddings\)"),
+    (without_eos, r"names no EOS, so that no response would end: set eos_token in tokenizer_config.json"),
+    (with_a_config_that_is_no_json, "config.json: Expecting property name"),
+    (of_a_family_that_is_not_there, "cannot be read as a model: .*llamma")])
+def test_a_model_that_cannot_be_trained_is_refused_before_the_run_exists(folder, tmp_path, capsys, wrong, words):
+    wrong(folder)
+    with pytest.raises(ConfigError, match=words):
+        check_model(folder)
+    assert run_command(["train", str(folder.parent), "--store", str(tmp_path / "store")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "store").exists()
+
+
+def test_a_model_that_looks_ahead_is_refused(tmp_path):
+    folder = write_brought(tmp_path / "case", make_model("bert")) / "model"
+    with pytest.raises(ConfigError, match="BertLMHeadModel is not causal: another last token changes"):
+        check_model(folder)
+
+
+def test_what_is_let_in_is_said(tmp_path, caplog):
+    folder = write_brought(tmp_path / "large", make_model(vocab_size=len(make_tokenizer()) + 64)) / "model"
+    found = check_model(folder)
+    assert found.context == 128 and found.abilities == Abilities()
+    assert "64 of the model's" in caplog.text and "token ids are unknown to the tokenizer" in caplog.text
+    caplog.clear()
+    check_model(write_brought(tmp_path / "rwkv", make_model("rwkv")) / "model")
+    assert "padding on its left changes what it computes: only prompts of one length go side by side" in caplog.text
+    assert "each step reads the whole row again" in caplog.text
+
+
+@pytest.mark.parametrize("family, size, context", [
+    ("llama", {}, 128), ("gpt2", {}, 128), ("mpt", {"max_seq_len": 48}, 48), ("bloom", {}, None),
+    ("mamba", {}, None)])
+def test_the_context_is_where_the_config_says_it(tmp_path, family, size, context):
+    folder = write_brought(tmp_path / "case", make_model(family, max_position_embeddings=128, **size)) / "model"
+    if family in ("mpt", "bloom", "mamba"):
+        change_json(folder / "config.json", max_position_embeddings=None)
+    assert check_model(folder).context == context
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_an_eos_that_the_model_names_alone_is_the_tokenizers(tmp_path, file):
+    folder = write_brought(tmp_path / "case", make_model(), make_tokenizer(eos=None, pad=None)) / "model"
+    change_json(folder / "config.json", eos_token_id=1 if file == "config.json" else None)
+    change_json(folder / "generation_config.json", eos_token_id=[1] if file != "config.json" else None)
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 1)
+
+
+# --- families ---
+
+PLAIN = (
+    "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "mistral", "gpt_neox", "gpt2", "gpt_bigcode", "bloom",
+    "mpt", "falcon", "olmo", "olmo2", "smollm3", "granite", "cohere", "cohere2", "glm4", "mixtral", "stablelm", "starcoder2",
+    "ernie4_5", "nemotron", "persimmon", "biogpt", "lfm2", "falcon_h1", "mamba", "rwkv", "recurrent_gemma")
+SIZED = {  # families that have other names for their sizes
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64}, "xglm": {"d_model": 32, "ffn_dim": 64}, "bart": {"d_model": 32},
+    "ctrl": {"n_embd": 32, "dff": 64}, "codegen": {"n_embd": 32, "n_head": 4, "rotary_dim": 4, "n_ctx": 128},
+    "gptj": {"rotary_dim": 4}, "olmoe": {"num_experts": 4, "num_experts_per_tok": 2}, "jamba": {"num_hidden_layers": 4},
+    "qwen3_5_text": {"num_hidden_layers": 4}}
+FAMILIES = {family: SIZED.get(family, {}) for family in (*PLAIN, *SIZED)}
+
+
+def plain_logprobs(module, rollouts: Rollouts) -> list[np.ndarray]:
+    """Of each response's tokens by a pass over its row alone."""
+    found = []
+    for row in range(len(rollouts)):
+        prompt, response = rollouts.prompt_tokens[row], rollouts.response_tokens[row]
+        ids = torch.tensor(np.concatenate([prompt, response]).astype(np.int64))[None]
+        with torch.inference_mode():
+            logprobs = module(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+        found.append(logprobs[len(prompt) - 1 : -1].gather(-1, ids[0, len(prompt):, None])[:, 0].numpy())
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_and_scored_logprobs_are_those_of_a_plain_pass(family):
+    """Responses that end early, of prompts of unlike lengths: whatever way the family has to go, the numbers are right."""
+    tokenizer = make_tokenizer()
+    module = make_model(family, tokenizer=tokenizer, **FAMILIES[family])
+    with torch.no_grad():  # EOS is likely, so that rows end at different steps
+        head = module.get_output_embeddings()
+        head.weight[1] += head.weight.std() * torch.sign(head.weight.mean(0)) if head is not None else 0
+    model = LanguageModel(module, tokenizer, micro_batch_tokens=64, abilities=abilities(module))
+    rollouts = respond(ModelSampler(model), PROMPTS, np.arange(len(PROMPTS)), RolloutConfig(max_new_tokens=12), seed=3,
+                       progress="test")
+    for found in (rollouts.logprobs, score_tokens(model, rollouts, 1.0, "test")):
+        for row, expected in enumerate(plain_logprobs(module, rollouts)):
+            np.testing.assert_allclose(found[row], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["granite", "cohere", "olmoe", "ernie4_5", "llama", "gpt2", "mamba"])
+def test_a_critic_over_any_family_is_saved_and_loaded_as_it_is(tmp_path, family):
+    """Where transformers has no classifier, a scalar head over the body; it begins at 0 and is read back as it was."""
+    folder = write_brought(tmp_path / "case", make_model(family, **FAMILIES[family])) / "model"
+    critic = load_scalar(folder)
+    assert (critic.score.weight == 0).all() and critic.score.weight.shape == (1, 32)
+    assert isinstance(critic, ScalarHead) == (family in ("granite", "cohere", "olmoe", "ernie4_5", "mamba"))
+    with torch.no_grad():
+        critic.score.weight.normal_()
+        next(critic.base_model.parameters()).add_(0.25)
+    attempt = Store(tmp_path / "store").attempt(Recipe(stage="test", version=1, config={}, inputs={}))
+    save_model(attempt, "critic", LanguageModel(critic, make_tokenizer()))
+    again = load_scalar(attempt.folder / "critic")
+    assert equal(critic, again) and critic.base_model.config.model_type == again.base_model.config.model_type
+
+
+@pytest.mark.parametrize("family", [*FAMILIES])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_saved_is_what_was_trained(tmp_path, family, tied):
+    folder = write_brought(tmp_path / "case", make_model(family, tie_word_embeddings=tied, **FAMILIES[family])) / "model"
+    module = load_causal(folder)
+    with torch.no_grad():
+        for number, parameter in enumerate(module.parameters()):
+            parameter.add_(0.01 * (number + 1))
+    attempt = Store(tmp_path / "store").attempt(Recipe(stage="test", version=1, config={}, inputs={}))
+    save_model(attempt, "actor", LanguageModel(module, make_tokenizer()))
+    assert equal(module, load_causal(attempt.folder / "actor"))
+
+
+def equal(one, other) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "granite", "rwkv", "bloom"])
+def test_a_family_of_each_kind_trains(tmp_path, prefect_server, family):
+    folder = write_brought(tmp_path / family, make_model(family, **FAMILIES[family]))
+    if family == "bloom":
+        change_json(folder / "model" / "config.json", max_position_embeddings=None)
+    arguments = ["--store", str(tmp_path / "store"), "--quiet"]
+    assert run_command(["train", str(folder), *arguments]) == 0
+    assert run_command(["stage", "ppo", family, "--iteration", "1", *arguments]) == 0
+    assert run_command(["stage", "rollout", family, "--iteration", "1", *arguments]) == 0
+
+
+# --- text and tokens ---
+
+def test_a_prompt_ends_where_its_text_ends(tmp_path, prefect_server):
+    """A tokenizer that puts EOS after every text: no prompt ends in it, in rollouts and in demonstrations."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", 0), ("<|eos|>", 1)])
+    folder = write_brought(tmp_path / "case", tokenizer=tokenizer)
+    assert run_command(["train", str(folder), "--store", str(tmp_path / "store"), "--quiet"]) == 0
+    run = open_run(Store(tmp_path / "store"), "case")
+    prompts = run.store.table(run.state(1).artifacts["rollout"], Rollouts).prompt_tokens
+    assert all(row[0] == 0 and row[-1] != 1 for row in prompts)
+
+
+@pytest.mark.parametrize("setting, seen", [("false", False), ("true", True)])
+def test_a_reward_can_see_special_tokens(tmp_path, prefect_server, setting, seen):
+    """What the setting says, in `reward` and in `evaluate`."""
+    tokenizer = make_tokenizer(special=["<|bos|>", "<|eos|>", "<|pad|>", "<think>"])
+    reward = ("def score(prompts, responses):\n    return [float(any(mark in response for mark in ('<think>', '<|eos|>', "
+              "'<|bos|>', '<|pad|>'))) + 0.001 * i for i, response in enumerate(responses)]\n")
+    folder = write_brought(tmp_path / "case", tokenizer=tokenizer, reward=reward,
+                           rollout={"batch_size": 64, "max_new_tokens": 24},
+                           evaluate={"every": 1, "judge": "rewards.py:score"})
+    arguments = ["train", str(folder), "--store", str(tmp_path / "store"), "--quiet"]
+    assert run_command([*arguments, "--set", f"reward.special_tokens={setting}"]) == 0
+    run = open_run(Store(tmp_path / "store"), "case")
+    metrics = run.state(1).metrics
+    assert (metrics["reward/component_length"] > 0.1) == seen
+    call = run.store.manifest(run.state(1).artifacts["reward"]).recipe.config
+    assert ("special_tokens" in call) == seen  # at its default it is left out, as in calls that were made before
+
+
+@pytest.mark.parametrize("template, words", [
+    ("{{ raise_exception('a system turn first') }}", "cannot render a user's turn: a system turn first; a prompt is one"),
+    ({"one": "x", "two": "y"}, r"multiple chat templates with no default.*\['one', 'two'\]"),
+    ("{{ messages[1]['content'] }}", "cannot render a user's turn: "), ("{% if %}", "cannot render a user's turn: "),
+    ("{{ strftime_now('%c') }}{{ messages[0]['content'] }}", "calls strftime_now, so that a prompt would change with the")])
+def test_a_template_that_cannot_be_used_is_refused_with_what_it_says(tmp_path, template, words, capsys):
+    folder = write_brought(tmp_path / "case", tokenizer=make_tokenizer(chat_template=template),
+                           base_model={"source": "model", "chat_template": True})
+    assert run_command(["train", str(folder), "--store", str(tmp_path / "store")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(words, error) and error.count("\n") == 1 and not (tmp_path / "store").exists()
