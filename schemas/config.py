@@ -37,12 +37,20 @@ def _first_line(error: ValidationError, kind: type[RunConfig]) -> str:
     if finding["type"] == "extra_forbidden":
         return f"{key}: unknown key{_hint(finding['loc'], kind)}"
     if finding["type"] == "missing":
-        return f"{key}: missing"
+        return f"{key}: missing{_other_kind(key, kind)}"
     if finding["type"] == "value_error":
         reason = str(finding["ctx"]["error"])
         return f"{key}: {reason}" if key else reason
     message = finding["msg"].removeprefix("Input ").rstrip(".")
     return f"{key}: {message}, found {finding['input']!r}"
+
+
+def _other_kind(key: str, kind: type[RunConfig]) -> str:
+    """What else the config may be of."""
+    if kind is LanguageConfig and key == "data":
+        return ("; a language model's run needs its files there (data: {prompts: …, heldout_prompts: …}), a control task an "
+                "environment instead (environment: {id: CartPole-v1})")
+    return ""
 
 
 def _hint(path: tuple, kind: type[RunConfig]) -> str:

@@ -236,6 +236,9 @@ class TrackingConfig(Settings):
     """MLflow's tracking URI; null is MLFLOW_TRACKING_URI if set, else sqlite beside the store."""
     experiment: str = "baton"
     """MLflow experiment."""
+    best: str | None = None
+    """Metric by which the iteration with the alias `best` is found, the greatest; null: evaluate/gold, or
+    evaluate/episode_return of a control task."""
 
 
 PARTS = ("optimizer", "critic", "actor")  # of a checkpoint, what is missed least first

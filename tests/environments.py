@@ -61,6 +61,10 @@ class Fails(Count):
                 reward = np.inf
             if self.how == "rewards too much":
                 reward = 1e39
+            if self.how == "rewards two":
+                reward = np.zeros(2)
+            if self.how == "steps as Gym did":
+                return observation, reward, terminated, info
             if self.how == "rewards text":
                 reward = "x"
             if self.how == "shows another shape":
@@ -168,3 +172,47 @@ def nothing():
 
 def whole_numbers():
     return Count(action_space=spaces.Box(0, 3, (2,), np.int64))
+
+
+class Odd(Count):
+    """Shows fractions in a space of whole numbers; or is reset as Gym's were; or rewards an array of one; or has a mask."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        if how == "fractions":
+            self.observation_space = spaces.Box(-9, 9, (2,), np.int64)
+
+    def reset(self, **arguments):
+        shown, info = super().reset(**arguments)
+        if self.how == "old reset":
+            return shown
+        if self.how == "fractions":
+            shown = shown.round()
+        return shown, {"action_mask": np.ones(2, np.int8)} if self.how == "mask" else info
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, np.array([reward]) if self.how == "array" else reward, *rest
+
+
+def odd(how):
+    return Odd(how)
+
+
+def acts_in(space):
+    """With an action space of that kind."""
+    return Count(action_space={
+        "binary": spaces.MultiBinary(3), "matrix": spaces.Box(-1, 1, (2, 3)), "whole": spaces.Box(0, 4, (2,), np.int32),
+        "tuple": spaces.Tuple((spaces.Discrete(2), spaces.Box(0, 1, (1,)))), "far": spaces.Box(100, 101, (2,)),
+        "wide": spaces.Box(0, 1000, (1,)), "unit": spaces.Box(-1, 1, (1,)),
+        "binary matrix": spaces.MultiBinary((2, 2))}[space])
+
+
+def shows(space):
+    """With an observation space of that kind."""
+    environment = Count()
+    environment.observation_space = {
+        "sequence": spaces.Sequence(spaces.Box(0, 1, (2,))),
+        "pair": spaces.Tuple((spaces.Discrete(2), spaces.Discrete(3)))}[space]
+    return environment

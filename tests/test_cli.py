@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -293,3 +294,35 @@ def test_a_flow_runs_with_no_server_set_up(trained, tmp_path):
                           str(trained[1])], env=env, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr
     assert "the same bytes" in out.stdout and "no model loaded" in out.stdout
+
+
+def test_baton_alone_is_its_help(capsys):
+    assert run_command([]) == 2
+    out = capsys.readouterr().out
+    assert out.startswith("Usage: baton [OPTIONS] COMMAND") and "\n  train " in out
+
+
+@pytest.mark.parametrize("scheme", ["gs://b/x", "S3://b/x", "file:///tmp/x", "http://127.0.0.1/x"])
+def test_a_store_of_an_unknown_kind_makes_no_folder_of_that_name(example, scheme, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["train", str(example), "--store", scheme]) == 2
+    assert "is not supported; expected a folder, or s3://bucket/prefix" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [example.name]
+
+
+@pytest.mark.parametrize("data, words", [
+    (b"seed: 1\n", "data: missing; a language model's run needs its files there .* a control task an environment instead"),
+    ("seed: 1\n".encode("utf-16"), "config.yaml: is not UTF-8; save it as that"),
+    (b"seed: 2026-99-99\n", "config.yaml"), (b"a: &a [*a]\n", "config.yaml"), (b"\x00", "config.yaml: not YAML"),
+    (b"seed: " + b"[" * 5000, "config.yaml")])
+def test_a_config_that_holds_something_else(tmp_path, data, words, capsys):
+    (tmp_path / "config.yaml").write_bytes(data)
+    assert run_command(["train", str(tmp_path), "--store", str(tmp_path / "store")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(words, error) and error.count("\n") == 1
+
+
+def test_a_folder_whose_name_is_no_runs_name_says_so(example, capsys):
+    other = example.rename(example.with_name("My Run"))
+    assert run_command(["train", str(other), "--store", str(other.parent / "store")]) == 2
+    assert "it is the folder's: --run chooses another" in capsys.readouterr().err

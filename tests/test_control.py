@@ -160,7 +160,7 @@ def refused(tmp_path, capsys):
 @pytest.mark.parametrize("settings, message", [
     (["environment.id=CartPol-v1"], "environment.id 'CartPol-v1': Environment `CartPol` doesn't exist. Did you mean"),
     (["environment.id=CartPole-v7"], "environment.id 'CartPole-v7': Environment version `v7` for environment `CartPole`"),
-    (["environment.id=environments.py:whole_numbers"], "expected a Box of floating-point numbers, Discrete or"),
+    (["environment.id=environments.py:whole_numbers"], "expected a Box of floating-point numbers, Discrete, "),
     (["environment.id=nowhere:Thing-v0"], "environment 'nowhere:Thing-v0' with kwargs {}: ModuleNotFoundError"),
     (["environment.kwargs={gravity: 9}"], "environment 'CartPole-v1' with kwargs {'gravity': 9}: TypeError"),
     (["environment.id=environments.py:pictures"], "its observations are Box(0, 255, (8, 8, 3), uint8), expected a Box of"),

@@ -1,8 +1,10 @@
 """Rollouts of control tasks: what is in a batch, row by row; episodes that go on; failures that say where."""
 
 import itertools
+import re
 import time
 
+import environments
 import gymnasium
 import numpy as np
 import pytest
@@ -10,13 +12,15 @@ import torch
 from control import begun, config, in_memory, make, own, play, steps_of
 from gymnasium.wrappers.utils import RunningMeanStd
 
-from flows.control.environments import Watch, make_vector
+from flows.control.environments import Watch, make_vector, spaces_of
 from schemas.artifacts import Moments
-from schemas.errors import EnvironmentFailure
+from schemas.errors import ConfigError, EnvironmentFailure
 from schemas.tables import Trajectories
 from stages.control_rollout import metrics
 from stages.ops.episodes import Environments, actions_since_reset, episode_seed
 from stages.ops.moments import RunningMoments
+from stages.ops.networks import ToEnvironment
+from stages.ops.signal import of_actions
 
 
 def test_rows_are_pieces_of_episodes_and_no_step_leads_over_a_reset():
@@ -199,7 +203,9 @@ def test_environments_in_processes_of_their_own_give_the_same_bytes():
 @pytest.mark.parametrize("how, said", [
     ("raises", "raised RuntimeError: the gear broke"), ("observes NaN", "gave the observation [nan, 0.0]"),
     ("rewards infinity", "gave the reward inf"), ("rewards too much", "gave the reward 1e+39, which float32 cannot hold"),
-    ("rewards text", "raised ValueError"), ("shows another shape", "gave an observation of shape (3,), expected (2,)"),
+    ("rewards text", "gave the reward 'x', expected a number"), ("rewards two", "gave a reward of shape (2,)"),
+    ("steps as Gym did", "gave 4 values from step, expected (observation, reward, terminated, truncated, info)"),
+    ("shows another shape", "gave an observation of shape (3,), expected (2,)"),
     ("shows text", "raised ValueError: could not convert string to float"), ("ends twice", "raised ValueError")])
 @pytest.mark.parametrize("where", ["sync", "async"])
 def test_a_failure_says_which_environment_and_which_step(how, said, where):
@@ -285,3 +291,64 @@ def test_a_reset_that_hangs_is_ended(how, where):
           Environments(vector, spaces, c.environment.id, seed=0, watch=watch) as environments):
         environments.begin()
     assert vector.closed and not [process for process in getattr(vector, "processes", ()) if process.is_alive()]
+
+
+def test_an_environment_of_gyms_old_api_and_one_whose_space_is_another():
+    for how, said in (
+            ("old reset", r"gave ndarray from reset, expected \(observation, info\): this is the old API of Gym; shimmy's"),
+            ("fractions", r"step 1 of the episode .* gave the observation \[1.0, 0\.[0-9]+\], and its space of int64 would "
+                          r"make \[1, 0\] of it; declare a Box of float32")):
+        c = config(environment=own("odd", how=how))
+        with pytest.raises(EnvironmentFailure, match=said):
+            play(c, *begun(c))
+
+
+def test_a_reward_in_an_array_of_one_is_a_number_and_a_mask_is_said(caplog):
+    c = config(environment=own("odd", how="array"))
+    batch = play(c, *begun(c))
+    assert batch.raw_rewards[0].tolist() == [1, 2, 3, 4, 5] and not caplog.records
+    c = config(environment=own("odd", how="mask"))
+    play(c, *begun(c))
+    (line,) = (record.message for record in caplog.records)
+    assert line.endswith("its info holds an action_mask, which is not used: actions that it forbids are sampled too")
+
+
+def test_binary_actions_are_choices_of_two():
+    c = config(environment=own("acts_in", space="binary"))
+    actor, critic, environments = begun(c)
+    play(c, actor, critic, environments)
+    assert actor.spaces.choices == (2, 2, 2) and len({tuple(a) for a in environments.vector.envs[0].unwrapped.acted}) > 1
+
+
+@pytest.mark.parametrize("place, space, words", [
+    ("acts_in", "matrix", r"TransformAction\(env, lambda a: a.reshape\(2, 3\), gymnasium.spaces.Box\("),
+    ("acts_in", "whole", r"MultiDiscrete\(env.action_space.high - env.action_space.low \+ 1\)\) counts them from 0"),
+    ("acts_in", "tuple", "a function that builds such an action from numbers"),
+    ("acts_in", "binary matrix", "reshapes them"),
+    ("shows", "sequence", "they have no fixed size: pad them to one in a gymnasium.ObservationWrapper"),
+    ("shows", "pair", "wrap it in gymnasium.wrappers.FlattenObservation in a file.py:function")])
+def test_spaces_that_no_policy_is_for_come_with_the_wrapper(place, space, words):
+    with pytest.raises(ConfigError, match=words):
+        begun(config(environment=own(place, space=space)))
+
+
+def test_the_wrappers_that_are_named_work():
+    for space in ("matrix", "whole"):
+        env = environments.acts_in(space)
+        with pytest.raises(ConfigError) as error:
+            spaces_of(env, "x")
+        code = re.search(r"in a file.py:function, (.*\)) (reshapes|counts)", str(error.value))[1]
+        wrapped = eval(code, {"gymnasium": gymnasium, "env": env})
+        found = spaces_of(wrapped, "x")
+        wrapped.reset(seed=0)
+        wrapped.step(ToEnvironment(found)(np.ones((1, found.action_size), np.float32))[0])
+    spaces_of(gymnasium.wrappers.FlattenObservation(environments.shows("pair")), "x")
+
+
+@pytest.mark.parametrize("space, reach", [("far", "0%"), ("wide", "0%"), ("unit", None)])
+def test_a_box_that_the_policy_does_not_reach_is_said(space, reach):
+    c = config(environment=own("acts_in", space=space), rollout={"num_envs": 2, "num_steps": 60}, ppo={"minibatches": 1})
+    actor, critic, there = begun(c)
+    lines = list(of_actions(play(c, actor, critic, there).actions.values, actor.spaces))
+    assert all(f"reaches {reach} of the Box" in line and "RescaleAction(env, -1, 1)" in line for line in lines)
+    assert bool(lines) == (reach is not None)

@@ -285,3 +285,14 @@ def test_a_run_goes_on_by_its_name_alone(own, capsys):
     assert baton(root, "train", "--run", "nobody") == 2 and "no run 'nobody'" in capsys.readouterr().err
     assert baton(root, "train") == 2 and "name a CONFIG" in capsys.readouterr().err
     assert json.loads((root / "runs/small/run.json").read_text())["config"]["iterations"] == 5
+
+
+def test_gc_says_what_it_leaves_since_it_is_young(own, capsys):
+    folder, store = own
+    assert run_command(["rm", "small", "--store", str(store)]) == 0
+    capsys.readouterr()
+    assert run_command(["gc", "--store", str(store)]) == 0
+    out = capsys.readouterr().out
+    assert "0 things, 0 bytes removed" in out and "are younger than 24 hours, or a run is at work: --older-than 0" in out
+    assert run_command(["gc", "--older-than", "0", "--store", str(store)]) == 0
+    assert "more" not in capsys.readouterr().out

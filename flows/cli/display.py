@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -42,8 +42,8 @@ def summary(console: Console, run: Run, before: TrainState, after: TrainState, l
     if (picture := _picture(run, after)) is not None:
         console.print(Text(f"film    {picture}"), soft_wrap=True)
     console.print(Text(f"actor   {actor_folder(run, last)}"), soft_wrap=True)
-    if run.config.tracking.enabled:
-        console.print(Text(f"MLflow  {how_to_open(run)}"), soft_wrap=True)
+    if (where := how_to_open(run)) is not None:
+        console.print(Text(f"MLflow  {where}"), soft_wrap=True)
 
 
 def actor_folder(run: Run, state: TrainState) -> str:
@@ -194,14 +194,16 @@ def difference(console: Console, a: Run, b: Run, found: Difference | None) -> No
         console.print(f"  other inputs: {', '.join(found.inputs)}", highlight=False)
 
 
-def garbage(console: Console, found: Iterable[Garbage], dry_run: bool) -> None:
-    """What goes, and how much that is."""
-    rows = list(found)
+def garbage(console: Console, rows: list[Garbage], younger: list[Garbage], hours: float, dry_run: bool) -> None:
+    """What goes, and how much that is; and what stays because it is `younger` than so many hours."""
     for one in rows:
         console.print(f"{one.kind:<10} {one.bytes:>15,} bytes  {one.what}", highlight=False, markup=False, soft_wrap=True)
     total = sum(one.bytes for one in rows)
     done = "would be removed; nothing was" if dry_run else "removed"
     console.print(f"{len(rows)} things, {total:,} bytes {done}", highlight=False)
+    if younger:
+        console.print(f"{len(younger)} more, {sum(one.bytes for one in younger):,} bytes, are younger than {hours:g} hours, "
+                      "or a run is at work: --older-than 0 takes them when none is", highlight=False, soft_wrap=True)
 
 
 def _compared(metrics: Mapping[str, tuple[float | None, float]]) -> Grid:

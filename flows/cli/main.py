@@ -299,10 +299,10 @@ def gc(dry_run: bool, hours: float, root: str) -> Answer:
     from flows.runs.gc import collect
     from flows.store.store import existing_store
 
-    found = collect(existing_store(root), hours, dry_run=dry_run)
+    found, younger = collect(existing_store(root), hours, dry_run=dry_run)
     data = {"removed": not dry_run, "bytes": sum(one.bytes for one in found),
-            "found": [{"kind": one.kind, "what": one.what, "bytes": one.bytes} for one in found]}
-    return Answer(data, lambda console: display.garbage(console, found, dry_run))
+            "found": [{"kind": one.kind, "what": one.what, "bytes": one.bytes} for one in found], "younger": len(younger)}
+    return Answer(data, lambda console: display.garbage(console, found, younger, hours, dry_run))
 
 
 @command
@@ -314,7 +314,7 @@ def mlflow_sync(run: str, settings: tuple[str, ...], root: str) -> Answer:
     from flows.tracking.mirror import sync
     from flows.tracking.tracking_uri import how_to_open
 
-    what = changed(open_existing(root, run), settings=settings)
+    what = changed(open_existing(root, run), {"tracking": {"enabled": True}}, settings)
     states = sync(what)
     return Answer({"run": run, "iterations": states, "mlflow": how_to_open(what)}, lambda console: console.print(
         f"run {run}: MLflow has its {states} states; {how_to_open(what)}", highlight=False, soft_wrap=True))

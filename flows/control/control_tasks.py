@@ -31,6 +31,7 @@ from stages import gae as gae_stage
 from stages import policy as policy_stage
 from stages import ppo as ppo_stage
 from stages.ops.moments import updated_moments
+from stages.ops.signal import of_actions
 
 
 def policy(work: Work[WarmPolicies]) -> StageOutput:
@@ -50,6 +51,8 @@ def rollout(work: Work[WarmPolicies]) -> StageOutput:
         batch = rollout_stage.control_rollout(actor, critic, environments, config, reward, gamma=work.setting("gamma"),
                                               moments=before, seed=work.call.seed)
     work.attempt.table(batch)
+    if work.call.iteration == 1:
+        work.warn(of_actions(batch.actions.values, actor.spaces))
     moments = updated_moments(before, batch.discounted_returns.values) if reward.normalize == "scale" else None
     return StageOutput(rollout_stage.metrics(batch, actor, reward, before), config.num_envs * config.num_steps,
                        Outputs(moments=moments))

@@ -69,8 +69,11 @@ def spaces_of(environment: gymnasium.Env, name: str) -> Spaces:
     """What a policy has to know of it. Raises `ConfigError` on spaces that no policy here is for."""
     seen, actions = environment.observation_space, environment.action_space
     if not isinstance(seen, spaces.Box) or len(seen.shape) != 1 or not seen.shape[0]:
-        raise ConfigError(f"environment {name!r}: its observations are {seen}, expected a Box of one dimension; wrap it in "
-                          "gymnasium.wrappers.FlattenObservation in a file.py:function")
+        flat = seen.is_np_flattenable
+        way = ("wrap it in gymnasium.wrappers.FlattenObservation" if flat else "they have no fixed size: pad them to one in "
+               "a gymnasium.ObservationWrapper whose observation_space is such a Box,")
+        raise ConfigError(f"environment {name!r}: its observations are {seen}, expected a Box of one dimension; {way} in a "
+                          "file.py:function")
     size = {"observation_size": seen.shape[0]}
     match actions:
         case spaces.Box() if len(actions.shape) == 1 and actions.shape[0] and np.issubdtype(actions.dtype, np.floating):
@@ -80,8 +83,29 @@ def spaces_of(environment: gymnasium.Env, name: str) -> Spaces:
             return Spaces(kind="discrete", choices=[int(actions.n)], start=[int(actions.start)], scalar=True, **size)
         case spaces.MultiDiscrete() if actions.nvec.ndim == 1:
             return Spaces(kind="discrete", choices=actions.nvec.tolist(), start=actions.start.tolist(), **size)
-    raise ConfigError(f"environment {name!r}: its actions are {actions}, expected a Box of floating-point numbers, Discrete "
-                      "or MultiDiscrete, of one dimension; wrap it in a file.py:function that gives one of these")
+        case spaces.MultiBinary() if len(actions.shape) == 1:
+            return Spaces(kind="discrete", choices=[2] * actions.shape[0], start=[0] * actions.shape[0], **size)
+    raise ConfigError(f"environment {name!r}: its actions are {actions}, expected a Box of floating-point numbers, "
+                      "Discrete, MultiDiscrete or MultiBinary, of one dimension; in a file.py:function, "
+                      f"{_wrapped(actions)}")
+
+
+def _wrapped(actions: spaces.Space) -> str:
+    """How an environment with those actions gets others."""
+    begin = "gymnasium.wrappers.TransformAction(env, "
+    match actions:
+        case spaces.Box() if np.issubdtype(actions.dtype, np.floating) and actions.shape:
+            size = int(np.prod(actions.shape))
+            return (f"{begin}lambda a: a.reshape{actions.shape}, gymnasium.spaces.Box(env.action_space.low.reshape({size}), "
+                    f"env.action_space.high.reshape({size}))) reshapes them")
+        case spaces.Box():
+            return (f"{begin}lambda a: (a + env.action_space.low).astype(env.action_space.dtype), "
+                    "gymnasium.spaces.MultiDiscrete(env.action_space.high - env.action_space.low + 1)) counts them from 0")
+        case spaces.MultiDiscrete() | spaces.MultiBinary():
+            return f"{begin}lambda a: a.reshape({actions.shape}), a space of one dimension) reshapes them"
+        case _:
+            return (f"{begin}a function that builds such an action from numbers, a MultiDiscrete or Box of these numbers) "
+                    "takes it apart")
 
 
 def look_at(config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | None, seconds: float) -> Spaces:

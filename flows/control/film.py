@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import warnings
@@ -31,6 +32,8 @@ def film_of(
 
     `function`: the user's that makes the environment, if there is one.
     """
+    if function is not None and not _takes(function, "render_mode"):
+        return None
     watch = Watch(config.id, timeout)
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -42,6 +45,12 @@ def film_of(
     except Exception as error:  # a picture is worth no training: whatever a renderer lacks
         log.info(f"no picture of an episode: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         return None
+
+
+def _takes(function: Callable[..., object], name: str) -> bool:
+    """Whether the function has a parameter of that name, or any."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(one.name == name or one.kind is one.VAR_KEYWORD for one in parameters)
 
 
 def _watched(frames: Iterator[np.ndarray], watch: Watch) -> Iterator[np.ndarray]:

@@ -35,31 +35,35 @@ class Garbage:
     of: ArtifactRef | str | Stat | Part  # what is removed
 
 
-def collect(store: Store, hours: float, *, dry_run: bool) -> list[Garbage]:
-    """All that may go and is older than so many hours; removed, unless that is only asked for.
+def collect(store: Store, hours: float, *, dry_run: bool) -> tuple[list[Garbage], list[Garbage]]:
+    """All that may go and is older than so many hours, removed unless that is only asked for; and what is younger.
 
     Raises `StoreError` if what the runs refer to is unknown.
     """
     if dry_run:
         return garbage(store, hours)
     with lease(store, GC, "the store"):  # a start waits meanwhile, so that nothing it finds is removed
-        found = garbage(store, hours)
+        found, younger = garbage(store, hours)
         remove(store, found)
-    return found
+    return found, younger
 
 
-def garbage(store: Store, hours: float) -> list[Garbage]:
-    """All that may go and is older than so many hours. Raises `StoreError` if what the runs refer to is unknown."""
+def garbage(store: Store, hours: float) -> tuple[list[Garbage], list[Garbage]]:
+    """All that may go and is older than so many hours; and what is younger, or not yet safe to remove.
+
+    Raises `StoreError` if what the runs refer to is unknown.
+    """
     working = list(_in_use(store))
     before = min([time.time() - 3600 * hours, *working])
     runs = [open_run(store, name) for name in run_names(store)]
     live = _live(store, runs)
-    found = [one for one in _artifacts(store, live) if not working or one.kind != "artifact"]
+    found = list(_artifacts(store, live))
     found += (_one("unfinished", stat.key, [stat], stat) for stat in store.files.unfinished())
     parts = [part for run in runs for part in all_droppable(run)]
     dropped = [Garbage(part.name, f"{part.ref.short}, iteration {part.iteration} of run {part.run}", part.bytes, 0, part)
                for part in parts]
-    return [*dropped, *(one for one in found if one.modified < before)]
+    old = [one for one in found if one.modified < before and not (working and one.kind == "artifact")]
+    return [*dropped, *old], [one for one in found if one not in old]
 
 
 def remove(store: Store, found: Iterable[Garbage]) -> None:

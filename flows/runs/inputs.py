@@ -44,7 +44,9 @@ def read_config(source: str, settings: Iterable[str] = ()) -> tuple[RunConfig, P
         raise ConfigError(f"{source}: {what}; name an example's folder or a YAML file, for example data/reviews")
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: is not UTF-8; save it as that (of UTF-16: iconv -f UTF-16 -t UTF-8 makes it)") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     if isinstance(data, dict):
         apply_settings(data, settings)

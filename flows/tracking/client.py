@@ -16,9 +16,11 @@ import json
 import logging
 import os
 import select
+import shlex
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -28,14 +30,16 @@ from typing import Any
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # without these a call waits four minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 import mlflow
-from mlflow.entities import Metric, Param
+from mlflow.entities import Experiment, Metric, Param
 from mlflow.exceptions import MlflowException
 
 from flows.runs.run import Run
 from flows.store.store import Store
+from flows.tracking.tracking_uri import folder_of
 from schemas.addresses import without_user_info
 from schemas.artifacts import Manifest, RunRecord, TrainState
 from schemas.config import parse_config
+from schemas.errors import TrackingError
 from schemas.tables import EPISODE_FILM, Returns, Samples
 
 SAMPLES_SHOWN = 32  # rows of the table of samples
@@ -71,12 +75,15 @@ class Client:
                 self._log(points)
                 points = []
         if state.iteration >= self.run.config.iterations:
-            self._register(state)
-            self.client.set_terminated(self.run_id)
+            self._register(state, "last")
+            if (best := self._best()) is not None:
+                self._register(best, "best")
+            ended = max(self.run.store.manifest(ref).created for ref in state.artifacts.values())
+            self.client.set_terminated(self.run_id, end_time=_milliseconds(ended))
 
     def _find(self) -> str | None:
         """The MLflow run that mirrors this one, by its tags."""
-        experiment = self.client.get_experiment_by_name(self.run.config.tracking.experiment)
+        experiment = self._experiment()
         if experiment is None:
             return None
         query = f"tags.`baton.run` = '{self.run.name}' and tags.`baton.created` = '{self.run.record.created}'"
@@ -84,12 +91,19 @@ class Client:
         return runs[0].info.run_id if runs else None
 
     def _create(self) -> str:
-        name = self.run.config.tracking.experiment
-        experiment = self.client.get_experiment_by_name(name)
-        experiment_id = experiment.experiment_id if experiment else self._experiment(name)
-        tags = {"baton.run": self.run.name, "baton.created": self.run.record.created,
-                "baton.store": self.run.store.uri}
-        return self.client.create_run(experiment_id, run_name=self.run.name, tags=tags).info.run_id
+        experiment = self._experiment()
+        experiment_id = experiment.experiment_id if experiment else self._new_experiment()
+        tags = {"baton.run": self.run.name, "baton.created": self.run.record.created, "baton.store": self.run.store.absolute,
+                "mlflow.note.content": self._description()}
+        begun = _milliseconds(self.run.record.created)
+        return self.client.create_run(experiment_id, begun, tags, run_name=self.run.name).info.run_id
+
+    def _description(self) -> str:
+        """Shown on the run's page: what it was made of, and where it lies."""
+        parent = f", forked from {self.run.record.parent}" if self.run.record.parent else ""
+        inputs = "\n".join(f"- {role}: `{ref.short}`" for role, ref in sorted(self.run.inputs.items()))
+        return (f"Baton's run **{self.run.name}**{parent}, in `{self.run.store.absolute}`.\n\nInputs:\n\n{inputs}\n\n"
+                f"`baton show {self.run.name} --store {shlex.quote(self.run.store.absolute)}`")
 
     def _log_params(self) -> None:
         """The settings the run was made with, those that are not there yet."""
@@ -98,11 +112,20 @@ class Client:
         for start in range(0, len(params), 100):
             self.client.log_batch(self.run_id, params=params[start : start + 100])
 
-    def _experiment(self, name: str) -> str:
-        """A new experiment; over sqlite, its artifacts lie beside the database."""
-        local = self.uri.startswith("sqlite:")
-        place = Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlflow-artifacts"
-        return self.client.create_experiment(name, artifact_location=place.as_uri() if local else None)
+    def _experiment(self) -> Experiment | None:
+        """The config's. Raises `TrackingError` if it was deleted, with what brings it back."""
+        name = self.run.config.tracking.experiment
+        found = self.client.get_experiment_by_name(name)
+        if found is not None and found.lifecycle_stage == "deleted":
+            raise TrackingError(f"the experiment {name!r} was deleted there: mlflow experiments restore --experiment-id "
+                                f"{found.experiment_id} brings it back, --set tracking.experiment=NAME takes another")
+        return found
+
+    def _new_experiment(self) -> str:
+        """Of the kind whose page shows curves; over sqlite, its artifacts lie beside the database."""
+        place = (folder_of(self.uri) / "mlflow-artifacts").as_uri() if self.uri.startswith("sqlite:") else None
+        return self.client.create_experiment(self.run.config.tracking.experiment, artifact_location=place, tags={
+            "mlflow.experimentKind": "custom_model_development"})
 
     def _end(self) -> tuple[int, set[tuple[str, int]]]:
         """The first iteration that is not there whole; and (metric, iteration) of points that are there all the same, in a
@@ -143,15 +166,25 @@ class Client:
                 film = shutil.copy(self.run.store.file(evaluation.ref, EPISODE_FILM), Path(folder) / f"{name}.gif")
                 self.client.log_artifact(self.run_id, film, "films")
 
-    def _register(self, state: TrainState) -> None:
-        """The actor as a version of the run's registered model, alias `best`; the weights stay in the store."""
+    def _best(self) -> TrainState | None:
+        """The state with the greatest value of the metric that the config names, the latest of several."""
+        kind = self.run.config.kind
+        name = self.run.config.tracking.best or {"language": "evaluate/gold", "control": "evaluate/episode_return"}[kind]
+        states = [state for state in self.run.states() if name in state.metrics]
+        if not states and self.run.config.tracking.best:
+            raise TrackingError(f"tracking.best: no iteration has a metric {name!r}; it has "
+                                f"{', '.join(sorted(self.run.last().metrics))}")
+        return max(states, key=lambda state: (state.metrics[name], state.iteration), default=None)
+
+    def _register(self, state: TrainState, alias: str) -> None:
+        """The actor as a version of the run's registered model, with that alias; the weights stay in the store."""
         name, artifact = f"baton-{self.run.name}", str(state.actor.artifact)
         with contextlib.suppress(MlflowException):  # it is there already
             self.client.create_registered_model(name)
         there = self.client.search_model_versions(f"name = '{name}'")
         versions = [version.version for version in there if version.tags.get("baton.artifact") == artifact]
         version = versions[0] if versions else self._new_version(name, artifact, state)
-        self.client.set_registered_model_alias(name, "best", version)
+        self.client.set_registered_model_alias(name, alias, version)
 
     def _new_version(self, name: str, artifact: str, state: TrainState) -> str:
         folder = self.run.store.place(state.actor.artifact, state.actor.folder)
@@ -168,13 +201,18 @@ class Client:
 
 
 def timings(state: TrainState, manifests: Mapping[str, Manifest]) -> dict[str, float]:
-    """Seconds, tokens per second and bytes written of each stage, and the seconds of the iteration."""
-    out = {"iteration/seconds": state.seconds}
+    """Seconds, tokens per second and bytes written of each stage, and the iteration's seconds; in groups of their own."""
+    out = {"seconds/iteration": state.seconds}
     for stage, manifest in manifests.items():
-        out |= {f"{stage}/seconds": manifest.seconds, f"{stage}/bytes": float(manifest.bytes)}
+        out |= {f"seconds/{stage}": manifest.seconds, f"bytes/{stage}": float(manifest.bytes)}
         if manifest.tokens_per_second:
-            out[f"{stage}/tokens_per_second"] = manifest.tokens_per_second
+            out[f"tokens_per_second/{stage}"] = manifest.tokens_per_second
     return out
+
+
+def _milliseconds(created: str) -> int:
+    """Since the epoch, of a time in ISO 8601."""
+    return int(datetime.fromisoformat(created).timestamp() * 1000)
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -229,7 +267,7 @@ class _Retried:
         except Exception as error:  # whatever a tracking server does, the training goes on
             lines = without_user_info(str(error)).strip().splitlines() or [type(error).__name__]
             if not self.failed:
-                self.answer(f"error {lines[0][:200]}")
+                self.answer(f"error {textwrap.shorten(lines[0], 400, placeholder=' …')}")
             self.client, self.failed = None, True
         else:
             if self.failed:

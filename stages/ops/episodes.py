@@ -8,6 +8,7 @@ from the end of one episode to the beginning of the next.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
@@ -20,6 +21,9 @@ from schemas.control import Spaces
 from schemas.errors import EnvironmentFailure
 from schemas.tables import Trajectories
 from stages.ops.networks import ToEnvironment
+from stages.ops.user_errors import said
+
+log = logging.getLogger("baton")
 
 
 def episode_seed(seed: int, environment: int, episode: int) -> int:
@@ -50,18 +54,19 @@ class Player(gymnasium.Wrapper):
             return self.shown, {}
         self.seed, self.steps, self.over, self.resting = seed, 0, False, False
         try:
-            self.shown = self._checked(self.env.reset(seed=seed)[0])
+            observation, info = _parts(self.env.reset(seed=seed), 2, "reset")
+            self.shown = self._checked(observation)
         except Exception as error:  # whatever a user's environment does
             raise self._failure(error) from error
-        return self.shown, {}
+        return self.shown, {"masked": True} if isinstance(info, dict) and "action_mask" in info else {}
 
     def step(self, action):
         if self.resting:
             return self.shown, 0.0, False, False, {}
         self.steps += 1
         try:
-            observation, reward, terminated, truncated, _ = self.env.step(action)
-            self.shown, reward = self._checked(observation), float(reward)
+            observation, reward, terminated, truncated, _ = _parts(self.env.step(action), 5, "step")
+            self.shown, reward = self._checked(observation), _number(reward)
             terminated, truncated = bool(terminated), bool(truncated)
         except Exception as error:  # whatever a user's environment does
             raise self._failure(error) from error
@@ -69,20 +74,45 @@ class Player(gymnasium.Wrapper):
         return self.shown, reward, terminated, truncated, {}
 
     def _checked(self, observation: Any) -> np.ndarray:
-        """As the space declares it. Raises `_WrongShapeError` or whatever NumPy cannot make of it."""
-        observation = np.asarray(observation, self.observation_space.dtype)
-        if observation.shape != (shape := self.observation_space.shape):
-            raise _WrongShapeError(f"gave an observation of shape {observation.shape}, expected {shape}")
-        return observation
+        """As the space declares it. Raises `_UnusableError` or whatever NumPy cannot make of it."""
+        declared = np.asarray(observation, self.observation_space.dtype)
+        if declared.shape != (shape := self.observation_space.shape):
+            raise _UnusableError(f"gave an observation of shape {declared.shape}, expected {shape}")
+        given = np.asarray(observation)
+        if declared.dtype.kind in "iub" and given.dtype.kind == "f" and (given != declared).any():
+            raise _UnusableError(f"gave the observation {given.tolist()}, and its space of {declared.dtype} would make "
+                                 f"{declared.tolist()} of it; declare a Box of float32")
+        return declared
 
     def _failure(self, error: Exception) -> EnvironmentFailure:
         text = " ".join(str(error).split())
-        what = text if isinstance(error, _WrongShapeError) else f"raised {type(error).__name__}: {text}"
+        what = text if isinstance(error, _UnusableError) else said(error)
         return failure(self.name, self.index, self.seed, self.steps, what)
 
 
-class _WrongShapeError(Exception):
-    pass
+class _UnusableError(Exception):
+    """What an environment gave, in words."""
+
+
+def _parts(given: Any, count: int, what: str) -> tuple:
+    """What Gymnasium's `reset` or `step` gives. Raises `_UnusableError` where it is not that."""
+    if isinstance(given, tuple) and len(given) == count:
+        return given
+    found = f"{len(given)} values" if isinstance(given, tuple) else type(given).__name__
+    expected = "(observation, info)" if what == "reset" else "(observation, reward, terminated, truncated, info)"
+    raise _UnusableError(f"gave {found} from {what}, expected {expected}: this is the old API of Gym; shimmy's "
+                         "GymV21CompatibilityV0(env=…), in a file.py:function, wraps it")
+
+
+def _number(reward: Any) -> float:
+    """A reward, also as an array of one. Raises `_UnusableError`."""
+    try:
+        value = np.asarray(reward, np.float64)
+    except (TypeError, ValueError):
+        raise _UnusableError(f"gave the reward {reward!r:.60}, expected a number") from None
+    if value.size != 1:
+        raise _UnusableError(f"gave a reward of shape {value.shape}, expected a number")
+    return value.item()
 
 
 def failure(name: str, index: int, seed: int | None, step: int, what: str) -> EnvironmentFailure:
@@ -108,7 +138,7 @@ class Environments:
     ) -> None:
         """`seed`: what episodes' seeds derive from; `once`: whether each plays one episode and then rests."""
         self.vector, self.spaces, self.name, self.seed, self.once, self.watch = vector, spaces, name, seed, once, watch
-        self.to_environment = ToEnvironment(spaces)
+        self.to_environment, self._told = ToEnvironment(spaces), False
         self.observations = np.zeros((len(self), spaces.observation_size), np.float32)
         self.episode, self.start, self.steps = (np.zeros(len(self), np.int64) for _ in range(3))
         self.episode_return, self.discounted_return = (np.zeros(len(self)) for _ in range(2))
@@ -196,7 +226,11 @@ class Environments:
     def _reset(self, which: np.ndarray) -> None:
         self.steps[which] = 0
         with self._call("reset"):
-            observations, _ = self.vector.reset(seed=self.seeds(which), options={"reset_mask": which})
+            observations, info = self.vector.reset(seed=self.seeds(which), options={"reset_mask": which})
+        if "masked" in info and not self._told:
+            self._told = True
+            log.warning("%s: its info holds an action_mask, which is not used: actions that it forbids are sampled too",
+                        self.name)
         self._see(observations, np.zeros(len(self)))
 
     def _replay(self, which: np.ndarray, actions: list[Any]) -> np.ndarray:

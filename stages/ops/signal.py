@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from schemas.control import Spaces
 from schemas.settings import GAEConfig, KLConfig
 
+NARROW = 0.05  # of a Box
 NEARLY_UNIFORM = 0.999  # of the largest entropy there is
 
 
@@ -27,6 +29,19 @@ def of_advantages(raw: np.ndarray, flat: float | None, config: GAEConfig, kl: KL
     elif flat and kl.coef > 0 and kl.placement == "reward":
         yield (f"in {flat:.0%} of the groups all responses have one score, and their advantages come from the KL in the "
                f"reward alone ({config.estimator} compares the sums); kl.placement: loss leaves them at 0")
+
+
+def of_actions(actions: np.ndarray, spaces: Spaces) -> Iterator[str]:
+    """`actions`: (n, A) as they were sampled by a policy that is new, of which a Box should be given most."""
+    for i, (low, high) in enumerate(zip(spaces.low, spaces.high, strict=True)):
+        if low is None or high is None:
+            continue
+        given = np.clip(actions[:, i], low, high)
+        covered = (np.quantile(given, 0.95) - np.quantile(given, 0.05)) / (high - low)
+        if covered < NARROW:
+            yield (f"the policy begins near 0 with a spread of {actions[:, i].std():.2g}, and its action {i} reaches "
+                   f"{covered:.0%} of the Box from {low:g} to {high:g}: gymnasium.wrappers.RescaleAction(env, -1, 1) in a "
+                   "file.py:function gives it all of it")
 
 
 def of_policy(entropy: float | None, vocabulary: int) -> Iterator[str]:
