@@ -288,7 +288,7 @@ def test_a_run_goes_on_by_its_name_alone(own, capsys):
 
 
 def test_gc_says_what_it_leaves_since_it_is_young(own, capsys):
-    folder, store = own
+    store = own[1]
     assert run_command(["rm", "small", "--store", str(store)]) == 0
     capsys.readouterr()
     assert run_command(["gc", "--store", str(store)]) == 0
