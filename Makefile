@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: install train smollm2 pool test lint bench bench-learning torture mutants clean
+.PHONY: install train smollm2 pool test lint bench bench-learning torture fuzz mutants clean
 
 install: $(VENV)/.installed
 
@@ -25,7 +25,7 @@ pool: install           ## Prefect's server, a work pool and a worker on this ma
 
 test: install           ## lint, import contract, all tests
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .
@@ -40,6 +40,9 @@ bench: install          ## how fast, beside Stable-Baselines3; ONLY="cartpole" f
 
 torture: install        ## break everything and count; an hour and more; ONLY="random bits" for some of it
 	$(BIN)/python tests/benchmarks/torture.py $(ONLY)
+
+fuzz: install           ## inputs from outside at random; MINUTES=60, ONLY="config rows" for some of it
+	$(BIN)/python tests/fuzz.py $(or $(MINUTES),6) $(ONLY)
 
 mutants: install        ## which changes of the formulas and the store no test notices; hours; ONLY="stages.gae*" for some
 	$(BIN)/mutmut run --max-children 2 $(ONLY)

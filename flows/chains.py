@@ -7,6 +7,7 @@ from pathlib import Path
 from flows.runs.kind import Chain, KindOfRun, Warm
 from flows.runs.run import Run
 from flows.store.store import Store
+from schemas.metrics import Metrics
 from schemas.settings import ExecutionConfig, RunConfig
 from schemas.stages import Kind
 
@@ -32,6 +33,6 @@ def warm_of(kind: Kind, store: Store, execution: ExecutionConfig) -> Warm:
     return kind_of(kind).warm(store, execution)
 
 
-def check_inputs(config: RunConfig, files: dict[str, list[Path]]) -> None:
-    """Reads all that a new run is made of, before anything is imported. Raises `ConfigError`."""
-    kind_of(config.kind).check(config, files)
+def check_inputs(config: RunConfig, files: dict[str, list[Path]]) -> dict[str, Metrics]:
+    """Reads all that a new run is made of before it is imported; what was found out, by role. Raises `ConfigError`."""
+    return kind_of(config.kind).check(config, files)

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from schemas.errors import ConfigError, StoreError
 from schemas.settings import NAME_PATTERN, ExecutionConfig, Name
@@ -233,15 +233,19 @@ def _measured(metrics: Any) -> dict[str, Any]:
 def call_of(manifest: Manifest, store: str) -> StageCall:
     """The call that made the artifact, to be performed again in `store`. Raises `StoreError` for one of an older format."""
     recipe = manifest.recipe
-    if manifest.kind is None:
+    if manifest.kind is None or manifest.iteration is None:
         raise StoreError(f"{manifest.ref.short}: the manifest of an input, or of an older format, holds no call; baton "
                          f"stage {manifest.ref.stage} RUN --iteration I --print-call makes one from the run")
     inputs = {role: ModelRef(artifact=ref, folder=manifest.folders[role]) if role in manifest.folders else ref
               for role, ref in recipe.inputs.items()}
-    return StageCall(
-        kind=manifest.kind, stage=recipe.stage, version=recipe.version, settings=recipe.config, inputs=inputs,
-        seed=recipe.seed, iteration=manifest.iteration, store=store,
-        execution=ExecutionConfig.model_validate(manifest.environment.execution))
+    try:
+        return StageCall(
+            kind=manifest.kind, stage=recipe.stage, version=recipe.version, settings=recipe.config, inputs=inputs,
+            seed=recipe.seed, iteration=manifest.iteration, store=store,
+            execution=ExecutionConfig.model_validate(manifest.environment.execution))
+    except ValidationError as error:
+        raise StoreError(f"{manifest.ref.short}: its manifest holds no call that can be made: {error.errors()[0]['msg']}"
+                         ) from None
 
 
 class Produced(Record):

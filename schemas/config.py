@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from schemas.control import ControlConfig
 from schemas.errors import ConfigError
 from schemas.language import ComponentConfig, LanguageConfig
-from schemas.settings import RunConfig, Settings
+from schemas.presets import merged
+from schemas.settings import RunConfig, Settings, later_settings
 
 
 def parse_config(data: Any, where: str) -> RunConfig:
@@ -27,6 +28,29 @@ def parse_config(data: Any, where: str) -> RunConfig:
         return kind.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_first_line(error, kind)}") from None
+
+
+def config_of_record(values: dict[str, Any], where: str) -> RunConfig:
+    """The config of a run that is there: settings that it lacks, since they were added later, are as it was before."""
+    kind = ControlConfig if "environment" in values else LanguageConfig
+    return parse_config(merged(_before(kind, values), values), where)
+
+
+def like_record(config: RunConfig, values: dict[str, Any]) -> RunConfig:
+    """The config, but for settings that a run's config lacks, since they were added later: they are as it was before."""
+    return parse_config(merged(config.model_dump(mode="json"), _before(type(config), values)), "")
+
+
+def _before(kind: type[RunConfig], values: dict[str, Any]) -> dict[str, Any]:
+    """By section, what held before there were the settings that `values` lacks."""
+    found = {}
+    for name, field in kind.model_fields.items():
+        classes = [part for part in (get_args(field.annotation) or (field.annotation,)) if isinstance(part, type)]
+        section = next((part for part in classes if issubclass(part, Settings)), None)
+        if section is not None and isinstance(there := values.get(name), dict):
+            missing = {key: before for key, before in later_settings(section).items() if key not in there}
+            found |= {name: missing} if missing else {}
+    return found
 
 
 def _first_line(error: ValidationError, kind: type[RunConfig]) -> str:

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from schemas.addresses import Address
 from schemas.presets import PRESETS, merged
-from schemas.settings import LATER, KLConfig, Name, RunConfig, Settings
+from schemas.settings import KLConfig, Later, Name, RunConfig, Settings
 from schemas.stages import Kind
 
 
@@ -36,6 +36,9 @@ class BaseModelConfig(Settings):
     """A folder in Hugging Face format, relative to the config file, or the name of a model on the hub."""
     chat_template: bool = False
     """Whether a prompt is put to the models as a user's turn in the tokenizer's chat template."""
+    special_tokens_in_text: Annotated[bool, Later(before=True)] = False
+    """Whether a special token that is written in a prompt or completion, such as `<|im_end|>`, is that token; else it stays
+    text, as anything that a user may write. Those of a chat template are special tokens always."""
     vocab_size: int = Field(1024, ge=259)
     """New model: V, entries of the tokenizer trained from the demonstrations (256 bytes, 3 special tokens at least)."""
     context_length: PositiveInt = 128
@@ -135,7 +138,7 @@ class RewardConfig(Settings):
     """The last so many tokens before the limit cost up to `overlong_penalty`, in proportion (Yu et al. 2025, DAPO)."""
     overlong_penalty: float = Field(1.0, ge=0)
     """What a response of the full length costs, if there is an `overlong_buffer`."""
-    special_tokens: Annotated[bool, LATER] = False
+    special_tokens: Annotated[bool, Later(before=False)] = False
     """Whether functions, servers and the judge are given responses with their special tokens, such as `<think>` and EOS."""
 
     @model_validator(mode="after")
@@ -220,7 +223,7 @@ def _inconsistencies(c: LanguageConfig):
                f"ppo.minibatches={c.ppo.minibatches}; make it a multiple")
     new_model, kinds = c.base_model.source is None, {part.kind for part in c.reward.components.values()}
     changed = [name for name, value in c.base_model if value != BaseModelConfig.model_fields[name].default]
-    if not new_model and (extra := set(changed) - {"source", "chat_template"}):
+    if not new_model and (extra := set(changed) - {"source", "chat_template", "special_tokens_in_text"}):
         yield f"base_model.{sorted(extra)[0]} describes a new model, but base_model.source names one; remove either"
     if new_model and c.sft is None:
         yield "a new base model has to be trained: add an sft section, or name a pretrained one in base_model.source"

@@ -33,6 +33,25 @@ class BaseModelMetrics(Metrics):
     """V, entries of the tokenizer."""
 
 
+class BroughtModelMetrics(Metrics):
+    """What the check at the start found out about a model that is brought; kept in the manifest of the input."""
+
+    parameters: int
+    """Numbers that are trained, shared ones once."""
+    vocab_size: int
+    """Entries of the tokenizer."""
+    embeddings: int
+    """Token ids that the model has."""
+    context_length: int | None
+    """The most tokens of prompt and response; none where the family has no limit."""
+    pads: bool
+    """Whether rows of several lengths may be padded on the left (see stages/ops/abilities.py), as the next two 0 or 1."""
+    caches: bool
+    """Whether a step may begin from a cache."""
+    trims: bool
+    """Whether rows may leave the cache."""
+
+
 class SFTMetrics(Metrics):
     loss: float
     """Cross-entropy in nats a token, mean over the last tenth of the steps."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 from datetime import UTC, datetime
 from functools import cache
 from typing import TypeVar
@@ -61,7 +62,7 @@ def first_finding(error: ValidationError) -> str:
 
 
 def _check_digest(data: bytes, where: str, signed: object) -> None:
-    if not isinstance(signed, str) or len(signed) != len(UNSIGNED):
+    if not isinstance(signed, str) or not re.fullmatch(f"[0-9a-f]{{{len(UNSIGNED)}}}", signed):
         raise DamageError(where, "sha256", "the digest of the file", repr(signed)[:80], HINT)
     actual = hashlib.sha256(data.replace(signed.encode(), UNSIGNED, 1)).hexdigest()
     if actual != signed:

@@ -28,11 +28,16 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Later:
-    """Marks a setting that a section did not have at first: at its default it is left out of a call, so that calls that were
-    made before are the same."""
+    """Marks a setting that a section did not have at first, and says what held before. At that it is left out of a call, and
+    a run that was made before has it, so that calls and runs of then are the same."""
+
+    before: Any
 
 
-LATER = Later()
+def later_settings(section: type[Settings]) -> dict[str, Any]:
+    """Name → what held before there was the setting, of those that are marked `Later`."""
+    return {name: mark.before for name, field in section.model_fields.items() for mark in field.metadata
+            if isinstance(mark, Later)}
 
 
 class KLConfig(Settings):

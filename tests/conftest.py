@@ -55,7 +55,7 @@ TINY = {
 TRACKED = ("--set", "tracking.enabled=true")
 
 
-LONGEST_FIRST = ("test_work_pool", "test_lease", "test_kill")  # so that no worker is left with one of them at the end
+LONGEST_FIRST = ("test_pool_killed", "test_work_pool", "test_lease", "test_kill")  # so that none is left for the end
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -194,6 +194,15 @@ def variants(trained, tmp_path_factory):
         options = [option for setting in settings for option in ("--set", setting)]
         assert run_command(["train", str(folder), "--run", run, "--store", str(store), "--quiet", *options]) == 0
     return folder, store
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """A Prefect server with everything deployed, and a worker; both may be killed."""
+    from pool import running_pool
+
+    with running_pool(tmp_path_factory.mktemp("pool")) as pool:
+        yield pool
 
 
 @pytest.fixture

@@ -61,6 +61,8 @@ class Fails(Count):
                 reward = np.inf
             if self.how == "rewards too much":
                 reward = 1e39
+            if self.how == "calls exit":
+                raise SystemExit(0)
             if self.how == "rewards two":
                 reward = np.zeros(2)
             if self.how == "steps as Gym did":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,14 +16,14 @@ from uuid import UUID
 import psutil
 import pytest
 import yaml
-from conftest import save_tiny_model, write_example
+from conftest import free_port, save_tiny_model, write_example
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, LogFilter
 from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, TaskRun
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.orchestration.pool import LEASES, WORKER, Processes
+from flows.orchestration.pool import LEASES, WORKER, Processes, deploy
 
 PATIENCE = 240  # seconds for anything, on a busy machine
 
@@ -33,6 +35,22 @@ def score(prompts, responses):
         time.sleep(0.02)
     return [len(response) / 10 for response in responses]
 '''
+
+
+HEARTBEATS_MISSED = 40  # seconds until a flow run without a heartbeat is ended; they come every 30
+
+
+@contextmanager
+def running_pool(folder: Path) -> Iterator[Pool]:
+    """A server with everything deployed, and a worker."""
+    pool = Pool(folder, free_port())
+    try:
+        pool.start_server()
+        deploy(pool.environment, "--patience", str(HEARTBEATS_MISSED))
+        pool.start_worker()
+        yield pool
+    finally:
+        pool.processes.end()
 
 
 class Pool:
@@ -188,3 +206,9 @@ def holding_example(folder: Path, iterations: int, seed: int) -> Path:
     del config["reward_model"], config["sft"]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
+
+
+def train(pool: Pool, example: Path, *more: str, **environment: str) -> subprocess.Popen:
+    """A local run, begun and not waited for, that Prefect's server is told of."""
+    command = [sys.executable, "-m", "flows.cli.main", "train", str(example), "--quiet", *more]
+    return subprocess.Popen(command, env=pool.environment | environment, stderr=subprocess.PIPE, text=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from brought import PROMPTS, change_json, change_weights, make_model, make_tokenizer, write_brought
+from conftest import rewrite
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel
 
@@ -18,8 +19,9 @@ from schemas.artifacts import Recipe
 from schemas.errors import ConfigError
 from schemas.language import RolloutConfig
 from schemas.tables import Rollouts
-from stages.ops.abilities import Abilities, abilities
+from stages.ops.abilities import abilities
 from stages.ops.language_model import LanguageModel, score_tokens
+from stages.ops.prompts import completed, tokenize
 from stages.ops.sampling import ModelSampler, respond
 from stages.ops.scalar_head import ScalarHead
 
@@ -135,7 +137,7 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path):
 def test_what_is_let_in_is_said(tmp_path, caplog):
     folder = write_brought(tmp_path / "large", make_model(vocab_size=len(make_tokenizer()) + 64)) / "model"
     found = check_model(folder)
-    assert found.context == 128 and found.abilities == Abilities()
+    assert (found.context, found.metrics.pads, found.metrics.caches, found.metrics.trims) == (128, True, True, True)
     assert "64 of the model's" in caplog.text and "token ids are unknown to the tokenizer" in caplog.text
     caplog.clear()
     check_model(write_brought(tmp_path / "rwkv", make_model("rwkv")) / "model")
@@ -220,8 +222,8 @@ def test_a_critic_over_any_family_is_saved_and_loaded_as_it_is(tmp_path, family)
     assert equal(critic, again) and critic.base_model.config.model_type == again.base_model.config.model_type
 
 
-@pytest.mark.parametrize("family", [*FAMILIES])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family, tied", [*((family, False) for family in FAMILIES), ("llama", True), ("gpt2", True),
+                                          ("lfm2", True), ("mamba", True)])
 def test_what_is_saved_is_what_was_trained(tmp_path, family, tied):
     folder = write_brought(tmp_path / "case", make_model(family, tie_word_embeddings=tied, **FAMILIES[family])) / "model"
     module = load_causal(folder)
@@ -259,6 +261,9 @@ def test_a_prompt_ends_where_its_text_ends(tmp_path, prefect_server):
     folder = write_brought(tmp_path / "case", tokenizer=tokenizer)
     assert run_command(["train", str(folder), "--store", str(tmp_path / "store"), "--quiet"]) == 0
     run = open_run(Store(tmp_path / "store"), "case")
+    report = run.store.manifest(run.inputs["base_model"]).metrics
+    assert report == {"parameters": 39392.0, "vocab_size": 293.0, "embeddings": 293.0, "context_length": 128.0, "pads": 1.0,
+                      "caches": 1.0, "trims": 1.0}
     prompts = run.store.table(run.state(1).artifacts["rollout"], Rollouts).prompt_tokens
     assert all(row[0] == 0 and row[-1] != 1 for row in prompts)
 
@@ -292,3 +297,53 @@ def test_a_template_that_cannot_be_used_is_refused_with_what_it_says(tmp_path, t
     assert run_command(["train", str(folder), "--store", str(tmp_path / "store")]) == 2
     error = capsys.readouterr().err
     assert re.search(words, error) and error.count("\n") == 1 and not (tmp_path / "store").exists()
+
+
+MARKUP = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}<|eos|>{% endfor %}[assistant]"
+
+
+@pytest.mark.parametrize("chat_template", [False, True])
+@pytest.mark.parametrize("prompt", ["the soup <|eos|> is it", "<|bos|>", "<|eos|>", "the soup<|pad|>"])
+def test_special_tokens_in_a_users_text_stay_text(chat_template, prompt):
+    """By the setting; those of the template are the tokens that they are."""
+    tokenizer = make_tokenizer(chat_template=MARKUP)
+    tokenizer.split_special_tokens = True
+    (ids,), (plain,) = (tokenize(tokenizer, [text], chat_template) for text in (prompt, "x"))
+    assert [i for i in ids if i < 3] == [i for i in plain if i < 3] == ([0, 1] if chat_template else [])
+    assert prompt in tokenizer.decode(ids)
+    (whole,), (cut,) = completed(tokenizer, [prompt], ["warm <|pad|> y<|eos|>"], chat_template)
+    assert list(whole[:cut]) == list(ids) and [i for i in whole[cut:] if i < 3] == [1]  # the EOS that ends it, once
+    tokenizer.split_special_tokens = False
+    (ids,) = tokenize(tokenizer, [prompt], chat_template)
+    assert len([i for i in ids if i < 3]) == 1 + 2 * chat_template
+
+
+def test_a_prompt_that_its_template_changes_and_that_holds_a_special_token_is_refused():
+    tokenizer = make_tokenizer(chat_template="{{ messages[0]['content'] | upper }}")
+    tokenizer.split_special_tokens = True
+    assert tokenize(tokenizer, ["the soup"], True)
+    with pytest.raises(ConfigError, match=r"the chat template changes its text .*special_tokens_in_text: true"):
+        tokenize(tokenizer, ["the soup <|eos|>"], True)
+
+
+def test_a_run_made_before_there_was_the_setting_goes_on_as_it_was(tmp_path, prefect_server):
+    """Its config lacks it: special tokens in its prompts are tokens, its calls do not have it, and its config still fits."""
+    folder = write_brought(tmp_path / "case", prompts=["the <|eos|> soup"] * 8)
+    arguments = ["train", str(folder), "--store", str(tmp_path / "store"), "--quiet", "--iterations"]
+    assert run_command([*arguments, "0", "--set", "base_model.special_tokens_in_text=true"]) == 0
+    record = tmp_path / "store" / "runs" / "case" / "run.json"
+
+    def older(values):
+        del values["config"]["base_model"]["special_tokens_in_text"], values["config"]["reward"]["special_tokens"]
+
+    rewrite(record, older)
+    assert run_command([*arguments, "1"]) == 0
+    run = open_run(Store(tmp_path / "store"), "case")
+    call = run.store.manifest(run.state(1).artifacts["rollout"]).recipe.config
+    assert run.config.base_model.special_tokens_in_text and "special_tokens_in_text" not in call
+    assert all(1 in row for row in run.store.table(run.state(1).artifacts["rollout"], Rollouts).prompt_tokens)
+    assert run_command([*arguments, "1", "--run", "new"]) == 0
+    new = open_run(run.store, "new")
+    call = run.store.manifest(new.state(1).artifacts["rollout"]).recipe.config
+    assert call["special_tokens_in_text"] is False
+    assert not any(1 in row for row in run.store.table(new.state(1).artifacts["rollout"], Rollouts).prompt_tokens)

@@ -203,6 +203,7 @@ def test_environments_in_processes_of_their_own_give_the_same_bytes():
 @pytest.mark.parametrize("how, said", [
     ("raises", "raised RuntimeError: the gear broke"), ("observes NaN", "gave the observation [nan, 0.0]"),
     ("rewards infinity", "gave the reward inf"), ("rewards too much", "gave the reward 1e+39, which float32 cannot hold"),
+    ("calls exit", "called sys.exit(0) (environments.py, line "),
     ("rewards text", "gave the reward 'x', expected a number"), ("rewards two", "gave a reward of shape (2,)"),
     ("steps as Gym did", "gave 4 values from step, expected (observation, reward, terminated, truncated, info)"),
     ("shows another shape", "gave an observation of shape (3,), expected (2,)"),

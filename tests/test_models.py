@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flows.language.warm_models import WarmModels, load_scalar, load_tokenizer
+from flows.language.warm_models import Reading, WarmModels, load_scalar, load_tokenizer
 from flows.runs.run import open_run
 from flows.store.store import Store
 
@@ -38,22 +38,22 @@ def test_a_tokenizer_without_padding_pads_with_eos(run, tmp_path):
 def test_models_stay_warm_up_to_the_limit(run):
     models = WarmModels(run.store, run.config.execution.model_copy(update={"warm_models": 2}))
     state = run.state(1)
-    first = models.actor(state.actor, False).module
-    assert models.actor(state.actor, True).module is first and models.loaded == 1
+    first = models.actor(state.actor, Reading(False, True)).module
+    assert models.actor(state.actor, Reading(True, True)).module is first and models.loaded == 1
     models.critic(state.critic)
     models.reference(state.reference)
-    assert models.actor(state.actor, False).module is not first and models.loaded == 4
+    assert models.actor(state.actor, Reading(False, True)).module is not first and models.loaded == 4
 
 
 def test_training_takes_models_out_of_the_cache(run):
     models, state, ppo = WarmModels(run.store, run.config.execution), run.state(1), run.config.ppo
-    warm = models.actor(state.actor, False).module
+    warm = models.actor(state.actor, Reading(False, True)).module
     learner = models.take_learner(state.actor, state.critic, state.optimizer, ppo, 1.0)
     assert learner.actor.module is warm
-    assert models.actor(state.actor, False).module is not warm
+    assert models.actor(state.actor, Reading(False, True)).module is not warm
     models.put_learner(run.state(2).actor.artifact, learner)
     again = run.state(2)
-    assert models.actor(again.actor, False).module is warm
+    assert models.actor(again.actor, Reading(False, True)).module is warm
     assert models.take_learner(again.actor, again.critic, again.optimizer, ppo, 1.0) is learner
 
 
@@ -87,5 +87,6 @@ def test_weights_lie_where_those_of_a_trained_model_do(run):
     """In torch's own memory, which is aligned; a mapped file begins anywhere, and the last bits depend on it."""
     models = WarmModels(run.store, run.config.execution)
     state = run.state(1)
-    for model in (models.actor(state.actor, False), models.critic(state.critic), models.reward_model(state.reward_model)):
+    for model in (models.actor(state.actor, Reading(False, True)), models.critic(state.critic),
+                  models.reward_model(state.reward_model)):
         assert {weight.data_ptr() % 64 for weight in model.module.parameters()} == {0}

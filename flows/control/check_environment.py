@@ -7,12 +7,14 @@ from pathlib import Path
 from flows.control.environments import look_at
 from flows.runs.functions import check_function, load_function
 from schemas.control import ControlConfig
+from schemas.metrics import Metrics
 
 
-def check(config: ControlConfig, files: dict[str, list[Path]]) -> None:
+def check(config: ControlConfig, files: dict[str, list[Path]]) -> dict[str, Metrics]:
     """Raises `ConfigError` if the environment cannot be made, or is not one that a policy here can act in."""
     function = None
     if "environment" in files:
         check_function(config.environment.id, files["environment"])
         function = load_function(config.environment.id, files["environment"])
     look_at(config.environment, function, config.execution.environment_timeout)
+    return {}

@@ -30,6 +30,7 @@ from stages import control_rollout as rollout_stage
 from stages import gae as gae_stage
 from stages import policy as policy_stage
 from stages import ppo as ppo_stage
+from stages.ops.guest import switches_kept
 from stages.ops.moments import updated_moments
 from stages.ops.signal import of_actions
 
@@ -44,7 +45,7 @@ def policy(work: Work[WarmPolicies]) -> StageOutput:
 def rollout(work: Work[WarmPolicies]) -> StageOutput:
     config, reward, before = work.settings(ControlRolloutConfig), work.settings(ControlRewardConfig, "reward"), work.moments
     actor, critic = work.warm.actor(work.model("actor")), work.warm.critic(work.model("critic"))
-    with work.warm.environments(
+    with switches_kept(), work.warm.environments(
             work.settings(EnvironmentConfig, "environment"), _function(work), actor.spaces, config.num_envs,
             seed=work.setting("environments_seed"), previous=work.ref_if_given("previous"), rollout=work.call.recipe.ref,
     ) as environments:
@@ -80,8 +81,8 @@ def ppo(work: Work[WarmPolicies]) -> StageOutput:
 def evaluate(work: Work[WarmPolicies]) -> StageOutput:
     config, actor = work.settings(ControlEvaluateConfig), work.warm.actor(work.model("actor"))
     environment, function = work.settings(EnvironmentConfig, "environment"), _function(work)
-    with work.warm.new_environments(environment, function, actor.spaces, config.episodes, seed=work.call.seed,
-                                    once=True) as environments:
+    with switches_kept(), work.warm.new_environments(
+            environment, function, actor.spaces, config.episodes, seed=work.call.seed, once=True) as environments:
         returns = evaluate_stage.control_evaluate(actor, environments, max_steps=config.max_steps)
     work.attempt.table(returns)
     if config.picture and work.warm.renders:

@@ -23,6 +23,7 @@ from schemas.errors import ConfigError, EnvironmentFailure
 from schemas.settings import ExecutionConfig
 from stages.ops.episodes import Player
 from stages.ops.guest import HungError, ring
+from stages.ops.user_errors import said
 
 gymnasium.logger.min_level = gymnasium.logger.ERROR + 1  # what it would say on stderr, errors here say in one line
 EXTRAS = {"mujoco": "mujoco", "pygame": "classic-control"}  # module that is missing → extra of Baton's that brings it
@@ -48,9 +49,8 @@ def make_environment(
                           "write module:Id-v0") from None
     except Error as error:
         raise ConfigError(f"environment.id {config.id!r}: {_line(error)}") from None
-    except Exception as error:  # whatever a user's environment does when it is made
-        raise ConfigError(f"environment {config.id!r} with kwargs {config.kwargs}: {type(error).__name__}: {_line(error)}"
-                          ) from None
+    except (Exception, SystemExit) as error:  # whatever a user's environment does when it is made
+        raise ConfigError(f"environment {config.id!r} with kwargs {config.kwargs}: it {said(error)}") from None
 
 
 def _line(error: Exception) -> str:

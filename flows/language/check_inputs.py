@@ -12,17 +12,22 @@ from flows.runs.functions import check_function
 from flows.runs.inputs import COLUMNS, read_lines
 from schemas.errors import ConfigError
 from schemas.language import LanguageConfig
+from schemas.metrics import Metrics
 from stages.base_model import train_tokenizer
 from stages.ops.prompts import render, require_fit, require_no_clock, tokenize
 
 
-def check(config: LanguageConfig, files: dict[str, list[Path]]) -> None:
-    """Raises `ConfigError` naming the function, or file and lines, that cannot be used."""
+def check(config: LanguageConfig, files: dict[str, list[Path]]) -> dict[str, Metrics]:
+    """What was found out about a model that is brought.
+
+    Raises `ConfigError` naming the function, or file and lines, that cannot be used.
+    """
     for role, source in config.functions.items():
         check_function(source, files[role])
     rows = {role: read_lines(paths[0], role) for role, paths in files.items() if role in COLUMNS}
-    tokenizer, context = _model(config, files, rows)
+    tokenizer, context, found = _model(config, files, rows)
     template = config.base_model.chat_template
+    tokenizer.split_special_tokens = not config.base_model.special_tokens_in_text
     if template and tokenizer.chat_template is None:
         raise ConfigError(f"base_model.chat_template: the tokenizer of {config.base_model.source} has no chat template; "
                           "set it to false")
@@ -38,17 +43,18 @@ def check(config: LanguageConfig, files: dict[str, list[Path]]) -> None:
             for column in ("completion", "chosen", "rejected", "text"):
                 texts = [row.get("prompt", "") + row[column] for row in lines if column in row]
                 _require_fit(tokenizer, texts, template, context, 1, where)
+    return found
 
 
 def _model(
     config: LanguageConfig, files: dict[str, list[Path]], rows: dict[str, list[dict[str, str]]]
-) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """The base model's tokenizer, and its context in tokens; none where it has no limit."""
+) -> tuple[PreTrainedTokenizerBase, int | None, dict[str, Metrics]]:
+    """The base model's tokenizer; its context in tokens, none where it has no limit; and what was found out about it."""
     if config.base_model.source is None:
         texts = (row["prompt"] + row["completion"] for row in rows["demonstrations"])
-        return train_tokenizer(texts, config.base_model), config.base_model.context_length
+        return train_tokenizer(texts, config.base_model), config.base_model.context_length, {}
     brought = check_model(files["base_model"][0].parent)
-    return brought.tokenizer, brought.context
+    return brought.tokenizer, brought.context, {"base_model": brought.metrics}
 
 
 def _require_fit(

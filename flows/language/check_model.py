@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from flows.language.model_files import check_model_files
 from flows.language.warm_models import SAFE, context_length, load_tokenizer, require_all_weights
 from schemas.errors import ConfigError
+from schemas.metrics import BroughtModelMetrics
 from stages.ops.abilities import Abilities, abilities
 
 log = logging.getLogger("baton")
@@ -23,7 +24,7 @@ class BroughtModel:
 
     tokenizer: PreTrainedTokenizerBase
     context: int | None  # tokens; none where the family has no limit
-    abilities: Abilities
+    metrics: BroughtModelMetrics
 
 
 def check_model(place: Path) -> BroughtModel:
@@ -46,7 +47,10 @@ def check_model(place: Path) -> BroughtModel:
         raise ConfigError(f"base_model.source: {place}: {error}") from None
     for line in _slower(found):
         log.warning("base_model.source: %s: %s", place, line)
-    return BroughtModel(tokenizer, context, found)
+    return BroughtModel(tokenizer, context, BroughtModelMetrics(
+        parameters=module.num_parameters(), vocab_size=len(tokenizer),
+        embeddings=module.get_input_embeddings().num_embeddings, context_length=context, pads=found.pads,
+        caches=found.caches, trims=found.trims))
 
 
 def _require_tokens_fit(place: Path, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -18,6 +18,8 @@ from schemas.language import RewardConfig
 from stages.ops.kl import adapted_kl_coef
 from stages.ops.optim import learning_rate_factor
 
+READING = frozenset({"special_tokens_in_text"})  # settings of the base model that are about texts, beside the template
+
 
 @dataclass(frozen=True)
 class LanguageChain:
@@ -101,7 +103,8 @@ class LanguageChain:
     # --- what each stage is called with ---
 
     def base_model(self) -> StageCall:
-        return self.run.call("base_model", 0, settings_of(self.run.config.base_model), seed=self.run.seed(0, "base_model"),
+        return self.run.call("base_model", 0, settings_of(self.run.config.base_model, exclude=READING),
+                             seed=self.run.seed(0, "base_model"),
                              demonstrations=self.run.inputs["demonstrations"])
 
     def sft(self, base: ModelRef) -> StageCall:
@@ -177,7 +180,10 @@ class LanguageChain:
 
     @property
     def _template(self) -> dict[str, Any]:
-        return {"chat_template": self.run.config.base_model.chat_template}
+        """How prompts are read."""
+        base = self.run.config.base_model
+        return {"chat_template": base.chat_template} | {
+            name: value for name, value in settings_of(base).items() if name in READING}
 
     def _made_with(self, rollouts: ArtifactRef) -> dict[str, Any]:
         """Settings the rollouts were made with."""

@@ -5,11 +5,21 @@ All that decides a result is in the call, whose settings are those of the recipe
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from flows.language.reward_tokens import token_for
-from flows.language.warm_models import WarmModels, load_causal, load_scalar, load_tokenizer, save_learner, save_model
+from flows.language.warm_models import (
+    Reading,
+    WarmModels,
+    load_causal,
+    load_scalar,
+    load_tokenizer,
+    save_learner,
+    save_model,
+)
 from flows.runs.produce import StageOutput
 from flows.runs.work import Task, Work
 from schemas.artifacts import Outputs
@@ -48,14 +58,14 @@ def base_model(work: Work[WarmModels]) -> StageOutput:
 
 
 def sft(work: Work[WarmModels]) -> StageOutput:
-    model = work.warm.trainable(work.model("base"), load_causal, work.setting("chat_template"))
+    model = work.warm.trainable(work.model("base"), load_causal, _reading(work))
     metrics = sft_stage.sft(model, list(work.rows("demonstrations")), work.settings(SFTConfig), seed=work.call.seed)
     save_model(work.attempt, "actor", model)
     return StageOutput(metrics)
 
 
 def reward_model(work: Work[WarmModels]) -> StageOutput:
-    model = work.warm.trainable(work.model("start"), load_scalar, work.setting("chat_template"))
+    model = work.warm.trainable(work.model("start"), load_scalar, _reading(work))
     metrics = reward_model_stage.reward_model(model, list(work.rows("pairs")), list(work.rows("heldout_pairs")),
                                               work.settings(RewardModelConfig), seed=work.call.seed)
     save_model(work.attempt, "reward_model", model)
@@ -64,8 +74,8 @@ def reward_model(work: Work[WarmModels]) -> StageOutput:
 
 def reward_bias(work: Work[WarmModels]) -> StageOutput:
     config = work.settings(RewardConfig)
-    tokenizer, rows = _tokenizer(work, "tokenizer"), work.rows("demonstrations")
-    texts = demonstrations_as_texts(tokenizer, rows, work.setting("chat_template"))
+    reading, rows = _reading(work), work.rows("demonstrations")
+    texts = demonstrations_as_texts(reading.tokenizer(_tokenizer(work, "tokenizer")), rows, reading.chat_template)
     rewards = reward_bias_stage.reward_bias(_scorers(work, config), texts, config)
     work.attempt.table(rewards)
     metrics = reward_bias_stage.metrics(rewards)
@@ -79,7 +89,7 @@ def rollout(work: Work[WarmModels]) -> StageOutput:
     k = config.responses_per_prompt
     ids = np.repeat(prompt_order(len(prompts), config.batch_size // k, seed=work.setting("order_seed"),
                                  iteration=work.setting("iteration")), k)
-    actor = work.warm.actor(work.model("actor"), work.setting("chat_template"))
+    actor = work.warm.actor(work.model("actor"), _reading(work))
     rollouts = rollout_stage.rollout(ModelSampler(actor), [prompts[i]["prompt"] for i in ids], ids, config,
                                      seed=work.call.seed)
     work.attempt.table(rollouts)
@@ -145,7 +155,7 @@ def ppo(work: Work[WarmModels]) -> StageOutput:
 
 def evaluate(work: Work[WarmModels]) -> StageOutput:
     sampling, rewards = work.settings(RolloutConfig, "rollout"), work.settings(RewardConfig, "reward")
-    actor = work.warm.actor(work.model("actor"), work.setting("chat_template"))
+    actor = work.warm.actor(work.model("actor"), _reading(work))
     samples = evaluate_stage.evaluate(
         ModelSampler(actor), work.warm.reference(work.model("reference_model")),
         [row["prompt"] for row in work.rows("prompts")], _scorers(work, rewards, "actor"), _judge(work, rewards),
@@ -168,14 +178,25 @@ def _tokens(rollouts: Rollouts | Texts) -> int:
 def _texts(work: Work[WarmModels], actor: LanguageModel) -> Texts:
     """The texts that the update mixes in, as the actor reads them; tokenized once in a process."""
     role = "pretraining" if "pretraining" in work.call.inputs else "demonstrations"
-    chat_template = work.made_with("rollouts")["chat_template"]
+    reading = _reading_of(work.made_with("rollouts"))
+    tokenizer = reading.tokenizer(actor.tokenizer)
 
     def tokenized() -> Texts:
         if role == "pretraining":
-            return pretraining_as_texts(actor.tokenizer, work.rows(role))
-        return demonstrations_as_texts(actor.tokenizer, work.rows(role), chat_template)
+            return pretraining_as_texts(tokenizer, work.rows(role))
+        return demonstrations_as_texts(tokenizer, work.rows(role), reading.chat_template)
 
-    return work.warm.texts(work.ref(role), work.model("actor"), chat_template, tokenized)
+    return work.warm.texts(work.ref(role), work.model("actor"), reading, tokenized)
+
+
+def _reading(work: Work[WarmModels]) -> Reading:
+    """How this call's prompts are read."""
+    work.setting("chat_template")
+    return _reading_of(work.call.settings)
+
+
+def _reading_of(settings: dict[str, Any]) -> Reading:
+    return Reading(settings["chat_template"], settings.get("special_tokens_in_text", True))
 
 
 def _scorers(work: Work[WarmModels], config: RewardConfig, tokenizer: str = "tokenizer") -> dict[str, Scorer]:

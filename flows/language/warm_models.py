@@ -6,7 +6,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,6 +40,25 @@ NOT_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.ind
 Load = Callable[[Path], PreTrainedModel]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How prompts are read: within the chat template or not, and special tokens that are written in them as what."""
+
+    chat_template: bool
+    special_tokens: bool
+    """Whether they are those tokens, or else text."""
+
+    def of(self, model: LanguageModel) -> LanguageModel:
+        """The model, which reads like this."""
+        self.tokenizer(model.tokenizer)
+        return replace(model, chat_template=self.chat_template)
+
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """The same, of a tokenizer."""
+        tokenizer.split_special_tokens = not self.special_tokens
+        return tokenizer
+
+
 class WarmModels:
     """A cache by (role, model), `execution.warm_models` large; the least recently used goes first.
 
@@ -54,8 +73,8 @@ class WarmModels:
         self._learners: dict[ArtifactRef, LanguageModelLearner] = {}
         self._texts: tuple[object, Texts] | None = None
 
-    def actor(self, ref: ModelRef, chat_template: bool) -> LanguageModel:
-        return replace(self._get("actor", ref, load_causal), chat_template=chat_template)
+    def actor(self, ref: ModelRef, reading: Reading) -> LanguageModel:
+        return reading.of(self._get("actor", ref, load_causal))
 
     def reference(self, ref: ModelRef) -> LanguageModel:
         return self._get("reference", ref, load_causal)
@@ -66,9 +85,9 @@ class WarmModels:
     def reward_model(self, ref: ModelRef) -> LanguageModel:
         return self._get("reward_model", ref, load_scalar)
 
-    def trainable(self, ref: ModelRef, load: Load, chat_template: bool) -> LanguageModel:
+    def trainable(self, ref: ModelRef, load: Load, reading: Reading) -> LanguageModel:
         """A copy of its own for a stage that trains it and lets it go."""
-        return replace(self._load(ref, load), chat_template=chat_template)
+        return reading.of(self._load(ref, load))
 
     def take_learner(
         self, actor: ModelRef, critic: ModelRef | None, optimizer: ModelRef | None, config: PPOConfig, temperature: float
@@ -90,9 +109,9 @@ class WarmModels:
         for name, model in learner.networks.items():
             self._put(name, ModelRef(artifact=artifact, folder=name), model)
 
-    def texts(self, ref: ArtifactRef, model: ModelRef, chat_template: bool, tokenize: Callable[[], Texts]) -> Texts:
+    def texts(self, ref: ArtifactRef, model: ModelRef, reading: Reading, tokenize: Callable[[], Texts]) -> Texts:
         """The texts of an input as the model's tokenizer reads them; kept, since each checkpoint has that tokenizer."""
-        key = ref, chat_template, self._tokenizer(model)
+        key = ref, reading, self._tokenizer(model)
         if self._texts is None or self._texts[0] != key:
             self._texts = key, tokenize()
         return self._texts[1]

@@ -6,7 +6,7 @@ import codecs
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from schemas.artifacts import ArtifactRef, Recipe
 from schemas.config import apply_settings, parse_config
 from schemas.errors import ConfigError
 from schemas.language import LanguageConfig
+from schemas.metrics import Metrics
 from schemas.settings import ExecutionConfig, RunConfig
 
 COLUMNS = {
@@ -228,18 +229,21 @@ def _inner(role: str, path: Path, paths: list[Path]) -> str:
 
 
 def import_files(
-    store: Store, execution: ExecutionConfig, files: dict[str, list[Path]], recipes: dict[str, Recipe]
+    store: Store, execution: ExecutionConfig, files: dict[str, list[Path]], recipes: dict[str, Recipe],
+    found: Mapping[str, Metrics] | None = None,
 ) -> dict[str, ArtifactRef]:
-    """Commits every input that is not in the store yet; role → artifact."""
+    """Commits every input that is not in the store yet, with what was found out about it; role → artifact."""
     for role, recipe in recipes.items():
         if store.find(recipe.ref) is None:
-            _, manifest = write(store, recipe, execution, lambda attempt, role=role: _copy(role, files[role], attempt))
+            output = StageOutput((found or {}).get(role))
+            _, manifest = write(store, recipe, execution,
+                                lambda attempt, role=role, output=output: _copy(role, files[role], attempt, output))
             store.commit(manifest)
     return {role: recipe.ref for role, recipe in recipes.items()}
 
 
-def _copy(role: str, paths: list[Path], attempt: Attempt) -> StageOutput:
+def _copy(role: str, paths: list[Path], attempt: Attempt, output: StageOutput) -> StageOutput:
     for path in paths:
         shutil.copyfile(path, attempt.path(_inner(role, path, paths)))
-    return StageOutput()
+    return output
 

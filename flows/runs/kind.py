@@ -12,7 +12,8 @@ from flows.runs.work import Task
 from flows.store.store import Store
 from schemas.artifacts import ArtifactRef, Produced, StageCall, TrainState
 from schemas.errors import StoreError
-from schemas.settings import LATER, ExecutionConfig, RunConfig, Settings
+from schemas.metrics import Metrics
+from schemas.settings import ExecutionConfig, RunConfig, Settings, later_settings
 
 ITERATION_DECIDES = frozenset({"critic_warmup", "warmup_iterations", "schedule", "schedule_iterations"})
 """Settings of `ppo` whose outcome in an iteration is in its call in their place."""
@@ -68,14 +69,13 @@ class KindOfRun:
     tasks: Mapping[str, Task]
     """Stage → what does its work."""
     warm: Callable[[Store, ExecutionConfig], Warm]
-    check: Callable[[RunConfig, dict[str, list[Path]]], None]
-    """Reads all that a new run is made of, its files by role. Raises `ConfigError`."""
+    check: Callable[[RunConfig, dict[str, list[Path]]], dict[str, Metrics]]
+    """Reads all that a new run is made of, its files by role; what was found out, by role. Raises `ConfigError`."""
 
 
 def settings_of(section: Settings, exclude: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
-    """A section as part of a call's settings; without those that were added `LATER` and are at their defaults."""
-    later = {name for name, field in type(section).model_fields.items()
-             if LATER in field.metadata and getattr(section, name) == field.default}
+    """A section as part of a call's settings; without those that were added `Later` and are as it was before."""
+    later = {name for name, before in later_settings(type(section)).items() if getattr(section, name) == before}
     return section.model_dump(mode="json", exclude={*exclude, *later})
 
 

@@ -19,7 +19,7 @@ from schemas.artifacts import (
     check_name,
     derive_seed,
 )
-from schemas.config import apply_settings, differences, parse_config
+from schemas.config import apply_settings, config_of_record, differences, like_record, parse_config
 from schemas.errors import ConfigError
 from schemas.presets import merged
 from schemas.records import now
@@ -135,7 +135,7 @@ def create(store: Store, name: str, config: RunConfig, inputs: Mapping[str, Arti
 
 def require_same(run: Run, config: RunConfig, inputs: Mapping[str, ArtifactRef]) -> None:
     """Raises `ConfigError` saying in what the run differs from config and inputs, if it does."""
-    lines = differences(run.config.decides(), config.decides())
+    lines = differences(run.config.decides(), like_record(config, run.record.config).decides())
     lines += [f"data.{role}: other content" for role in sorted({*inputs, *run.inputs})
               if inputs.get(role) != run.inputs.get(role)]
     if lines:
@@ -156,7 +156,7 @@ def find_run(store: Store, name: str) -> Run | None:
     """As `open_run`; none if there is none."""
     check_name(name, "run name")
     record = store.get(record_key(name), RunRecord)
-    return record and Run(store, record, with_threads(parse_config(record.config, f"run {name!r}")))
+    return record and Run(store, record, with_threads(config_of_record(record.config, f"run {name!r}")))
 
 
 def changed(run: Run, overrides: Mapping[str, Any] | None = None, settings: Iterable[str] = ()) -> Run:

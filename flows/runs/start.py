@@ -16,11 +16,14 @@ from schemas.config import differences, parse_config
 from schemas.control import ControlConfig
 from schemas.errors import ConfigError
 from schemas.language import LanguageConfig
+from schemas.metrics import Metrics
 from schemas.presets import merged
 from schemas.settings import FREE_SECTIONS, NO_OVERRIDES, ExecutionConfig, Overrides, RunConfig
 
 Source = str | LanguageConfig | ControlConfig  # an example's folder, a YAML file, or what such a file holds
 Files = dict[str, list[Path]]  # by role
+Check = Callable[[RunConfig, Files], dict[str, Metrics]]
+"""Reads all that a new run is made of; what was found out, by role."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Request:
     overrides: Overrides = NO_OVERRIDES
 
 
-def start(request: Request, check: Callable[[RunConfig, Files], None]) -> Run:
+def start(request: Request, check: Check) -> Run:
     """The run, made or opened, its inputs imported, with the settings that hold now.
 
     `check`: reads all that a new run is made of. Raises `ConfigError`, and then leaves no run behind.
@@ -60,7 +63,7 @@ def _resumed(store: Store, request: Request) -> tuple[Run, RunConfig]:
     return run, config
 
 
-def _made(store: Store, request: Request, check: Callable[[RunConfig, Files], None]) -> tuple[Run, RunConfig]:
+def _made(store: Store, request: Request, check: Check) -> tuple[Run, RunConfig]:
     """The run of a config, made if it is not there, and that config."""
     config, folder = request.source, Path.cwd()
     if isinstance(request.source, str):
@@ -76,9 +79,9 @@ def _made(store: Store, request: Request, check: Callable[[RunConfig, Files], No
         return run, config
     overrides = _overrides(config, request.overrides)
     check_device(overrides.execution)
-    check(config, files)
+    found = check(config, files)
     _require_writable(store)
-    return _create(store, name, config, files, recipes), config
+    return _create(store, name, config, files, recipes, found), config
 
 
 def _name(name: str | None, folder: Path) -> str:
@@ -91,10 +94,12 @@ def _name(name: str | None, folder: Path) -> str:
         raise ConfigError(f"{error}; it is the folder's: --run chooses another") from None
 
 
-def _create(store: Store, name: str, config: RunConfig, files: Files, recipes: dict[str, Recipe]) -> Run:
+def _create(
+    store: Store, name: str, config: RunConfig, files: Files, recipes: dict[str, Recipe], found: dict[str, Metrics]
+) -> Run:
     """The run with its inputs; its lease is held meanwhile, so that gc spares what no record names yet."""
     with working_on(store, lease_key(name), f"run {name!r}"):
-        return create(store, name, config, import_files(store, config.execution, files, recipes))
+        return create(store, name, config, import_files(store, config.execution, files, recipes, found))
 
 
 def with_new_functions(run: Run, recorded: Run) -> Run:

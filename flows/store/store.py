@@ -338,8 +338,8 @@ def read_table(path: Path, entry: FileEntry, kind: type[T]) -> T:
         if table.num_rows != entry.rows:
             raise DamageError(str(path), "rows", entry.rows, table.num_rows, HINT)
         return kind.from_arrow(table)
-    except (TableError, pa.ArrowInvalid) as error:
-        raise StoreError(f"{path}: {error}") from None
+    except (TableError, pa.ArrowException, OSError, ValueError) as error:  # whatever Arrow makes of other bytes
+        raise StoreError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def sha256_file(path: Path) -> str:

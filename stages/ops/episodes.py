@@ -56,7 +56,7 @@ class Player(gymnasium.Wrapper):
         try:
             observation, info = _parts(self.env.reset(seed=seed), 2, "reset")
             self.shown = self._checked(observation)
-        except Exception as error:  # whatever a user's environment does
+        except (Exception, SystemExit) as error:  # whatever a user's environment does
             raise self._failure(error) from error
         return self.shown, {"masked": True} if isinstance(info, dict) and "action_mask" in info else {}
 
@@ -68,7 +68,7 @@ class Player(gymnasium.Wrapper):
             observation, reward, terminated, truncated, _ = _parts(self.env.step(action), 5, "step")
             self.shown, reward = self._checked(observation), _number(reward)
             terminated, truncated = bool(terminated), bool(truncated)
-        except Exception as error:  # whatever a user's environment does
+        except (Exception, SystemExit) as error:  # whatever a user's environment does
             raise self._failure(error) from error
         self.over = terminated or truncated
         return self.shown, reward, terminated, truncated, {}
@@ -84,7 +84,7 @@ class Player(gymnasium.Wrapper):
                                  f"{declared.tolist()} of it; declare a Box of float32")
         return declared
 
-    def _failure(self, error: Exception) -> EnvironmentFailure:
+    def _failure(self, error: BaseException) -> EnvironmentFailure:
         text = " ".join(str(error).split())
         what = text if isinstance(error, _UnusableError) else said(error)
         return failure(self.name, self.index, self.seed, self.steps, what)

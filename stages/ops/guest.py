@@ -15,8 +15,8 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,15 +52,13 @@ def call_guest(
     name: str, function: Callable[..., Any], *arguments: Any, error: type[BatonError], patience: Patience = FOREVER
 ) -> Any:
     """What the function returns. Raises `error`, whose message begins with `name`."""
-    switches = {switch: read() for switch, (read, _) in SWITCHES.items()}
     watch = _Watch(name, patience)
     try:
         try:
-            with redirect_stdout(sys.stderr):
+            with switches_kept(), redirect_stdout(sys.stderr):
                 return function(*arguments)
         finally:
             watch.end()
-            _put_back(switches)
     except BatonError:
         raise
     except HungError:
@@ -88,10 +86,16 @@ SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
 }
 
 
-def _put_back(before: dict[str, Any]) -> None:
-    for name, (read, write) in SWITCHES.items():
-        if read() != before[name]:
-            write(before[name])
+@contextmanager
+def switches_kept() -> Iterator[None]:
+    """What is switched inside is switched back at the end."""
+    before = {name: read() for name, (read, _) in SWITCHES.items()}
+    try:
+        yield
+    finally:
+        for name, (read, write) in SWITCHES.items():
+            if read() != before[name]:
+                write(before[name])
 
 
 # --- time ---

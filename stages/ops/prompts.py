@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from schemas.errors import ConfigError
@@ -37,8 +36,8 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool)
     turns = [{"role": "user", "content": prompt}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:  # whatever a template does
-        said = " ".join(str(error).split())
+    except Exception as error:  # whatever a template does
+        said = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"the tokenizer's chat template cannot render a user's turn: {said}; a prompt is one user turn: "
                           "change the model's chat_template.jinja so that it takes that, or set base_model.chat_template: "
                           "false") from None
@@ -68,11 +67,35 @@ def tokenize(
 
     They end where the text ends, also with a tokenizer that puts EOS after each text.
     """
-    texts = [render(tokenizer, prompt, chat_template) for prompt in prompts]
-    if completions is not None:
-        texts = [prompt + completion for prompt, completion in zip(texts, completions, strict=True)]
-    ids, last = tokenizer(texts)["input_ids"] if texts else [], -1 if _added(tokenizer)[1] else None
-    return [np.array(row[:last], np.int32) for row in ids]
+    heads = [render(tokenizer, prompt, chat_template) for prompt in prompts]
+    ends = list(completions or [""] * len(heads))
+    if not heads:
+        return []
+    as_text = tokenizer.split_special_tokens  # whether a special token that a user wrote is text
+    texts = [head + end for head, end in zip(heads, ends, strict=True)]
+    ids = tokenizer(texts, split_special_tokens=as_text and not chat_template)["input_ids"]
+    if _added(tokenizer)[1]:
+        ids = [row[:-1] for row in ids]
+    if as_text and chat_template:
+        ids = [_in_parts(tokenizer, head, prompt, end) if _holds_special(tokenizer, prompt + end) else row
+               for row, head, prompt, end in zip(ids, heads, prompts, ends, strict=True)]
+    return [np.array(row, np.int32) for row in ids]
+
+
+def _holds_special(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    return any(token.special and token.content in text for token in tokenizer.added_tokens_decoder.values())
+
+
+def _in_parts(tokenizer: PreTrainedTokenizerBase, head: str, prompt: str, end: str) -> list[int]:
+    """Tokens of a prompt in its template and of a completion, which hold special tokens as text: part by part."""
+    written = prompt.strip()  # as templates do
+    before, found, after = head.rpartition(written)
+    if not found:
+        raise ConfigError(f"a prompt holds a special token, and the chat template changes its text ({prompt[:60]!r}): take "
+                          "the token out, or set base_model.special_tokens_in_text: true")
+    parts = ((before, False), (written, True), (after, False), (end, True))
+    ids = [tokenizer(part, add_special_tokens=False, split_special_tokens=as_text)["input_ids"] for part, as_text in parts]
+    return [*([tokenizer.bos_token_id] if _added(tokenizer)[0] else []), *(i for part in ids for i in part)]
 
 
 def completed(
@@ -83,8 +106,9 @@ def completed(
     The prompt's tokens are those that it has alone too: one that spans its end and the completion's beginning is the
     completion's. `sft`, `ptx`, the demonstrations' mean and the reward model all read a row like this.
     """
+    ends = [completion.removesuffix(tokenizer.eos_token) for completion in completions]  # EOS is added, once
     alone = tokenize(tokenizer, prompts, chat_template)
-    wholes = tokenize(tokenizer, prompts, chat_template, completions)
+    wholes = tokenize(tokenizer, prompts, chat_template, ends)
     return [_with_eos(tokenizer, whole) for whole in wholes], list(map(_common, alone, wholes))
 
 
