@@ -17,6 +17,7 @@ import psutil
 import pytest
 import yaml
 from conftest import free_port, save_tiny_model, write_example
+from control import write_control
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, LogFilter
 from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, TaskRun
@@ -27,16 +28,41 @@ from flows.orchestration.pool import LEASES, WORKER, Processes, deploy
 
 PATIENCE = 240  # seconds for anything, on a busy machine
 
-HOLDING_REWARD = '''
-import os, time
+HOLDING = '''
+import glob, os, time
 
-def score(prompts, responses):
-    while os.path.exists(os.environ["HOLD"]):
-        time.sleep(0.02)
-    return [len(response) / 10 for response in responses]
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+
+def held():
+    """Whether a rollout was committed since the file HOLD was written, which says how many there were."""
+    try:
+        before = int(open(os.environ["HOLD"]).read())
+    except (FileNotFoundError, ValueError):
+        return False
+    return len(glob.glob(os.path.join(os.environ["BATON_STORE"], "artifacts", "rollout", "*", "manifest.json"))) > before
+
+
+class Holding(gymnasium.Env):
+    observation_space, action_space = spaces.Box(-1, 1, (2,), np.float32), spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.np_random.random(2, np.float32), {}
+
+    def step(self, action):
+        while held():
+            time.sleep(0.02)
+        self.steps += 1
+        return self.np_random.random(2, np.float32), float(action), self.steps == 4, False, {}
+
+
+def holding():
+    return Holding()
 '''
-
-
 HEARTBEATS_MISSED = 40  # seconds until a flow run without a heartbeat is ended; they come every 30
 
 
@@ -54,7 +80,8 @@ def running_pool(folder: Path) -> Iterator[Pool]:
 
 
 class Pool:
-    """A server with everything deployed, and at most one worker. Flow runs wait in `reward` while the file `hold` exists."""
+    """A server with everything deployed, and at most one worker. While the file `hold` exists, flow runs of a
+    `holding_example` wait in the `evaluate` of the next iteration."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.folder, self.port, self.api = folder, port, f"http://127.0.0.1:{port}/api"
@@ -97,8 +124,8 @@ class Pool:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside it every reward waits."""
-        self.hold.touch()
+        """Inside it the next iteration waits once it has its rollout."""
+        self.hold.write_text(str(self.committed("rollout")))
         try:
             yield
         finally:
@@ -194,14 +221,25 @@ class Pool:
 
 
 def holding_example(folder: Path, iterations: int, seed: int) -> Path:
-    """The tiny example, whose reward waits while the file named by HOLD exists; another seed shares no artifacts. Its base
-    model is there already, since TRL's trainers take longer to import than all of this takes to train."""
+    """A control task, since a language model's libraries take longer to import than all of this takes to train; another seed
+    shares no artifacts."""
+    write_control(folder, seed=seed, iterations=iterations, environment={"id": "holding.py:holding", "kwargs": {}},
+                  policy={"hidden": [4]}, rollout={"num_envs": 1, "num_steps": 8}, ppo={"epochs": 1, "minibatches": 2},
+                  evaluate={"every": 1, "episodes": 1}, tracking={"enabled": False})
+    (folder / "holding.py").write_text(HOLDING)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["execution"] |= {"environment_timeout": 600.0}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def language_example(folder: Path, iterations: int, seed: int) -> Path:
+    """The tiny example with a base model that is there already, since TRL's trainers take long to import."""
     write_example(folder)
     save_tiny_model(folder / "model")
-    (folder / "holding.py").write_text(HOLDING_REWARD)
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    config |= {"seed": seed, "iterations": iterations, "reward": {"components": {"length": {"source": "holding.py:score"}}}}
-    config |= {"evaluate": {"every": 0}, "value": {"start": "actor"}, "base_model": {"source": "model"}}
+    config |= {"seed": seed, "iterations": iterations, "evaluate": {"every": 0}, "value": {"start": "actor"},
+               "reward": {"components": {"gold": {"source": "grammar.py:gold"}}}, "base_model": {"source": "model"}}
     config["data"] = {role: f"{role}.jsonl" for role in ("prompts", "heldout_prompts")}
     del config["reward_model"], config["sft"]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

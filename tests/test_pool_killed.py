@@ -36,7 +36,7 @@ def test_make_pool_ends_all_that_it_started_and_what_its_death_left(tmp_path):
     example = holding_example(tmp_path / "begun", iterations=1, seed=61)
     with pool.held(), made(pool) as (command, family):
         left = pool.run("iterate", run="begun", config=str(example))
-        pool.wait(lambda: pool.committed("input.prompts"), "a flow run to be at work")
+        pool.wait(lambda: pool.committed("input.function"), "a flow run to be at work")
         names = " ".join(word for process in family() for word in process.cmdline())
         assert all(name in names for name in ("prefect server", "mlflow server", "prefect worker", "prefect.engine"))
         for process in family():

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 from conftest import free_port
-from pool import Pool, holding_example
+from pool import Pool, holding_example, language_example
 from prefect import flow
 from prefect.context import FlowRunContext
 from prefect.exceptions import PrefectHTTPStatusError
@@ -69,11 +69,11 @@ def test_what_is_cancelled_goes_on_from_inside(pool, tmp_path):
     assert {"Found", "Completed"} == {one.state.name for one in pool.task_runs(again)}
     assert again.state.is_completed() and pool.states("halted") == ["000000.json", "000001.json"]
     said = pool.wait(lambda: [line for line in pool.log(again) if "iteration 1/1" in line], "its line in the log")
-    assert "(found rollout, reference)" in said[0]
+    assert "(found rollout, gae, ppo)" in said[0]
 
 
 def test_what_a_person_reads_on_the_page(pool, tmp_path):
-    example = holding_example(tmp_path / "shown", iterations=2, seed=11)
+    example = language_example(tmp_path / "shown", iterations=2, seed=11)
     assert pool.finished(pool.run("train", run="shown", config=str(example))).state.is_completed()
     with pool.client() as client:
         written = sorted(client.read_artifacts(), key=lambda one: one.created)
