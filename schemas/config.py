@@ -37,8 +37,10 @@ def config_of_record(values: dict[str, Any], where: str) -> RunConfig:
 
 
 def like_record(config: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """The config, but for settings that a run's config lacks, since they were added later: they are as it was before."""
-    return parse_config(merged(config.model_dump(mode="json"), _before(type(config), values)), "")
+    """The config; settings that a run's lacks, since they were added later, are as it was before, if not written out."""
+    before = {name: {key: value for key, value in section.items() if key not in getattr(config, name).model_fields_set}
+              for name, section in _before(type(config), values).items()}
+    return parse_config(merged(config.model_dump(mode="json"), before), "")
 
 
 def _before(kind: type[RunConfig], values: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def _value(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
         return float(value) if isinstance(value, str) else value
-    except (yaml.YAMLError, ValueError):
+    except Exception:  # no YAML, or a tag that makes nothing of its value
         return text
 
 

@@ -59,6 +59,7 @@ def saved_by_its_body(folder):
 def adapter(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "config.json").unlink()  # as PEFT saves one
 
 
 def adapter_beside_weights(folder):
@@ -122,10 +123,9 @@ def of_a_family_that_is_not_there(folder):
     (of_a_family_that_is_not_there, "cannot be read as a model: .*llamma")])
 def test_a_model_that_cannot_be_trained_is_refused_before_the_run_exists(folder, tmp_path, capsys, wrong, words):
     wrong(folder)
-    with pytest.raises(ConfigError, match=words):
-        check_model(folder)
     assert run_command(["train", str(folder.parent), "--store", str(tmp_path / "store")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "store").exists()
+    error = capsys.readouterr().err
+    assert re.search(words, error) and error.count("\n") == 1 and not (tmp_path / "store").exists()
 
 
 def test_a_model_that_looks_ahead_is_refused(tmp_path):
@@ -169,8 +169,9 @@ def test_an_eos_that_the_model_names_alone_is_the_tokenizers(tmp_path, file):
 PLAIN = (
     "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "mistral", "gpt_neox", "gpt2", "gpt_bigcode", "bloom",
     "mpt", "falcon", "olmo", "olmo2", "smollm3", "granite", "cohere", "cohere2", "glm4", "mixtral", "stablelm", "starcoder2",
-    "ernie4_5", "nemotron", "persimmon", "biogpt", "lfm2", "falcon_h1", "mamba", "rwkv", "recurrent_gemma")
-SIZED = {  # families that have other names for their sizes
+    "ernie4_5", "nemotron", "persimmon", "biogpt", "lfm2", "mamba", "rwkv", "recurrent_gemma")
+SIZED = {  # families that have other names for their sizes, or are slow by default
+    "falcon_h1": {"mamba_chunk_size": 8},
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64}, "xglm": {"d_model": 32, "ffn_dim": 64}, "bart": {"d_model": 32},
     "ctrl": {"n_embd": 32, "dff": 64}, "codegen": {"n_embd": 32, "n_head": 4, "rotary_dim": 4, "n_ctx": 128},
     "gptj": {"rotary_dim": 4}, "olmoe": {"num_experts": 4, "num_experts_per_tok": 2}, "jamba": {"num_hidden_layers": 4},
@@ -206,13 +207,16 @@ def test_sampled_and_scored_logprobs_are_those_of_a_plain_pass(family):
             np.testing.assert_allclose(found[row], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["granite", "cohere", "olmoe", "ernie4_5", "llama", "gpt2", "mamba"])
+@pytest.mark.parametrize("family", [
+    "granite", "cohere", "olmoe", "ernie4_5", "llama", "gpt2", "mamba", "phi", "gptj", "ctrl"])
 def test_a_critic_over_any_family_is_saved_and_loaded_as_it_is(tmp_path, family):
     """Where transformers has no classifier, a scalar head over the body; it begins at 0 and is read back as it was."""
     folder = write_brought(tmp_path / "case", make_model(family, **FAMILIES[family])) / "model"
+    change_json(folder / "config.json", dtype="bfloat16")  # as most are published
     critic = load_scalar(folder)
     assert (critic.score.weight == 0).all() and critic.score.weight.shape == (1, 32)
-    assert isinstance(critic, ScalarHead) == (family in ("granite", "cohere", "olmoe", "ernie4_5", "mamba"))
+    assert isinstance(critic, ScalarHead) == (
+        family in ("granite", "cohere", "olmoe", "ernie4_5", "mamba", "ctrl"))
     with torch.no_grad():
         critic.score.weight.normal_()
         next(critic.base_model.parameters()).add_(0.25)
@@ -303,19 +307,21 @@ MARKUP = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content']
 
 
 @pytest.mark.parametrize("chat_template", [False, True])
-@pytest.mark.parametrize("prompt", ["the soup <|eos|> is it", "<|bos|>", "<|eos|>", "the soup<|pad|>"])
+@pytest.mark.parametrize("prompt", ["the soup <|eos|> is it", "<|bos|>", "<|eos|>", "<|eos|>[assistant]", "x<|pad|>"])
 def test_special_tokens_in_a_users_text_stay_text(chat_template, prompt):
     """By the setting; those of the template are the tokens that they are."""
     tokenizer = make_tokenizer(chat_template=MARKUP)
     tokenizer.split_special_tokens = True
-    (ids,), (plain,) = (tokenize(tokenizer, [text], chat_template) for text in (prompt, "x"))
-    assert [i for i in ids if i < 3] == [i for i in plain if i < 3] == ([0, 1] if chat_template else [])
-    assert prompt in tokenizer.decode(ids)
+    (ids,) = tokenize(tokenizer, [prompt], chat_template)
+    text = tokenizer(prompt, split_special_tokens=True)["input_ids"]
+    user, assistant = (tokenizer(part)["input_ids"] for part in ("[user]", "[assistant]"))
+    expected = [0, *user, *text, 1, *assistant] if chat_template else text
+    assert list(ids) == expected
     (whole,), (cut,) = completed(tokenizer, [prompt], ["warm <|pad|> y<|eos|>"], chat_template)
-    assert list(whole[:cut]) == list(ids) and [i for i in whole[cut:] if i < 3] == [1]  # the EOS that ends it, once
+    assert list(whole[:cut]) == expected and [i for i in whole[cut:] if i < 3] == [1]  # the EOS that ends it, once
     tokenizer.split_special_tokens = False
     (ids,) = tokenize(tokenizer, [prompt], chat_template)
-    assert len([i for i in ids if i < 3]) == 1 + 2 * chat_template
+    assert list(ids) != expected
 
 
 def test_a_prompt_that_its_template_changes_and_that_holds_a_special_token_is_refused():
@@ -332,11 +338,13 @@ def test_a_run_made_before_there_was_the_setting_goes_on_as_it_was(tmp_path, pre
     arguments = ["train", str(folder), "--store", str(tmp_path / "store"), "--quiet", "--iterations"]
     assert run_command([*arguments, "0", "--set", "base_model.special_tokens_in_text=true"]) == 0
     record = tmp_path / "store" / "runs" / "case" / "run.json"
+    written = ["--set", "base_model.special_tokens_in_text=false"]
 
     def older(values):
         del values["config"]["base_model"]["special_tokens_in_text"], values["config"]["reward"]["special_tokens"]
 
     rewrite(record, older)
+    assert run_command([*arguments, "1", *written]) == 2  # what is written out is not overlooked
     assert run_command([*arguments, "1"]) == 0
     run = open_run(Store(tmp_path / "store"), "case")
     call = run.store.manifest(run.state(1).artifacts["rollout"]).recipe.config
@@ -347,3 +355,9 @@ def test_a_run_made_before_there_was_the_setting_goes_on_as_it_was(tmp_path, pre
     call = run.store.manifest(new.state(1).artifacts["rollout"]).recipe.config
     assert call["special_tokens_in_text"] is False
     assert not any(1 in row for row in run.store.table(new.state(1).artifacts["rollout"], Rollouts).prompt_tokens)
+
+
+def test_what_older_versions_of_transformers_saved_beside_the_weights_is_left_over(tmp_path):
+    folder = write_brought(tmp_path / "case", make_model("gpt2")) / "model"
+    change_weights(folder, lambda tensors: tensors.update({"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}))
+    assert check_model(folder).metrics.parameters > 0

@@ -18,9 +18,9 @@ from schemas.errors import ConfigError, EnvironmentFailure
 from schemas.tables import Trajectories
 from stages.control_rollout import metrics
 from stages.ops.episodes import Environments, actions_since_reset, episode_seed
+from stages.ops.learning_signal import of_actions
 from stages.ops.moments import RunningMoments
 from stages.ops.networks import ToEnvironment
-from stages.ops.signal import of_actions
 
 
 def test_rows_are_pieces_of_episodes_and_no_step_leads_over_a_reset():
@@ -298,7 +298,7 @@ def test_an_environment_of_gyms_old_api_and_one_whose_space_is_another():
     for how, said in (
             ("old reset", r"gave ndarray from reset, expected \(observation, info\): this is the old API of Gym; shimmy's"),
             ("fractions", r"step 1 of the episode .* gave the observation \[1.0, 0\.[0-9]+\], and its space of int64 would "
-                          r"make \[1, 0\] of it; declare a Box of float32")):
+                          r"make \[1, 0\] of it; declare a space that holds it")):
         c = config(environment=own("odd", how=how))
         with pytest.raises(EnvironmentFailure, match=said):
             play(c, *begun(c))
@@ -322,7 +322,7 @@ def test_binary_actions_are_choices_of_two():
 
 
 @pytest.mark.parametrize("place, space, words", [
-    ("acts_in", "matrix", r"TransformAction\(env, lambda a: a.reshape\(2, 3\), gymnasium.spaces.Box\("),
+    ("acts_in", "matrix", r"TransformAction\(env, lambda a: a.reshape\(\(2, 3\)\), gymnasium.spaces.Box\("),
     ("acts_in", "whole", r"MultiDiscrete\(env.action_space.high - env.action_space.low \+ 1\)\) counts them from 0"),
     ("acts_in", "tuple", "a function that builds such an action from numbers"),
     ("acts_in", "binary matrix", "reshapes them"),

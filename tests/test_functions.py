@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from flows.cli.main import run_command
 from flows.control.environments import make_environment
@@ -161,3 +162,14 @@ def test_a_run_keeps_a_function_with_its_modules(example, with_helpers, tmp_path
     call = ["stage", "reward", example.name, "--iteration", "1", "--store", str(tmp_path / "store"), "--json"]
     code = subprocess.run([sys.executable, "-m", "flows.cli.main", *call], capture_output=True, text=True, timeout=300)
     assert code.returncode == 0 and json.loads(code.stdout)["verdict"] == "same", code.stderr
+
+
+def test_what_a_file_switches_and_prints_when_it_is_run_is_put_back(tmp_path, capsys):
+    file = tmp_path / "rewards.py"
+    file.write_text("import torch\ntorch.set_grad_enabled(False)\nprint('seen')\ndef score(p, r):\n    return [0.0]\n")
+    load_function("rewards.py:score", [file])
+    out, error = capsys.readouterr()
+    assert torch.is_grad_enabled() and out == "" and "seen" in error
+    file.write_text("def score(p, r)\n")
+    with pytest.raises(ConfigError, match=r"rewards.py cannot be run: it raised SyntaxError: .*\(rewards.py, line 1\)$"):
+        load_function("rewards.py:score", [file])

@@ -24,7 +24,7 @@ from stages.ops.advantages import (
     whiten,
 )
 from stages.ops.kl import adapted_kl_coef, kl_estimate
-from stages.ops.signal import of_advantages, of_components, of_policy
+from stages.ops.learning_signal import of_advantages, of_components, of_policy
 
 NUMBERS = st.floats(-5, 5, width=32)
 ROWS = st.lists(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=7), min_size=1, max_size=5)

@@ -32,6 +32,10 @@ def scorer(tmp_path, body, **patience):
     ("sys.exit(0)", r"called sys.exit\(0\) \(rewards.py, line 7, in score\)"),
     ("exit('bye')", r"called sys.exit\('bye'\)"),
     ("return open('table.csv').read()", "FileNotFoundError: .*table.csv.*only the modules that it imports are kept"),
+    ("return map(lambda r: 1 / 0, responses)", r"raised ZeroDivisionError: .* \(rewards.py, line 7, in <lambda>"),
+    ("return (sys.exit(0) for _ in responses)", r"called sys.exit\(0\)"), ("return [10**400] * 9", "expected 9 numbers"),
+    ("return ['1'] * 9", "expected 9 numbers"), ("return '123456789'", "expected 9 numbers"),
+    ("return [torch.zeros(2)] * 9", "expected 9 numbers"),
     ("return None", "expected 9 numbers, found None"), ("return 'abc'", "expected 9 numbers, found abc"),
     ("return [1.0]", r"expected 9 numbers, one a response, found shape \(1,\)"),
     ("return {'a': 1}", "expected 9 numbers"), ("return [[1.0]] * 9", "found shape"),
@@ -48,7 +52,7 @@ def test_what_goes_wrong_names_the_function_and_its_line(tmp_path, rollouts, bod
 @pytest.mark.parametrize("body", [
     "return torch.arange(9.0, requires_grad=True)", "return torch.arange(9, dtype=torch.bfloat16)", "return np.arange(9)",
     "return [torch.tensor(float(i), requires_grad=True) for i in range(9)]", "return list(range(9))",
-    "return (i for i in range(9))", "return [np.float64(i) for i in range(9)]"])
+    "return (i for i in range(9))", "return map(int, range(9))", "return [np.float64(i) for i in range(9)]"])
 def test_what_counts_as_numbers(tmp_path, rollouts, body):
     assert scorer(tmp_path, body)(rollouts).tolist() == list(range(9))
 
@@ -93,7 +97,7 @@ def test_what_it_prints_is_on_stderr(tmp_path, rollouts, capsys):
 def test_one_that_does_not_return_is_named_again_and_again(tmp_path, rollouts, caplog):
     scorer(tmp_path, "time.sleep(0.9)\nreturn [0.0] * 9", warning=0.2)(rollouts)
     lines = [record.message for record in caplog.records]
-    assert lines[0] == "reward rewards.py:score: the function has not returned for 0 s" and 3 <= len(lines) <= 4
+    assert lines[0] == "reward rewards.py:score: the function has not returned for 0 s" and len(lines) >= 2
     time.sleep(0.5)
     assert len(caplog.records) == len(lines)  # and no more when it has
 

@@ -77,8 +77,9 @@ def test_a_row_that_cannot_be_read_is_named_when_it_is_asked_for(tmp_path):
     (b"PAR1\x15\x04", r"is Parquet; expected JSON lines: datasets.Dataset.from_parquet\('.*'\).to_json\(file\) makes them"),
     ('{"prompt": "a"}'.encode("utf-16"), "is UTF-16; expected UTF-8: iconv"),
     (b"\x1f\x8b\x08", "is compressed; .* gunzip it"),
-    (b'{"question": "2 + 2?", "answer": "4"}', r"found only 'question', 'answer'; jq -c '{prompt: .question}' FILE > NEW"),
-    (b'{"prompt": [{"role": "user", "content": "x"}]}', r"jq -c '{prompt: .prompt\[0\].content}' FILE"),
+    (b'{"question": "2 + 2?", "answer": "4"}',
+     r"found only 'question', 'answer'; jq -c '{\"prompt\": .\"question\"}' FILE > NEW"),
+    (b'{"prompt": [{"role": "user", "content": "x"}]}', r"jq -c '{\"prompt\": .\"prompt\"\[0\].content}' FILE"),
     (b'{"prompt": "' + b"[" * 9, "not JSON: Unterminated string"), (b"[" * 99999, "is one JSON array"),
     (b'{"a":' * 99999, "line 1: "), (b'{"prompt": "a"}\n\n{"prompt": "b"}', "line 2: not JSON: Expecting value")])
 def test_a_file_that_holds_something_else_says_the_way_on(tmp_path, data, words):

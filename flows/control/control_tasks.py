@@ -31,8 +31,8 @@ from stages import gae as gae_stage
 from stages import policy as policy_stage
 from stages import ppo as ppo_stage
 from stages.ops.guest import switches_kept
+from stages.ops.learning_signal import of_actions
 from stages.ops.moments import updated_moments
-from stages.ops.signal import of_actions
 
 
 def policy(work: Work[WarmPolicies]) -> StageOutput:

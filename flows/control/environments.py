@@ -94,10 +94,10 @@ def _wrapped(actions: spaces.Space) -> str:
     """How an environment with those actions gets others."""
     begin = "gymnasium.wrappers.TransformAction(env, "
     match actions:
-        case spaces.Box() if np.issubdtype(actions.dtype, np.floating) and actions.shape:
+        case spaces.Box() if np.issubdtype(actions.dtype, np.floating):
             size = int(np.prod(actions.shape))
-            return (f"{begin}lambda a: a.reshape{actions.shape}, gymnasium.spaces.Box(env.action_space.low.reshape({size}), "
-                    f"env.action_space.high.reshape({size}))) reshapes them")
+            return (f"{begin}lambda a: a.reshape({actions.shape}), gymnasium.spaces.Box(env.action_space.low.reshape({size})"
+                    f", env.action_space.high.reshape({size}))) reshapes them")
         case spaces.Box():
             return (f"{begin}lambda a: (a + env.action_space.low).astype(env.action_space.dtype), "
                     "gymnasium.spaces.MultiDiscrete(env.action_space.high - env.action_space.low + 1)) counts them from 0")

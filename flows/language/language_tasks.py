@@ -39,12 +39,12 @@ from stages import sft as sft_stage
 from stages import value as value_stage
 from stages.ops.guest import Patience
 from stages.ops.language_model import LanguageModel
+from stages.ops.learning_signal import of_advantages, of_components, of_policy
 from stages.ops.moments import updated_moments
 from stages.ops.prompts import demonstrations_as_texts, pretraining_as_texts, prompt_order
 from stages.ops.reward_server import RewardServer
 from stages.ops.rewards import Scorer, function_scorer, model_scorer, seeing_special_tokens
 from stages.ops.sampling import ModelSampler
-from stages.ops.signal import of_advantages, of_components, of_policy
 from stages.ops.texts import Texts
 
 # --- once, before the first iteration ---

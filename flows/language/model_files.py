@@ -1,4 +1,4 @@
-"""A model's folder before anything is loaded from it: whole weights, of a model and not an adapter, and not quantised."""
+"""A model's folder before anything is loaded from it: whole weights, and not quantised ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ HEADER = 8  # bytes that hold the length of a safetensors header
 
 def check_model_files(place: Path) -> None:
     """Raises `ConfigError` naming the file, what is wrong with it, and the way on."""
-    _require_no_adapter(place)
     config = _read_json(place / "config.json")
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else "?"
@@ -27,18 +26,6 @@ def check_model_files(place: Path) -> None:
         if missing := sorted(name for name in named if not (place / name).is_file()):
             raise ConfigError(f"base_model.source: {index} names {len(missing)} files that are not there: {missing[0]}; "
                               "download the folder again")
-
-
-def _require_no_adapter(place: Path) -> None:
-    file = place / "adapter_config.json"
-    if not file.is_file():
-        return
-    base = _read_json(file).get("base_model_name_or_path")
-    beside = "" if list(place.glob("model*.safetensors")) else f" of {base}"
-    raise ConfigError(
-        f"base_model.source: {place} holds an adapter{beside} (adapter_config.json), which is not read: merge it first, "
-        f"PeftModel.from_pretrained(base, {str(place)!r}).merge_and_unload().save_pretrained(folder), with the tokenizer "
-        "beside it" + ("" if beside else "; or remove adapter_config.json if the weights beside it are what is meant"))
 
 
 def _require_whole(file: Path) -> None:

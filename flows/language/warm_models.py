@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -187,17 +189,30 @@ def load_scalar(folder: Path) -> PreTrainedModel:
     architectures = config.architectures or ()
     if ScalarHead.__name__ in architectures:
         return _own_memory(ScalarHead.load(folder, config))
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    if not _has_classifier(config):
         return ScalarHead(config, load_causal(folder).base_model)
     model, report = AutoModelForSequenceClassification.from_pretrained(
         folder, dtype=torch.float32, num_labels=1, output_loading_info=True, **SAFE)
     if any("SequenceClassification" in name for name in architectures):
         require_all_weights(folder, report)
     else:
-        heads = {"score.weight", "lm_head.weight", "embed_out.weight"}  # the new one, and that of the causal model
-        require_all_weights(folder, {what: set(keys) - heads for what, keys in report.items()})
+        body = f"{model.base_model_prefix}."  # the rest are the new head, and that of the causal model
+        require_all_weights(folder, {what: {key for key in keys if str(key).startswith(body)}
+                                     for what, keys in report.items()})
         torch.nn.init.zeros_(model.score.weight)
     return _own_memory(model)
+
+
+def _has_classifier(config: PretrainedConfig) -> bool:
+    """Whether transformers has a classifier over that body, with the head that a critic reads each position by."""
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return False
+    with torch.device("meta"):
+        return hasattr(AutoModelForSequenceClassification.from_config(config), "score")
+
+
+LEFT_OVER = re.compile(r"\.(masked_bias|attn\.bias|attention\.bias|inv_freq|position_ids)$")
+"""Masks and tables that older versions of transformers saved, and computed anew."""
 
 
 def require_all_weights(folder: Path, report: Mapping[str, Iterable]) -> None:
@@ -205,7 +220,7 @@ def require_all_weights(folder: Path, report: Mapping[str, Iterable]) -> None:
     said = []
     for what in ("missing", "unexpected", "mismatched"):
         keys = sorted(key if isinstance(key, str) else f"{key[0]} {list(key[1])} for {list(key[2])}"
-                      for key in report[f"{what}_keys"])
+                      for key in report[f"{what}_keys"] if what != "unexpected" or not LEFT_OVER.search(key))
         if keys:
             said.append(f"{len(keys)} {what} ({', '.join(keys[:4])}{', …' if len(keys) > 4 else ''})")
     if said:

@@ -27,6 +27,7 @@ from stages.ops.progress import interrupted_by
 
 log = logging.getLogger("baton")
 page.configure_events()  # now: Prefect begins to tell its server before it calls a flow
+PATIENCE = 30.0  # seconds that a signal waits for stages in threads of their own
 RETRY_DELAYS = (2, 10, 30)  # seconds before a stage is tried again that a server or a network has failed
 
 
@@ -82,10 +83,12 @@ class Together:
                 self.changed.notify_all()
 
     def end(self) -> None:
-        """Returns when none is at work."""
+        """Returns when none is at work, or when one that no bar can end has been waited for."""
         self.stop.set()
         with self.changed:
-            self.changed.wait_for(lambda: not self.at_work)
+            if not self.changed.wait_for(lambda: not self.at_work, PATIENCE):
+                log.warning("%d stages have not ended after %.0f s; a reward function or server may keep them", self.at_work,
+                            PATIENCE)
 
 
 @cache

@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
@@ -86,8 +86,11 @@ def load_function(source: str, files: list[Path]) -> Callable:
     if not place.endswith(".py") and sha256_file(function_files(source, Path())[0]) != sha256_file(files[0]):
         raise ConfigError(f"function {source!r}: the installed file is not the one the run was made with; install that "
                           "version, or make another run")
+    from stages.ops.guest import switches_kept  # torch: not in a process that only looks for files
+
     try:
-        module = _module_of(files) if place.endswith(".py") else importlib.import_module(place)
+        with switches_kept(), redirect_stdout(sys.stderr):
+            module = _module_of(files) if place.endswith(".py") else importlib.import_module(place)
     except (Exception, SystemExit) as error:  # whatever a user's file does when it is run
         raise ConfigError(f"function {source!r}: {files[0].name} cannot be run: it {said(error)}") from None
     function = getattr(module, name, None)

@@ -63,7 +63,8 @@ def garbage(store: Store, hours: float) -> tuple[list[Garbage], list[Garbage]]:
     dropped = [Garbage(part.name, f"{part.ref.short}, iteration {part.iteration} of run {part.run}", part.bytes, 0, part)
                for part in parts]
     old = [one for one in found if one.modified < before and not (working and one.kind == "artifact")]
-    return [*dropped, *old], [one for one in found if one not in old]
+    kept = {id(one) for one in old}
+    return [*dropped, *old], [one for one in found if id(one) not in kept]
 
 
 def remove(store: Store, found: Iterable[Garbage]) -> None:

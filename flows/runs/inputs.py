@@ -5,8 +5,9 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import shlex
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ COLUMNS = {
     "pairs": ("prompt", "chosen", "rejected"), "heldout_pairs": ("prompt", "chosen", "rejected"),
     "pretraining": ("text",),
 }
+ADAPTER = "adapter_config.json"
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
                "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 
@@ -47,7 +49,7 @@ def read_config(source: str, settings: Iterable[str] = ()) -> tuple[RunConfig, P
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         raise ConfigError(f"{file}: is not UTF-8; save it as that (of UTF-16: iconv -f UTF-16 -t UTF-8 makes it)") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # YAML, and whatever its tags make of a value
         raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     if isinstance(data, dict):
         apply_settings(data, settings)
@@ -62,10 +64,11 @@ class Rows(Sequence[dict[str, str]]):
     Raises `ConfigError` naming file, line and column.
     """
 
-    def __init__(self, path: Path, role: str) -> None:
+    def __init__(self, path: Path, role: str, *, imported: bool = False) -> None:
+        """`imported`: whether it was checked when it was brought, perhaps by an older version that let more in."""
         if not path.is_file():
             raise ConfigError(f"data.{role}: {_no_file(path)}")
-        self.path, self.columns = path, COLUMNS[role]
+        self.path, self.columns, self.imported = path, COLUMNS[role], imported
         self.data = path.read_bytes().removeprefix(codecs.BOM_UTF8).rstrip()
         if (other := _other_format(self.data, path)) is not None:
             raise ConfigError(f"data.{role}: {path} {other}")
@@ -81,7 +84,8 @@ class Rows(Sequence[dict[str, str]]):
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
         row = range(len(self))[row]
-        return _row(self.data[self.begins[row] : self.ends[row]], f"{self.path}, line {row + 1}", self.columns)
+        return _row(self.data[self.begins[row] : self.ends[row]], f"{self.path}, line {row + 1}", self.columns,
+                    None if self.imported else _no_key_twice)
 
 
 def read_lines(path: Path, role: str) -> list[dict[str, str]]:
@@ -106,13 +110,13 @@ def _other_format(data: bytes, path: Path) -> str | None:
     if data.startswith(b"\x1f\x8b"):
         return "is compressed; expected JSON lines: gunzip it"
     if data.startswith(b"["):
-        return f"is one JSON array; expected JSON lines: jq -c '.[]' {path} makes them"
+        return f"is one JSON array; expected JSON lines: jq -c '.[]' {shlex.quote(str(path))} makes them"
     return None
 
 
-def _row(line: bytes, where: str, columns: tuple[str, ...]) -> dict[str, str]:
+def _row(line: bytes, where: str, columns: tuple[str, ...], pairs: Callable | None = None) -> dict[str, str]:
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_no_key_twice)
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=pairs)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}: is not UTF-8: {error.reason} at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
@@ -145,7 +149,7 @@ def _mapping(row: dict[str, object], columns: tuple[str, ...]) -> str:
         return ""
     others = [name for name in row if name not in columns] or list(row)
     sources = {column: column for column in columns} | dict(zip(missing, others + others[-1:] * len(missing), strict=False))
-    parts = [f"{column}: .{source}{_inside(row.get(source))}" for column, source in sources.items()]
+    parts = [f"{json.dumps(column)}: .{json.dumps(source)}{_inside(row.get(source))}" for column, source in sources.items()]
     return f"; jq -c '{{{', '.join(parts)}}}' FILE > NEW.jsonl makes a file of other columns, if these are what is meant"
 
 
@@ -161,7 +165,7 @@ def _keys(columns: Iterable[str]) -> str:
 def stored_rows(store: Store, ref: ArtifactRef) -> Rows:
     """The rows of an imported file."""
     role = ref.stage.removeprefix("input.")
-    return Rows(store.file(ref, f"{role}.jsonl"), role)
+    return Rows(store.file(ref, f"{role}.jsonl"), role, imported=True)
 
 
 # --- import ---
@@ -174,7 +178,7 @@ def input_files(config: RunConfig, folder: Path) -> dict[str, list[Path]]:
     for role in COLUMNS:
         if (name := getattr(config.data, role)) is not None:
             if not (folder / name).is_file():
-                raise ConfigError(f"data.{role}: no such file: {folder / name}")
+                raise ConfigError(f"data.{role}: {_no_file(folder / name)}")
             files[role] = [folder / name]
     if config.base_model.source is not None:
         files["base_model"] = model_files(config.base_model.source, folder)
@@ -186,6 +190,7 @@ def model_files(source: str, folder: Path) -> list[Path]:
     place = folder / source
     if not place.is_dir():
         place = _download(source, place)
+    _require_no_adapter(place)
     files = sorted({path for pattern in MODEL_FILES for path in place.glob(pattern)})
     for needed in ("config.json", "*.safetensors", "tokenizer*"):
         if not any(path.match(needed) for path in files):
@@ -198,12 +203,28 @@ def model_files(source: str, folder: Path) -> list[Path]:
     return files
 
 
+def _require_no_adapter(place: Path) -> None:
+    """Raises `ConfigError` with the call that merges it, also where weights lie beside it."""
+    file = place / ADAPTER
+    if not file.is_file():
+        return
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        base = "its base"
+    beside = bool(list(place.glob("model*.safetensors")))
+    raise ConfigError(
+        f"base_model.source: {place} holds an adapter{'' if beside else f' of {base}'} ({ADAPTER}), which is not read: "
+        f"merge it first, PeftModel.from_pretrained(base, {str(place)!r}).merge_and_unload().save_pretrained(folder), with "
+        f"the tokenizer beside it{f'; or remove {ADAPTER} if the weights beside it are what is meant' if beside else ''}")
+
+
 def _download(source: str, place: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=list(MODEL_FILES)))
+        return Path(snapshot_download(source, allow_patterns=[*MODEL_FILES, ADAPTER]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"base_model.source: {source!r} is no folder ({place}) and the hub gave: {reason}") from None

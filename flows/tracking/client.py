@@ -75,11 +75,11 @@ class Client:
                 self._log(points)
                 points = []
         if state.iteration >= self.run.config.iterations:
+            ended = max(self.run.store.manifest(ref).created for ref in state.artifacts.values())
+            self.client.set_terminated(self.run_id, end_time=_milliseconds(ended))
             self._register(state, "last")
             if (best := self._best()) is not None:
                 self._register(best, "best")
-            ended = max(self.run.store.manifest(ref).created for ref in state.artifacts.values())
-            self.client.set_terminated(self.run_id, end_time=_milliseconds(ended))
 
     def _find(self) -> str | None:
         """The MLflow run that mirrors this one, by its tags."""

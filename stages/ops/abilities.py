@@ -61,10 +61,13 @@ def _tried(module: PreTrainedModel) -> Abilities:
         raise ConfigError(f"{type(module).__name__} is not causal: another last token changes what it computes for those "
                           "before; expected a model that predicts each token from those before it (of an encoder, "
                           "is_decoder: true in its config.json)")
-    caches = _works(lambda: _close(_after_steps(module, long), alone[1][:, -1:]))
-    both = torch.cat([long, changed])
+    last = torch.cat([alone[0][:, -1:], alone[1][:, -1:]])
+    both, mask = _side_by_side(short, long)
     pads = _works(lambda: _close(_padded(module, short, long), alone[0]))
-    trims = caches and _works(lambda: _close(_after_steps(module, both, keep=0), alone[1][:, -1:]))
+    caches = _works(lambda: _close(_after_steps(module, long), alone[1][:, -1:])) and (
+        not pads or _works(lambda: _close(_after_steps(module, both, mask), last)))
+    trims = caches and _works(
+        lambda: _close(_after_steps(module, torch.cat([changed, long]), keep=1), alone[1][:, -1:]))
     return Abilities(pads, caches, trims)
 
 
@@ -82,18 +85,25 @@ def _hidden(module: PreTrainedModel, **inputs: object) -> Tensor:
 
 def _padded(module: PreTrainedModel, short: Tensor, long: Tensor) -> Tensor:
     """The short row's hidden states, beside the long one and padded to its length."""
+    ids, mask = _side_by_side(short, long)
+    return _hidden(module, input_ids=ids, attention_mask=mask, position_ids=positions(mask))[:1, -short.shape[1] :]
+
+
+def _side_by_side(short: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
+    """(2, T) ids and mask, the short row padded on the left."""
     missing = long.shape[1] - short.shape[1]
     ids = torch.cat([torch.nn.functional.pad(short, (missing, 0), value=int(long[0, 0])), long])
     mask = torch.ones_like(ids)
     mask[0, :missing] = 0
-    return _hidden(module, input_ids=ids, attention_mask=mask, position_ids=positions(mask))[:1, missing:]
+    return ids, mask
 
 
-def _after_steps(module: PreTrainedModel, rows: Tensor, keep: int | None = None) -> Tensor:
-    """(1, 1, H) of the last token, when all before but two were read at once and those one by one; `keep`: the only row that
+def _after_steps(module: PreTrainedModel, rows: Tensor, mask: Tensor | None = None, keep: int | None = None) -> Tensor:
+    """(b, 1, H) of the last token, when all before but two were read at once and those one by one; `keep`: the only row that
     stays after the first."""
-    cache, mask = DynamicCache(config=module.config), torch.ones_like(rows)
-    _hidden(module, input_ids=rows[:, :-2], attention_mask=mask[:, :-2], past_key_values=cache, use_cache=True)
+    cache, mask = DynamicCache(config=module.config), torch.ones_like(rows) if mask is None else mask
+    _hidden(module, input_ids=rows[:, :-2], attention_mask=mask[:, :-2], position_ids=positions(mask[:, :-2]),
+            past_key_values=cache, use_cache=True)
     for end in (rows.shape[1] - 1, rows.shape[1]):
         if keep is not None and len(rows) > 1:
             kept = torch.tensor([keep], device=rows.device)

@@ -79,9 +79,9 @@ class Player(gymnasium.Wrapper):
         if declared.shape != (shape := self.observation_space.shape):
             raise _UnusableError(f"gave an observation of shape {declared.shape}, expected {shape}")
         given = np.asarray(observation)
-        if declared.dtype.kind in "iub" and given.dtype.kind == "f" and (given != declared).any():
+        if declared.dtype.kind in "iub" and (given != declared).any():
             raise _UnusableError(f"gave the observation {given.tolist()}, and its space of {declared.dtype} would make "
-                                 f"{declared.tolist()} of it; declare a Box of float32")
+                                 f"{declared.tolist()} of it; declare a space that holds it, such as a Box of float32")
         return declared
 
     def _failure(self, error: BaseException) -> EnvironmentFailure:

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 import types
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def call_guest(
         raise
     except HungError:
         raise error(f"{name} has not returned for {patience.limit:g} s ({patience.setting} sets the limit)") from None
-    except (Exception, SystemExit, GeneratorExit) as raised:
+    except (Exception, SystemExit, GeneratorExit, CancelledError) as raised:
         log.debug("".join(traceback.format_exception(raised)))
         raise error(f"{name} {said(raised)}") from raised
 
@@ -108,13 +109,18 @@ class _Watch:
         self._in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "pthread_kill")
         if patience.limit is not None and self._in_main:
             signal.signal(signal.SIGALRM, ring)
-        self._over, self._lock = threading.Event(), threading.Lock()
+        self._over, self._lock, self._returned = threading.Event(), threading.Lock(), False
         threading.Thread(target=self._run, daemon=True).start()
 
     def end(self) -> None:
         """The call has returned: nothing rings from here on."""
-        with self._lock:
+        self._returned = True  # first, and in one step: it may ring in the middle of the next
+        try:
+            with self._lock:
+                self._over.set()
+        except HungError:
             self._over.set()
+            raise
 
     def _run(self) -> None:
         began, limit = time.monotonic(), self.patience.limit
@@ -131,7 +137,7 @@ class _Watch:
 
     def _ring(self) -> None:
         with self._lock:
-            if self._over.is_set():
+            if self._returned:
                 return
             if self._in_main:  # a signal ends what waits in the system too
                 signal.pthread_kill(self.thread, signal.SIGALRM)

@@ -11,6 +11,8 @@ from schemas.errors import ConfigError
 from schemas.tables import Ragged
 from stages.ops.texts import Texts
 
+PLACEHOLDER = "\ue000prompt\ue001"  # of the private use area: no template and no user writes it
+
 
 def prompt_order(count: int, batch_size: int, *, seed: int, iteration: int) -> np.ndarray:
     """(batch_size,) prompt ids of an iteration ≥ 1: consecutive slices of one endless sequence of permutations.
@@ -77,20 +79,25 @@ def tokenize(
     if _added(tokenizer)[1]:
         ids = [row[:-1] for row in ids]
     if as_text and chat_template:
-        ids = [_in_parts(tokenizer, head, prompt, end) if _holds_special(tokenizer, prompt + end) else row
-               for row, head, prompt, end in zip(ids, heads, prompts, ends, strict=True)]
+        special = _special(tokenizer)
+        ids = [_in_parts(tokenizer, prompt, end) if any(token in prompt + end for token in special) else row
+               for row, prompt, end in zip(ids, prompts, ends, strict=True)]
     return [np.array(row, np.int32) for row in ids]
 
 
-def _holds_special(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    return any(token.special and token.content in text for token in tokenizer.added_tokens_decoder.values())
+def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
-def _in_parts(tokenizer: PreTrainedTokenizerBase, head: str, prompt: str, end: str) -> list[int]:
-    """Tokens of a prompt in its template and of a completion, which hold special tokens as text: part by part."""
-    written = prompt.strip()  # as templates do
-    before, found, after = head.rpartition(written)
-    if not found:
+def _in_parts(tokenizer: PreTrainedTokenizerBase, prompt: str, end: str) -> list[int]:
+    """Tokens of a prompt in its template and of a completion, which hold special tokens as text: part by part.
+
+    Where the prompt is in the template is seen from another text in its place.
+    """
+    before, found, after = render(tokenizer, PLACEHOLDER, True).partition(PLACEHOLDER)
+    whole = render(tokenizer, prompt, True)
+    written = next((text for text in (prompt, prompt.strip()) if before + text + after == whole), None)
+    if not found or written is None:
         raise ConfigError(f"a prompt holds a special token, and the chat template changes its text ({prompt[:60]!r}): take "
                           "the token out, or set base_model.special_tokens_in_text: true")
     parts = ((before, False), (written, True), (after, False), (end, True))

@@ -68,7 +68,7 @@ class RewardServer:
                     status, answered, reply = self._ask(client, body, limit)
                     reason = f"answered {status}{_hint(status)}: {_shown(reply)}"
                     wait = _wait(answered.get("retry-after"), attempt)
-                except httpx.TransportError as error:
+                except httpx.HTTPError as error:
                     status, wait = None, _wait(None, attempt)
                     reason = self._unreachable(error)
                 if status is not None and 200 <= status < 300:
@@ -94,7 +94,7 @@ class RewardServer:
                                       "this the right server?")
         return response.status_code, response.headers, bytes(reply)
 
-    def _unreachable(self, error: httpx.TransportError) -> str:
+    def _unreachable(self, error: httpx.HTTPError) -> str:
         if isinstance(error, httpx.TimeoutException):
             return f"has not answered for {self.timeout:g} s (execution.server_timeout)"
         return f"{error or type(error).__name__}"

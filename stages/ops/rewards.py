@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -39,11 +39,16 @@ def function_scorer(name: str, function: UserFunction, patience: Patience = FORE
     """Scores by a user's function of (prompts, responses)."""
 
     def score(rollouts: Rollouts | Texts) -> np.ndarray:
-        values = call_guest(f"reward {name}: the function", function, list(rollouts.prompt), list(rollouts.response),
-                            error=RewardError, patience=patience)
+        values = call_guest(f"reward {name}: the function", lambda *texts: _at_hand(function(*texts)), list(rollouts.prompt),
+                            list(rollouts.response), error=RewardError, patience=patience)
         return as_scores(f"reward {name}", values, rollouts)
 
     return score
+
+
+def _at_hand(values: object) -> object:
+    """What a function gives, computed: an iterator would run the user's code later."""
+    return list(values) if isinstance(values, Iterator) else values
 
 
 def seeing_special_tokens(scorer: Scorer, tokenizer: PreTrainedTokenizerBase) -> Scorer:
@@ -66,8 +71,10 @@ def as_scores(source: str, values: object, rollouts: Rollouts | Texts) -> np.nda
         values = values.detach().cpu().tolist()
     try:
         found = [value.item() if hasattr(value, "item") else value for value in values]
+        if any(isinstance(value, (str, bytes)) for value in found):
+            raise TypeError("text")
         numbers = np.array([float("nan") if value is None else value for value in found], np.float64)  # a copy
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise RewardError(f"{source}: expected {rows} numbers, found {str(values)[:80]}") from error
     if numbers.shape != (rows,):
         raise RewardError(f"{source}: expected {rows} numbers, one a response, found shape {numbers.shape}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -16,11 +17,15 @@ class ScalarHead(PreTrainedModel):
 
     base_model_prefix = "model"
     config_class = PretrainedConfig
+    # which kernels there are is decided by the body's own class, whose choice is in the config by then
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _can_set_experts_implementation_cached_value = True
 
     def __init__(self, config: PretrainedConfig, body: PreTrainedModel | None = None) -> None:
         """Over a new body of that config, or over one that is there; the head is all zeros."""
+        if body is None:
+            body = AutoModelForCausalLM.from_config(config, dtype=torch.float32).base_model
         super().__init__(config)
-        self.model = AutoModelForCausalLM.from_config(config).base_model if body is None else body
+        self.model = body
         self.score = nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
         nn.init.zeros_(self.score.weight)
 
@@ -30,7 +35,7 @@ class ScalarHead(PreTrainedModel):
     def save(self, folder: Path) -> None:
         """Config and weights, each as it is in memory."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.architectures = [type(self).__name__]
+        self.config.architectures, self.config.dtype = [type(self).__name__], torch.float32
         self.config.save_pretrained(folder)
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()},
                   folder / WEIGHTS, metadata={"format": "pt"})
@@ -40,4 +45,4 @@ class ScalarHead(PreTrainedModel):
         """The inverse of `save`, in float32."""
         model = cls(config)
         model.load_state_dict(load_file(folder / WEIGHTS))
-        return model.float()
+        return model

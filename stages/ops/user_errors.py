@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import traceback
+from pathlib import Path
 
-NOT_OWN = ("<", os.path.dirname(os.__file__))  # generated code, Python's library
+BATON = Path(__file__).parents[2]
+NOT_OWN = ("<", os.path.dirname(os.__file__), *(str(BATON / package) + os.sep for package in ("flows", "stages", "schemas")))
+"""Generated code, Python's library, and what calls a user's."""
 
 
 def said(raised: BaseException) -> str:
