@@ -119,7 +119,7 @@ def test_prompts_are_parsed_by_need(tmp_path, monkeypatch, prefect_server):
     example, store = write_example(tmp_path / "tiny"), tmp_path / "store"
     (example / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Film {n}"}) + "\n" for n in range(2000)))
     parsed, row = [], inputs._row
-    monkeypatch.setattr(inputs, "_row", lambda line, where, columns: parsed.append(where) or row(line, where, columns))
+    monkeypatch.setattr(inputs, "_row", lambda line, where, *more: parsed.append(where) or row(line, where, *more))
     rollout, during = language_tasks.TASKS["rollout"], []
 
     def counted(work):
