@@ -285,7 +285,7 @@ def test_groups_are_equal_by_their_scores():
     out = gae(*tables, None, config, kl, kl_coef=0.5)
     assert (out.raw_advantages.values[:2] != 0).all()
     measured = metrics(out, tables[0], None, config, kl_coef=0.5, scores=tables[2].score)
-    assert measured.equal_groups == 0.5
+    assert (measured.equal_groups, measured.kl_coef) == (0.5, 0.5)
     (line,) = of_advantages(out.raw_advantages.values, measured.equal_groups, config, kl)
     assert "in 50% of the groups all responses have one score" in line and "kl.placement: loss leaves them at 0" in line
     assert not list(of_advantages(out.raw_advantages.values, 0.5, config, KLConfig(placement="loss", estimator="k2")))

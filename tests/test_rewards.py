@@ -88,7 +88,8 @@ def test_scores_are_normalized_by_the_moments_that_hold_them():
     measured = metrics(out, config(normalize="standardize"), before)
     np.testing.assert_allclose([measured.running_count, measured.running_mean, measured.running_std],
                                [5, everything.mean(), everything.std()])
-    assert metrics(out, config(), before).running_count is None
+    plain = metrics(out, config(), before)
+    assert (plain.running_count, plain.running_mean, plain.running_std) == (None, None, None)
     assert normalized(np.float32([3]), Moments(count=4, mean=1, std=2), "scale").tolist() == [1.5]
     assert normalized(np.float32([3, 3]), Moments(count=2, mean=3, std=0), "scale").tolist() == [3, 3]
 
