@@ -315,7 +315,7 @@ def attempt(name: str, data: bytes) -> str | None:
             TARGETS[name].read(data)
     except BatonError:
         return None
-    except (Exception, SystemExit, RecursionError):
+    except (Exception, SystemExit):
         return traceback.format_exc()
     return None
 

@@ -1,6 +1,7 @@
 """Models that are brought: what is refused before the run exists, and in which words; what is let in, and how it is used."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from schemas.artifacts import Recipe
 from schemas.errors import ConfigError
 from schemas.language import RolloutConfig
 from schemas.tables import Rollouts
-from stages.ops.abilities import abilities
+from stages.ops.abilities import Abilities, abilities
 from stages.ops.language_model import LanguageModel, score_tokens
 from stages.ops.prompts import completed, tokenize
 from stages.ops.sampling import ModelSampler, respond
@@ -176,6 +177,10 @@ SIZED = {  # families that have other names for their sizes, or are slow by defa
     "ctrl": {"n_embd": 32, "dff": 64}, "codegen": {"n_embd": 32, "n_head": 4, "rotary_dim": 4, "n_ctx": 128},
     "gptj": {"rotary_dim": 4}, "olmoe": {"num_experts": 4, "num_experts_per_tok": 2}, "jamba": {"num_hidden_layers": 4},
     "qwen3_5_text": {"num_hidden_layers": 4}}
+RIGHT_BUT_SLOWER = {  # docs/field.md counts the others
+    "mamba": Abilities(caches=False, trims=False), "jamba": Abilities(caches=False, trims=False),
+    "rwkv": Abilities(False, False, False), "recurrent_gemma": Abilities(False, False, False),
+    "bart": Abilities(False, False, False), "falcon_h1": Abilities(trims=False), "qwen3_5_text": Abilities(trims=False)}
 FAMILIES = {family: SIZED.get(family, {}) for family in (*PLAIN, *SIZED)}
 
 
@@ -200,6 +205,7 @@ def test_sampled_and_scored_logprobs_are_those_of_a_plain_pass(family):
         head = module.get_output_embeddings()
         head.weight[1] += head.weight.std() * torch.sign(head.weight.mean(0)) if head is not None else 0
     model = LanguageModel(module, tokenizer, micro_batch_tokens=64, abilities=abilities(module))
+    assert model.abilities == RIGHT_BUT_SLOWER.get(family, Abilities())
     rollouts = respond(ModelSampler(model), PROMPTS, np.arange(len(PROMPTS)), RolloutConfig(max_new_tokens=12), seed=3,
                        progress="test")
     for found in (rollouts.logprobs, score_tokens(model, rollouts, 1.0, "test")):
@@ -361,3 +367,9 @@ def test_what_older_versions_of_transformers_saved_beside_the_weights_is_left_ov
     folder = write_brought(tmp_path / "case", make_model("gpt2")) / "model"
     change_weights(folder, lambda tensors: tensors.update({"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}))
     assert check_model(folder).metrics.parameters > 0
+
+
+def test_docs_count_the_families_that_are_held_to_a_plain_pass():
+    text = (Path(__file__).parents[1] / "docs" / "field.md").read_text(encoding="utf-8")
+    assert (len(FAMILIES), len(FAMILIES) - len(RIGHT_BUT_SLOWER)) == (42, 35)
+    assert "Forty-two families are held to a plain pass" in text and "Thirty-five go the fast way" in text

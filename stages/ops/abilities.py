@@ -56,14 +56,14 @@ def _tried(module: PreTrainedModel) -> Abilities:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"{type(module).__name__} cannot run {LENGTHS[0]} tokens: {reason}") from None
     changed = long.clone()
-    changed[0, -1] = short[0, 0]
+    changed[0, -1] = (long[0, -1] + 1) % module.get_input_embeddings().num_embeddings  # another one, whatever the vocabulary
     if not _close(_hidden(module, input_ids=changed)[:, :-1], alone[1][:, :-1]):
         raise ConfigError(f"{type(module).__name__} is not causal: another last token changes what it computes for those "
                           "before; expected a model that predicts each token from those before it (of an encoder, "
                           "is_decoder: true in its config.json)")
     last = torch.cat([alone[0][:, -1:], alone[1][:, -1:]])
     both, mask = _side_by_side(short, long)
-    pads = _works(lambda: _close(_padded(module, short, long), alone[0]))
+    pads = _works(lambda: _close(_padded(module, both, mask)[:1, -short.shape[1] :], alone[0]))
     caches = _works(lambda: _close(_after_steps(module, long), alone[1][:, -1:])) and (
         not pads or _works(lambda: _close(_after_steps(module, both, mask), last)))
     trims = caches and _works(
@@ -83,10 +83,9 @@ def _hidden(module: PreTrainedModel, **inputs: object) -> Tensor:
     return out.last_hidden_state.float()
 
 
-def _padded(module: PreTrainedModel, short: Tensor, long: Tensor) -> Tensor:
-    """The short row's hidden states, beside the long one and padded to its length."""
-    ids, mask = _side_by_side(short, long)
-    return _hidden(module, input_ids=ids, attention_mask=mask, position_ids=positions(mask))[:1, -short.shape[1] :]
+def _padded(module: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """(2, T, H) of rows side by side."""
+    return _hidden(module, input_ids=ids, attention_mask=mask, position_ids=positions(mask))
 
 
 def _side_by_side(short: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:

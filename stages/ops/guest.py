@@ -38,8 +38,6 @@ class Patience:
     """After it, and again and again, a line names the call."""
     limit: float | None = None
     """After it the call is ended; null: never."""
-    setting: str = "execution.function_timeout"
-    """Where the limit is set."""
 
 
 FOREVER = Patience()
@@ -63,7 +61,8 @@ def call_guest(
     except BatonError:
         raise
     except HungError:
-        raise error(f"{name} has not returned for {patience.limit:g} s ({patience.setting} sets the limit)") from None
+        raise error(f"{name} has not returned for {patience.limit:g} s (execution.function_timeout sets the limit)"
+                    ) from None
     except (Exception, SystemExit, GeneratorExit, CancelledError) as raised:
         log.debug("".join(traceback.format_exception(raised)))
         raise error(f"{name} {said(raised)}") from raised

@@ -165,10 +165,9 @@ def response_texts(
     def decoded(rows: list[np.ndarray]) -> list[str]:
         return tokenizer.batch_decode(rows, skip_special_tokens=not special_tokens)
 
-    alone, heads = decoded(list(responses)), decoded(list(prompts))
-    both = decoded([np.concatenate(pair) for pair in zip(prompts, responses, strict=True)])
-    return [text[len(head):] if text.startswith(head) else response
-            for text, head, response in zip(both, heads, alone, strict=True)]
+    heads, both = decoded(list(prompts)), decoded([np.concatenate(pair) for pair in zip(prompts, responses, strict=True)])
+    return [text[len(head):] if text.startswith(head) else decoded([response])[0]
+            for text, head, response in zip(both, heads, responses, strict=True)]
 
 
 def require_fit(lengths: Sequence[int], context: int | None, reserved: int, where: str) -> None:
