@@ -50,6 +50,8 @@ class BroughtModelMetrics(Metrics):
     """Whether a step may begin from a cache."""
     trims: bool
     """Whether rows may leave the cache."""
+    splits: bool = True
+    """Whether the output head may run on some positions at a time."""
 
 
 class SFTMetrics(Metrics):

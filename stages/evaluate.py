@@ -15,10 +15,11 @@ from schemas.language import RewardConfig, RolloutConfig
 from schemas.metrics import EvaluateMetrics
 from schemas.tables import Rollouts, Samples
 from stages.ops.finite import require_finite
-from stages.ops.language_model import LanguageModel, score_tokens
+from stages.ops.language_model import LanguageModel
 from stages.ops.moments import sample_std
 from stages.ops.rewards import Scorer, score_components, weighted_sum
 from stages.ops.sampling import Sampler, respond
+from stages.ops.token_logprobs import score_tokens
 
 
 def evaluate(

@@ -142,7 +142,8 @@ class _Update:
         for batch in batches:
             end = begin + len(batch.token_index)
             part = {name: values[begin:end] for name, values in column.items()} if len(batches) > 1 else column
-            prediction = self.learner.predict(batch, policy=self.train_actor, entropy_gradient=self.config.entropy_coef > 0)
+            prediction = self.learner.predict(
+                batch, policy=self.train_actor, entropy="gradient" if self.config.entropy_coef else "value")
             loss = self._loss(prediction, part, tally)
             mean = loss.sum() / len(index)
             if "per_response" in part:

@@ -6,7 +6,8 @@ import numpy as np
 
 from schemas.metrics import ReferenceMetrics
 from schemas.tables import ReferenceLogprobs, Rollouts
-from stages.ops.language_model import LanguageModel, score_tokens
+from stages.ops.language_model import LanguageModel
+from stages.ops.token_logprobs import score_tokens
 
 
 def reference(model: LanguageModel, rollouts: Rollouts, *, temperature: float) -> ReferenceLogprobs:

@@ -1,4 +1,4 @@
-"""Inputs from outside, at random: configs, settings, rows, records, tables, replies, templates, arguments. `make fuzz`.
+"""Inputs from outside, at random: configs, rows, models, records, tables, replies, templates, arguments. `make fuzz`.
 
 Each target is given an input and may refuse it, as a `BatonError` or by an exit code; other exceptions are faults. Half of
 the inputs are documents that are right, changed in a few places. Faults are kept in tests/corpus, which tests/test_fuzz.py
@@ -22,12 +22,14 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import yaml
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
@@ -148,6 +150,55 @@ def rows(data: bytes) -> None:
     read_lines(folder() / "rows.jsonl", "pairs")
 
 
+def model(data: bytes) -> None:
+    """Some of the files in a model's folder, as JSON by name."""
+    from flows.language.check_model import check_model
+
+    place = _model()
+    with contextlib.suppress(ValueError, AttributeError):  # no such document: the folder is whole
+        for name, values in json.loads(data).items():
+            if name in MODEL_FILES:
+                (place / name).write_text(json.dumps(_small(values)))
+    check_model(place)
+
+
+def weights(data: bytes) -> None:
+    from flows.language.check_model import check_model
+
+    place = _model()
+    (place / "model.safetensors").write_bytes(data)
+    check_model(place)
+
+
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
+
+
+def _model() -> Path:
+    """A folder that is whole."""
+    from brought import make_model
+
+    place = folder() / "model"
+    if not place.exists():
+        make_model(hidden_size=8, intermediate_size=8, num_hidden_layers=1).save_pretrained(folder() / "whole")
+        _tokenizer().save_pretrained(folder() / "whole")
+    shutil.copytree(folder() / "whole", place, dirs_exist_ok=True)
+    return place
+
+
+def _small(value: object) -> object:
+    """The same with no number that would only take memory."""
+    if isinstance(value, dict):
+        return {name: _small(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_small(inner) for inner in value]
+    return value % 2048 if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2048 else value
+
+
+@cache
+def model_files() -> dict:
+    return {name: json.loads((_model() / name).read_text()) for name in MODEL_FILES}
+
+
 def a_manifest(data: bytes) -> None:
     from schemas.artifacts import Manifest, call_of
     from schemas.records import decode
@@ -261,8 +312,7 @@ def arguments(data: bytes) -> None:
     from flows.cli.main import run_command
 
     words = data.decode("utf-8", "replace").split("\x00")
-    if words[0] in ("train", "iterate", "stage", "mlflow-sync", "perform"):
-        words.append("--print-call" if words[0] == "stage" else "--no-such-option")  # no server, and nothing is trained
+    words += NOTHING_RUNS.get(words[0], ())
     code = run_command([*words, "--store", str(store())])
     assert code in (0, 1, 2), code
 
@@ -284,6 +334,11 @@ class Target:
         return changed_json(valid).map(write) | changed(write(valid)) | self.more
 
 
+NOTHING_RUNS = {"train": ("--set", "no_such_setting=1"), "iterate": ("--iteration", "no number"), "stage": ("--print-call",),
+                "mlflow-sync": ("--no-such-option",), "perform": ("no-such-call.json",)}
+"""What else such a command is given, so that it starts no server and trains nothing."""
+
+
 WORD = st.text(max_size=8) | st.sampled_from([
     "show", "runs", "diff", "verify", "gc", "rm", "fork", "stage", "train", "perform", "--json",
     "--at", "--run", "--iteration", "0", "1", "-1", "x", "--set", "--dry-run", "--older-than", "nan", "--help", "gae"])
@@ -291,9 +346,13 @@ WORDS = st.lists(WORD, max_size=6).map(lambda words: "\x00".join(words).encode()
 TEXT = st.text(max_size=40).map(str.encode)
 TARGETS = {
     "config": Target(config, lambda: (DATA / "reviews" / "config.yaml").read_bytes(), JSON.map(as_bytes)),
+    "values": Target(config, lambda: yaml.safe_load((DATA / "reviews" / "config.yaml").read_bytes())),
+    "task": Target(config, lambda: yaml.safe_load((DATA / "pendulum" / "config.yaml").read_bytes())),
     "setting": Target(setting, lambda: b"ppo.learning_rate=1e-5", TEXT),
     "rows": Target(rows, lambda: as_bytes({"prompt": "a", "chosen": "b", "rejected": "c"}) + b"\n" + as_bytes(
         {"prompt": "d", "chosen": "e", "rejected": "f"})),
+    "model": Target(model, model_files, st.just(b"{}")),
+    "weights": Target(weights, lambda: (_model() / "model.safetensors").read_bytes()),
     "manifest": Target(a_manifest, lambda: json.loads(manifest().read_bytes())),
     "record": Target(a_record, lambda: json.loads(record().read_bytes())),
     "table": Target(a_table, table), "call": Target(a_call, call),
@@ -343,6 +402,7 @@ def search(name: str, seconds: float) -> tuple[int, bytes | None, str]:
 def main(minutes: float, *names: str) -> int:
     """Each target for its part of the time, in turn; faults go into the corpus."""
     logging.disable()
+    warnings.simplefilter("ignore")
     chosen, faults = names or tuple(TARGETS), 0
     for name in chosen:
         tried, data, wrong = search(name, 60 * minutes / len(chosen))
@@ -352,7 +412,7 @@ def main(minutes: float, *names: str) -> int:
             CORPUS.mkdir(exist_ok=True)
             file = CORPUS / f"{name}-{hashlib.sha256(data).hexdigest()[:12]}.txt"
             file.write_text(base64.b64encode(data).decode() + "\n")
-            print(f"  {data!r}\n  kept as {file}\n{wrong}")
+            print(f"  {data[:400]!r}\n  kept as {file}\n{wrong}")
     return 1 if faults else 0
 
 

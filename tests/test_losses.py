@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.ops.kl import kl_estimate
-from stages.ops.language_model import entropy
 from stages.ops.losses import a2c_loss, log_ratio, policy_loss, value_loss
+from stages.ops.token_logprobs import entropy_of
 
 NUMBER = st.floats(-4, 4)
 
@@ -66,7 +66,7 @@ def test_gradients_equal_finite_differences(part):
         if part == "value":
             return value_loss(values, torch.tensor([0.1, 0.3]).double(), torch.tensor([1.0, -1.0]).double(), 0.2).loss.sum()
         if part == "entropy":
-            return entropy(logprobs).sum()
+            return entropy_of(logprobs).sum()
         return kl_estimate(log_ratio(reference, chosen), part).sum()
 
     logits = torch.tensor([[0.3, -0.2, 0.5], [0.1, 0.9, -0.4]]).double().requires_grad_()

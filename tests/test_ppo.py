@@ -15,10 +15,10 @@ from schemas.language import RolloutConfig
 from schemas.settings import PPOConfig
 from schemas.tables import Advantages, Ragged, ReferenceLogprobs, Rollouts, Values
 from stages.ops.language_learner import LanguageModelLearner, Responses
-from stages.ops.language_model import entropy, score_tokens
 from stages.ops.optim import learning_rate_factor, load_state_tensors, state_tensors
 from stages.ops.prompts import demonstrations_as_texts
 from stages.ops.sampling import ModelSampler
+from stages.ops.token_logprobs import entropy_of, score_tokens
 from stages.ppo import KLLoss, ppo
 from stages.rollout import rollout
 from stages.value import value
@@ -351,7 +351,7 @@ def test_all_losses_together_equal_a_loop_over_tokens(learner, rollouts, tables)
 
 
 def test_entropy_of_a_uniform_distribution_is_log_v():
-    torch.testing.assert_close(entropy(torch.full((1, 1, 8), -np.log(8.0))), torch.full((1, 1), float(np.log(8.0))))
+    torch.testing.assert_close(entropy_of(torch.full((1, 1, 8), -np.log(8.0))), torch.full((1, 1), float(np.log(8.0))))
 
 
 def test_each_network_has_its_learning_rate_and_its_gradient_its_limit(learner, rollouts, tables):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from schemas.errors import NonFiniteError
 from schemas.language import RolloutConfig
-from stages.ops.language_model import score_tokens
 from stages.ops.sampling import ModelSampler, row_uniforms, sample_tokens
+from stages.ops.token_logprobs import score_tokens
 from stages.rollout import rollout
 
 

@@ -50,7 +50,7 @@ def check_model(place: Path) -> BroughtModel:
     return BroughtModel(tokenizer, context, BroughtModelMetrics(
         parameters=module.num_parameters(), vocab_size=len(tokenizer),
         embeddings=module.get_input_embeddings().num_embeddings, context_length=context, pads=found.pads,
-        caches=found.caches, trims=found.trims))
+        caches=found.caches, trims=found.trims, splits=found.splits))
 
 
 def _require_tokens_fit(place: Path, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -76,4 +76,6 @@ def _slower(found: Abilities) -> list[str]:
         lines.append("a step from its cache gives other numbers than a full pass: each step reads the whole row again")
     elif not found.trims:
         lines.append("rows cannot be taken out of its cache: a batch keeps its finished rows until all are finished")
+    if not found.splits:
+        lines.append("its output head does not run apart from its body: logits of a whole micro-batch are in memory at once")
     return lines

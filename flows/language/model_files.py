@@ -40,7 +40,7 @@ def _require_whole(file: Path) -> None:
         header = stream.read(length) if length <= size - HEADER else b""
     try:
         ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise ConfigError(f"base_model.source: {file} is no safetensors file, or was cut short ({size} bytes): download it "
                           "again") from None
     expected = HEADER + length + max(ends, default=0)

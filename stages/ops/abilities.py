@@ -1,4 +1,4 @@
-"""What a network does right, found by trying it on a few tokens: rows side by side, cached steps, rows that leave.
+"""What a network does right, found by trying it on a few tokens: padding, cached steps, rows that leave, the head apart.
 
 A family decides by itself whether padding on the left is masked everywhere (a recurrent state has to be told of it), whether
 a cached step gives what a full pass gives, and whether rows can be taken out of its cache. What fails here is done another
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from schemas.errors import ConfigError
+from stages.ops.output_head import logits_of
 from stages.ops.sequences import positions
 
 LENGTHS = (3, 7)  # tokens of the two rows that are tried
@@ -31,6 +32,8 @@ class Abilities:
     """A step may begin from a cache; else each step reads the row from its beginning."""
     trims: bool = True
     """Rows may be taken out of the cache; else a batch keeps its finished rows until all are finished."""
+    splits: bool = True
+    """The output head may run apart from the body, on some positions at a time; else on all of a micro-batch at once."""
 
 
 _known: dict[tuple[type, str], Abilities] = {}
@@ -68,7 +71,8 @@ def _tried(module: PreTrainedModel) -> Abilities:
         not pads or _works(lambda: _close(_after_steps(module, both, mask), last)))
     trims = caches and _works(
         lambda: _close(_after_steps(module, torch.cat([changed, long]), keep=1), alone[1][:, -1:]))
-    return Abilities(pads, caches, trims)
+    splits = _works(lambda: _close(logits_of(module, alone[1]), module(input_ids=long, use_cache=False).logits))
+    return Abilities(pads, caches, trims, splits)
 
 
 def _tokens(module: PreTrainedModel, length: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from schemas.settings import PPOConfig
 from schemas.tables import Trajectories
-from stages.ops.learner import Prediction
+from stages.ops.learner import Entropy, Prediction
 from stages.ops.networks import Actor, Critic, Network, RunningInputs
 
 ALIGNED = 16  # numbers of 4 bytes
@@ -59,16 +59,16 @@ class ControlLearner:
         return Steps(np.arange(len(inputs)), torch.tensor(inputs, device=self.device), actions)
 
     def predict(
-        self, batch: Steps, *, policy: bool = True, critic: bool = True, entropy_gradient: bool = False
+        self, batch: Steps, *, policy: bool = True, critic: bool = True, entropy: Entropy = "none"
     ) -> Prediction:
-        logprobs = entropy = values = None
+        logprobs = spread = values = None
         if policy:
-            logprobs, entropy = self.actor.score(batch.inputs, batch.actions)
+            logprobs, spread = self.actor.score(batch.inputs, batch.actions)
             self._ran.add("actor")
         if critic:
             values = self.critic(batch.inputs).squeeze(1)
             self._ran.add("critic")
-        return Prediction(logprobs, entropy, values)
+        return Prediction(logprobs, spread, values)
 
     def log_likelihood(self, batch: Steps) -> Tensor:
         raise NotImplementedError("a control task has no texts; ControlConfig refuses ppo.ptx_coef")

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from schemas.settings import PPOConfig
 from schemas.tables import Rollouts
-from stages.ops.language_model import LanguageModel, batches, entropy, of_tokens, response_logprobs, state_values
-from stages.ops.learner import Prediction
+from stages.ops.language_model import LanguageModel, batches, state_values
+from stages.ops.learner import Entropy, Prediction
 from stages.ops.optim import adamw, clip_gradients, has_gradients
 from stages.ops.sequences import Batch
 from stages.ops.texts import Texts
+from stages.ops.token_logprobs import token_logprobs
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,17 @@ class LanguageModelLearner:
         return Responses(rollouts, self.actor)
 
     def predict(
-        self, batch: Batch, *, policy: bool = True, critic: bool = True, entropy_gradient: bool = False
+        self, batch: Batch, *, policy: bool = True, critic: bool = True, entropy: Entropy = "none"
     ) -> Prediction:
         logprobs = spread = values = None
         if policy:
-            distribution = response_logprobs(self.actor, batch, self.temperature)
-            logprobs = of_tokens(distribution, batch)
-            with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-                spread = batch.flat(entropy(distribution))
+            logprobs, spread = token_logprobs(self.actor, batch, self.temperature, entropy)
         if critic and self.critic:
             values = batch.flat(state_values(self.critic, batch)[:, :-1])
         return Prediction(logprobs, spread, values)
 
     def log_likelihood(self, batch: Batch) -> Tensor:
-        return of_tokens(response_logprobs(self.actor, batch, 1.0), batch)
+        return token_logprobs(self.actor, batch, 1.0)[0]
 
     def step(self, learning_rate_factor: float) -> dict[str, float]:
         norms = {}

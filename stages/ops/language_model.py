@@ -1,4 +1,4 @@
-"""A language model: a network with what is needed to run it, and what stages ask of one: logprobs, values, scores."""
+"""A language model: a network with what is needed to run it, its values and scores; `token_logprobs.py` has its logprobs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from schemas.tables import Ragged, Rollouts
+from schemas.tables import Rollouts
 from stages.ops.abilities import Abilities
 from stages.ops.device import Device
-from stages.ops.finite import require_finite
 from stages.ops.progress import progress_bar
 from stages.ops.sequences import Batch, by_length, make_batch, pad_left, split_by_tokens
 from stages.ops.texts import Texts
@@ -45,11 +44,11 @@ class LanguageModel:
                                       position_ids=batch.position_ids, use_cache=False).last_hidden_state
 
     def response_logits(self, batch: Batch) -> Tensor:
-        """(b, R, V) float32, at the positions that predict response tokens; the head runs nowhere else."""
+        """(b, R, V), at the positions that predict response tokens; the head runs nowhere else."""
         return self.module(
             input_ids=batch.input_ids[:, :-1], attention_mask=batch.attention_mask[:, :-1],
             position_ids=batch.position_ids[:, :-1], logits_to_keep=batch.response_ids.shape[1], use_cache=False,
-        ).logits[:, -batch.response_ids.shape[1] :].float()  # some families know no logits_to_keep
+        ).logits[:, -batch.response_ids.shape[1] :]  # some families know no logits_to_keep
 
     def score(self, hidden: Tensor) -> Tensor:
         """(…, H) to (…,) float32: the scalar head."""
@@ -84,32 +83,6 @@ def tracked_batches(rollouts: Rollouts, model: LanguageModel, name: str) -> Iter
         for batch in batches(rollouts, np.arange(len(rollouts)), model):
             yield batch
             bar.update(len(batch.rows))
-
-
-def response_logprobs(model: LanguageModel, batch: Batch, temperature: float) -> Tensor:
-    """log π(· | before) at each response position, of the temperature-scaled logits: (b, R, V) float32, nats."""
-    return (model.response_logits(batch) / temperature).log_softmax(-1)
-
-
-def of_tokens(logprobs: Tensor, batch: Batch) -> Tensor:
-    """(b, R, V) to (n,): the logprobs of the response tokens themselves."""
-    return batch.flat(logprobs.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1))
-
-
-@torch.inference_mode()
-def score_tokens(model: LanguageModel, rollouts: Rollouts, temperature: float, progress: str) -> Ragged:
-    """log π(token) of every response token under `model`, nats, float32. Raises `NonFiniteError` with the rows."""
-    flat = np.empty(len(rollouts.logprobs.values), np.float32)
-    for batch in tracked_batches(rollouts, model, progress):
-        flat[batch.token_index] = of_tokens(response_logprobs(model, batch, temperature), batch).cpu().numpy()
-    logprobs = rollouts.logprobs.with_values(flat)
-    require_finite("the reference's logprob", logprobs, rollouts.row_id)
-    return logprobs
-
-
-def entropy(logprobs: Tensor) -> Tensor:
-    """H = −Σ_v p_v log p_v (Shannon 1948): (b, R, V) to (b, R), nats."""
-    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def state_values(critic: LanguageModel, batch: Batch) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from schemas.tables import Rollouts, Trajectories
 from stages.ops.texts import Texts
+
+Entropy = Literal["none", "value", "gradient"]
+"""Whether the policy's entropy is computed, and whether it has a gradient."""
 
 
 class MicroBatch(Protocol):
@@ -49,7 +52,7 @@ class Learner(Protocol):
         """What those rows are to it."""
 
     def predict(
-        self, batch: MicroBatch, *, policy: bool = True, critic: bool = True, entropy_gradient: bool = False
+        self, batch: MicroBatch, *, policy: bool = True, critic: bool = True, entropy: Entropy = "none"
     ) -> Prediction:
         """What the current policy and the critic, if there is one, say of tokens that were sampled earlier."""
 

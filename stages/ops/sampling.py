@@ -109,7 +109,7 @@ def sample_tokens(logprobs: Tensor, uniforms: Tensor) -> Tensor:
 
     Token k is taken where F(k − 1) ≤ u·F(V − 1) < F(k), F the cumulative distribution summed in float64.
     """
-    cdf = logprobs.double().exp().cumsum(-1)
+    cdf = logprobs.double().exp_().cumsum_(-1)
     threshold = (uniforms.to(cdf) * cdf[:, -1]).unsqueeze(-1)
     return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp(max=logprobs.shape[-1] - 1)
 
