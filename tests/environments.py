@@ -194,8 +194,9 @@ class Odd(Count):
         return shown, {"action_mask": np.ones(2, np.int8)} if self.how == "mask" else info
 
     def step(self, action):
-        observation, reward, *rest = super().step(action)
-        return observation, np.array([reward]) if self.how == "array" else reward, *rest
+        observation, reward, terminated, truncated, info = super().step(action)
+        info = {"action_mask": np.ones(2, np.int8)} if self.how == "step_mask" else info
+        return observation, np.array([reward]) if self.how == "array" else reward, terminated, truncated, info
 
 
 def odd(how):

@@ -304,11 +304,15 @@ def test_an_environment_of_gyms_old_api_and_one_whose_space_is_another():
             play(c, *begun(c))
 
 
-def test_a_reward_in_an_array_of_one_is_a_number_and_a_mask_is_said(caplog):
+def test_a_reward_in_an_array_of_one_is_a_number(caplog):
     c = config(environment=own("odd", how="array"))
     batch = play(c, *begun(c))
     assert batch.raw_rewards[0].tolist() == [1, 2, 3, 4, 5] and not caplog.records
-    c = config(environment=own("odd", how="mask"))
+
+
+@pytest.mark.parametrize("how", ["mask", "step_mask"])
+def test_a_mask_is_said_wherever_it_is(caplog, how):
+    c = config(environment=own("odd", how=how))
     play(c, *begun(c))
     (line,) = (record.message for record in caplog.records)
     assert line.endswith("its info holds an action_mask, which is not used: actions that it forbids are sampled too")

@@ -8,7 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from flows.cli.main import run_command
-from schemas.errors import NonFiniteError, RewardError
+from schemas.errors import NonFiniteError, RewardError, StoppedError
+from stages.ops.progress import interrupted_by
 from stages.ops.reward_server import RewardServer, _wait
 
 
@@ -113,6 +114,16 @@ def test_a_server_that_does_not_answer_in_time(server, rollouts):
     url, _ = server((200, {}, lambda body: time.sleep(3) or lengths(body)))
     with pytest.raises(RewardError, match=r"has not answered for 0.2 s \(execution.server_timeout\)"):
         RewardServer(url, timeout=0.2, tries=1)(rollouts)
+
+
+def test_a_pause_ends_with_the_stages_beside_it(server, rollouts):
+    """Half an hour of it, of which five minutes would be waited."""
+    url, asked = server((503, {"Retry-After": "1800"}, b""))
+    stop = threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    with interrupted_by(stop), pytest.raises(StoppedError, match=f"reward server {url}: ended in the middle"):
+        RewardServer(url)(rollouts)
+    assert len(asked) == 1
 
 
 def test_no_server(rollouts):

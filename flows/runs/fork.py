@@ -13,6 +13,7 @@ from flows.store.store import attempt_of
 from schemas.artifacts import ModelRef, RunRecord, TrainState, check_name
 from schemas.errors import ConfigError
 from schemas.records import now
+from stages.ops.progress import progress_bar
 
 BEFORE = ("sft", "reward_model", "value", "policy")  # sections that decide what was made before the first iteration
 
@@ -50,9 +51,8 @@ def _made(run: Run, parent: Run, state: TrainState, name: str, chain_of: Callabl
                        parent=f"{parent.name}@{state.iteration}", created=now())
     remove_states(run.store, name)  # what an interrupted fork has left
     run = replace(run, record=record)
-    for iteration in parent.iterations():
-        if iteration <= state.iteration:
-            run.save(first if iteration == state.iteration else parent.state(iteration))
+    for iteration in progress_bar([i for i in parent.iterations() if i <= state.iteration], "fork"):
+        run.save(first if iteration == state.iteration else parent.state(iteration))
     run.store.put(record_key(name), record)
     _require_kept(state, run)
     return run

@@ -96,11 +96,13 @@ def _live(store: Store, runs: list[Run]) -> set[ArtifactRef]:
                              f"needs; nothing was removed: baton verify {name}")
     todo = [ref for run in runs for ref in references(run)]
     live: set[ArtifactRef] = set()
-    while todo:
-        ref = todo.pop()
-        if ref not in live:
-            live.add(ref)
-            todo += store.manifest(ref).recipe.inputs.values()
+    with progress_bar(desc="look", unit=" artifacts") as bar:
+        while todo:
+            ref = todo.pop()
+            if ref not in live:
+                live.add(ref)
+                todo += store.manifest(ref).recipe.inputs.values()
+                bar.update()
     return live
 
 

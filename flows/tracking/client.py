@@ -2,7 +2,7 @@
 
 Run as `python -m flows.tracking.client STORE` by `mirror.py`, which writes the address, the run's record and its config, and
 then the number of each committed state, to its standard input, a line each. It prints `page …`, where a server shows the
-run; `error …`, why it could not go on; and `recovered`, when a later try could.
+run; `at …`, the last iteration that is there; `error …`, why it could not go on; and `recovered`, when a later try could.
 
 The tag `baton.mirrored` of the MLflow run is the last iteration that is there whole, so that a process begins where the one
 before it ended, however long the run is. A point that is logged twice, after an interruption, is the same point: its time is
@@ -65,14 +65,18 @@ class Client:
         experiment = self.client.get_run(self.run_id).info.experiment_id
         return f"{without_user_info(self.uri).rstrip('/')}/#/experiments/{experiment}/runs/{self.run_id}"
 
-    def bring_to(self, state: TrainState) -> None:
-        """Every point up to `state` that is not there yet, its samples, and the model once the run is finished."""
+    def bring_to(self, state: TrainState, logged: Callable[[int], object]) -> None:
+        """Every point up to `state` that is not there yet, its samples, and the model once the run is finished.
+
+        `logged` is called with the last iteration that is there, whenever some were logged.
+        """
         points = []
         while self.next <= state.iteration:
             points += self._points(self.run.state(self.next))
             self.next += 1
             if len(points) >= BATCH or self.next > state.iteration:
                 self._log(points)
+                logged(self.next - 1)
                 points = []
         if state.iteration >= self.run.config.iterations:
             ended = max(self.run.store.manifest(ref).created for ref in state.artifacts.values())
@@ -263,7 +267,7 @@ class _Retried:
                 if self.uri.startswith("http"):
                     self.answer(f"page {self.client.page}")
             if iteration is not None:
-                self.client.bring_to(self.run.state(iteration))
+                self.client.bring_to(self.run.state(iteration), lambda last: self.answer(f"at {last}"))
         except Exception as error:  # whatever a tracking server does, the training goes on
             lines = without_user_info(str(error)).strip().splitlines() or [type(error).__name__]
             if not self.failed:

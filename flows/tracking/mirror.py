@@ -13,6 +13,7 @@ import logging
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 from flows.orchestration import page
 from flows.runs.run import Run, lease_key
@@ -21,6 +22,7 @@ from flows.tracking.tracking_uri import tracking_uri
 from schemas.addresses import without_user_info
 from schemas.artifacts import TrainState
 from schemas.errors import ConfigError, TrackingError
+from stages.ops.progress import progress_bar
 
 log = logging.getLogger("baton")
 PATIENCE = 30.0  # seconds that the end of a run waits for the mirror
@@ -31,7 +33,9 @@ def sync(run: Run) -> int:
     last = run.last()
     if last is None:
         raise ConfigError(f"run {run.name!r} is not prepared yet; go on with baton train")
-    with lease(run.store, lease_key(run.name), f"run {run.name!r}"), Mirror(run, until_done=True) as mirror:
+    with (lease(run.store, lease_key(run.name), f"run {run.name!r}"),
+          progress_bar(total=last.iteration, desc="mlflow-sync") as bar,
+          Mirror(run, until_done=True, at=lambda iteration: bar.update(iteration - bar.n)) as mirror):
         mirror.push(last)
     if mirror.error:
         raise TrackingError(f"MLflow at {without_user_info(tracking_uri(run))}: {mirror.error}")
@@ -42,10 +46,11 @@ class Mirror:
     """Sends `flows.tracking.client`, in a process of its own, the number of each committed state; best effort.
 
     `until_done`: whatever the config says, and for as long as it takes; `error` is then what went wrong, if anything did.
+    `at` is called with the last iteration that is there, as it moves.
     """
 
-    def __init__(self, run: Run, until_done: bool = False) -> None:
-        self.run, self.until_done = run, until_done
+    def __init__(self, run: Run, until_done: bool = False, at: Callable[[int], object] = lambda iteration: None) -> None:
+        self.run, self.until_done, self.at = run, until_done, at
         self.error: str | None = None
         self._process: subprocess.Popen | None = None
 
@@ -87,11 +92,14 @@ class Mirror:
                 print(line, file=self._process.stdin, flush=True)
 
     def _listen(self) -> None:
-        """`page …`: where the run is, on a server; `error …`: what went wrong; `recovered`: that it goes on after all."""
+        """`page …`: where the run is, on a server; `at …`: the last iteration that is there; `error …`: what went wrong;
+        `recovered`: that it goes on after all."""
         for line in self._process.stdout:
             word, _, what = line.strip().partition(" ")
             if word == "page":
                 page.link(self.run, what)
+            elif word == "at":
+                self.at(int(what))
             elif word == "recovered":
                 self.error = None
                 if not self.until_done:

@@ -58,20 +58,20 @@ class Player(gymnasium.Wrapper):
             self.shown = self._checked(observation)
         except (Exception, SystemExit) as error:  # whatever a user's environment does
             raise self._failure(error) from error
-        return self.shown, {"masked": True} if isinstance(info, dict) and "action_mask" in info else {}
+        return self.shown, _noted(info)
 
     def step(self, action):
         if self.resting:
             return self.shown, 0.0, False, False, {}
         self.steps += 1
         try:
-            observation, reward, terminated, truncated, _ = _parts(self.env.step(action), 5, "step")
+            observation, reward, terminated, truncated, info = _parts(self.env.step(action), 5, "step")
             self.shown, reward = self._checked(observation), _number(reward)
             terminated, truncated = bool(terminated), bool(truncated)
         except (Exception, SystemExit) as error:  # whatever a user's environment does
             raise self._failure(error) from error
         self.over = terminated or truncated
-        return self.shown, reward, terminated, truncated, {}
+        return self.shown, reward, terminated, truncated, _noted(info) if self.steps == 1 else {}
 
     def _checked(self, observation: Any) -> np.ndarray:
         """As the space declares it. Raises `_UnusableError` or whatever NumPy cannot make of it."""
@@ -102,6 +102,11 @@ def _parts(given: Any, count: int, what: str) -> tuple:
     expected = "(observation, info)" if what == "reset" else "(observation, reward, terminated, truncated, info)"
     raise _UnusableError(f"gave {found} from {what}, expected {expected}: this is the old API of Gym; shimmy's "
                          "GymV21CompatibilityV0(env=…), in a file.py:function, wraps it")
+
+
+def _noted(info: Any) -> dict[str, bool]:
+    """Of an info, what is said of it."""
+    return {"masked": True} if isinstance(info, dict) and "action_mask" in info else {}
 
 
 def _number(reward: Any) -> float:
@@ -163,7 +168,8 @@ class Environments:
         """
         taken = self.to_environment(actions)
         with self._call("step"):
-            observations, rewards, terminated, truncated, _ = self.vector.step(taken)
+            observations, rewards, terminated, truncated, info = self.vector.step(taken)
+        self._say(info)
         self.steps += 1
         self._see(observations, rewards)
         reached = self.observations.copy()
@@ -227,11 +233,14 @@ class Environments:
         self.steps[which] = 0
         with self._call("reset"):
             observations, info = self.vector.reset(seed=self.seeds(which), options={"reset_mask": which})
+        self._say(info)
+        self._see(observations, np.zeros(len(self)))
+
+    def _say(self, info: dict[str, Any]) -> None:
         if "masked" in info and not self._told:
             self._told = True
             log.warning("%s: its info holds an action_mask, which is not used: actions that it forbids are sampled too",
                         self.name)
-        self._see(observations, np.zeros(len(self)))
 
     def _replay(self, which: np.ndarray, actions: list[Any]) -> np.ndarray:
         """A step of those in `which`. (N,) bool: whose episodes are over by then."""

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from schemas.errors import StoppedError
 
+STOPPED = "{}: ended in the middle, nothing of it was committed"
 Listener = Callable[[str, float, float | None], None]
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 _stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
@@ -27,9 +29,18 @@ def progress_bar(*arguments: Any, **more: Any) -> tqdm:
     return tqdm(*arguments, leave=False, **more) if sys.stderr.isatty() else tqdm(*arguments, disable=True, **more)
 
 
+def pause(seconds: float, what: str) -> None:
+    """As `time.sleep`, but over once the event of `interrupted_by` is set. Raises `StoppedError` then, naming `what`."""
+    stop = _stop.get()
+    if stop is None:
+        time.sleep(seconds)
+    elif stop.wait(seconds):
+        raise StoppedError(STOPPED.format(what))
+
+
 @contextmanager
 def interrupted_by(stop: threading.Event) -> Iterator[None]:
-    """Inside it every bar raises `StoppedError` where it would be drawn next, once `stop` is set."""
+    """Inside it every bar raises `StoppedError` where it would be drawn next, and every pause, once `stop` is set."""
     token = _stop.set(stop)
     try:
         yield
@@ -57,7 +68,7 @@ class _ListenedBar(tqdm):
 
     def refresh(self, *arguments: Any, **more: Any) -> None:
         if self._stop is not None and self._stop.is_set():  # here, before the lock of all bars is taken
-            raise StoppedError(f"{self.desc or 'stage'}: ended in the middle, nothing of it was committed")
+            raise StoppedError(STOPPED.format(self.desc or "stage"))
         super().refresh(*arguments, **more)
 
     def display(self, *arguments: Any, **more: Any) -> None:

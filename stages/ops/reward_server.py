@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ import numpy as np
 
 from schemas.errors import RewardError
 from schemas.tables import Rollouts
+from stages.ops.progress import pause
 from stages.ops.rewards import as_scores
 from stages.ops.texts import Texts
 
@@ -76,7 +76,7 @@ class RewardServer:
                 if (status is not None and status not in TRIED_AGAIN) or attempt == self.tries:
                     break
                 log.warning("reward server %s: %s; it is asked again in %.0f s", self.url, reason, wait)
-                time.sleep(wait)
+                pause(wait, f"reward server {self.url}")
         tried = f" (asked {attempt} times; execution.server_tries)" if attempt > 1 else ""
         raise self._error(reason + tried)
 
