@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from schemas.addresses import Address
 from schemas.presets import PRESETS, merged
@@ -102,20 +109,45 @@ class RolloutConfig(Settings):
     """What sampling computes in. With bfloat16 the update needs `ppo.recompute_old_logprobs`."""
 
 
+OF_A_MODEL = {"chat_template", "max_tokens", "truncation"}  # settings of a component that is a model brought from elsewhere
+
+
 class ComponentConfig(Settings):
     """One part of the reward."""
 
     source: Address
-    """`reward_model`, `file.py:function` beside the config, `package.module:function`, or an `http://…` server."""
+    """`reward_model`, the one trained here; a sequence classifier with one label, as a folder or a name on the hub
+    (`org/name`, `org/name@revision`); `file.py:function` beside the config; `package.module:function`; or an `http://…`
+    server."""
     weight: float = 1.0
     """What its value is multiplied with in the sum."""
+    chat_template: bool | None = None
+    """A model that is brought: whether prompt and response are put to it as a user's and an assistant's turn in its own chat
+    template; null: if it has one. Else it reads the response right after the prompt."""
+    max_tokens: PositiveInt | None = None
+    """A model that is brought: the most tokens that it is given; null: as many as it takes."""
+    truncation: Literal["left", "right"] = "left"
+    """A model that is brought: the side at which a longer text is cut."""
 
     @property
-    def kind(self) -> Literal["reward_model", "server", "function"]:
-        """What the source is."""
+    def kind(self) -> Literal["reward_model", "model", "server", "function"]:
+        """What the source is: the reward model trained here, one that is brought, a server, a function."""
         if self.source == "reward_model":
             return "reward_model"
-        return "server" if self.source.startswith(("http://", "https://")) else "function"
+        if self.source.startswith(("http://", "https://")):
+            return "server"
+        return "function" if ":" in self.source or self.source.endswith(".py") else "model"
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> Self:
+        if self.kind != "model" and (set_ := sorted(self.model_fields_set & OF_A_MODEL)):
+            raise ValueError(f"{set_[0]} is about a model that is brought, and source={self.source!r} is none; remove it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_rest(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What concerns models alone is left out of what others are made from."""
+        return {name: value for name, value in dump(self).items() if self.kind == "model" or name not in OF_A_MODEL}
 
 
 class RewardConfig(Settings):
@@ -151,8 +183,15 @@ class RewardConfig(Settings):
 class ValueConfig(Settings):
     """The critic."""
 
-    start: Literal["reward_model", "actor"] = "reward_model"
-    """What the critic's weights are before the first iteration; from the actor, its head starts at 0."""
+    start: Address = "reward_model"
+    """What the critic's weights are before the first iteration: `reward_model`, the one trained here; `actor`, with a head
+    that starts at 0; or a sequence classifier with one label and the base model's tokenizer, as a folder or a name on the
+    hub."""
+
+    @property
+    def brought(self) -> bool:
+        """Whether the critic is a model from elsewhere."""
+        return self.start not in ("reward_model", "actor")
 
 
 class EvaluateConfig(Settings):
@@ -208,12 +247,31 @@ class LanguageConfig(RunConfig):
         named = {f"reward.{name}": part.source for name, part in self.reward.components.items() if part.kind == "function"}
         return named | ({"judge": self.evaluate.judge} if self.evaluate.judge else {})
 
+    @property
+    def models(self) -> dict[str, str]:
+        """Role → source of every model that it names."""
+        named = {f"reward.{name}": part.source for name, part in self.reward.components.items() if part.kind == "model"}
+        base = {} if self.base_model.source is None else {"base_model": self.base_model.source}
+        return base | named | ({"critic": self.value.start} if self.value and self.value.brought else {})
+
     def decides(self) -> dict[str, Any]:
         """As `RunConfig`'s, without the paths of inputs."""
         settings = super().decides()
         del settings["preset"], settings["data"]
-        settings["base_model"]["source"] = "a model" if self.base_model.source else None  # compared by its content
+        settings["base_model"]["source"] = self.base_model.source and A_MODEL
+        settings["reward"]["components"] = by_content(settings["reward"]["components"])
+        if self.value and self.value.brought:
+            settings["value"]["start"] = A_MODEL
         return settings
+
+
+A_MODEL = "model"  # in the place of a model's source, whose content decides
+
+
+def by_content(components: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Dumped components, without where their models lie."""
+    return {name: part | ({"source": A_MODEL} if ComponentConfig.model_validate(part).kind == "model" else {})
+            for name, part in components.items()}
 
 
 def _inconsistencies(c: LanguageConfig):

@@ -54,6 +54,17 @@ class BroughtModelMetrics(Metrics):
     """Whether the output head may run on some positions at a time."""
 
 
+class BroughtScorerMetrics(Metrics):
+    """What the check at the start found out about a reward model or critic that is brought; kept in the input's manifest."""
+
+    parameters: int
+    """Numbers of the model, shared ones once."""
+    vocab_size: int
+    """Entries of its tokenizer."""
+    max_tokens: int | None
+    """The most tokens of a text; none where it has no limit."""
+
+
 class SFTMetrics(Metrics):
     loss: float
     """Cross-entropy in nats a token, mean over the last tenth of the steps."""
@@ -108,6 +119,8 @@ class RewardMetrics(Metrics):
     """Weighted sum less bias, before it is normalised, clipped or penalised, mean."""
     component: dict[str, float]
     """Each component before its weight, mean."""
+    cut: dict[str, int] = {}
+    """Texts that were longer than a reward model that was brought takes, of each such component."""
     running_count: float | None
     """Scores in the running moments, this batch's included; given where scores are normalised, as the next two."""
     running_mean: float | None

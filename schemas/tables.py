@@ -65,6 +65,7 @@ FLOATS = pa.list_(pa.field("item", pa.float32(), nullable=False))
 VECTOR = FLOATS  # a row's one vector: (B, D) in memory
 VECTORS = pa.list_(pa.field("item", VECTOR, nullable=False))
 NAMED = pa.map_(pa.string(), pa.float32())
+NAMED_TEXTS = pa.map_(pa.string(), pa.string())
 
 
 def column(type_: pa.DataType, doc: str, length: str = "") -> np.ndarray:
@@ -74,7 +75,7 @@ def column(type_: pa.DataType, doc: str, length: str = "") -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Base of all tables. In memory: (B,) or (B, D) arrays, `Ragged`, tuples of str, or one (B,) array per name."""
+    """Base of all tables. In memory: (B,) or (B, D) arrays, `Ragged`, tuples of str, or one of these per name."""
 
     file: ClassVar[str]
 
@@ -133,7 +134,7 @@ class Table:
                 _require_same_lengths(self.row_id, first, other, f.name, value)
 
 
-def _make_read_only(column: np.ndarray | Ragged | tuple[str, ...] | dict[str, np.ndarray]) -> None:
+def _make_read_only(column: np.ndarray | Ragged | tuple[str, ...] | dict[str, np.ndarray | tuple[str, ...]]) -> None:
     """Several stages are given one table while it is in memory; none may change what another reads."""
     if isinstance(column, Ragged):
         column.values.flags.writeable = column.offsets.flags.writeable = False
@@ -141,7 +142,7 @@ def _make_read_only(column: np.ndarray | Ragged | tuple[str, ...] | dict[str, np
         column.flags.writeable = False
     elif isinstance(column, dict):
         for values in column.values():
-            values.flags.writeable = False
+            _make_read_only(values)
 
 
 def _to_arrow(value, type_: pa.DataType) -> pa.Array:
@@ -150,9 +151,9 @@ def _to_arrow(value, type_: pa.DataType) -> pa.Array:
     if isinstance(value, dict):
         names, size = sorted(value), len(value)
         rows = len(next(iter(value.values()))) if value else 0
-        items = np.stack([value[name] for name in names], 1).reshape(-1) if value else np.empty(0)
+        items = [item for row in zip(*(value[name] for name in names), strict=True) for item in row]
         return pa.MapArray.from_arrays(pa.array(np.arange(rows + 1) * size, pa.int32()),
-                                       pa.array(names * rows, pa.string()), pa.array(items, pa.float32()))
+                                       pa.array(names * rows, pa.string()), pa.array(items, type_.item_type))
     if getattr(value, "ndim", 1) == 2:
         rows, size = value.shape
         return _list(np.arange(rows + 1) * size, pa.array(value.reshape(-1), type_.value_type), type_)
@@ -169,7 +170,9 @@ def _from_arrow(field_: pa.Field, array: pa.Array):
         rows = [dict(row) for row in array.to_pylist()]
         if any(len(row) != len(names) for row in rows):
             raise TableError(f"column {field_.name!r}: expected {names} in every row")
-        return {name: np.array([row[name] for row in rows], np.float32) for name in names}
+        columns = {name: tuple(row[name] for row in rows) for name in names}
+        texts = pa.types.is_string(array.type.item_type)
+        return columns if texts else {name: np.array(values, np.float32) for name, values in columns.items()}
     if pa.types.is_list(array.type):
         if not field_.metadata[b"length"]:
             return _vectors(field_.name, array)
@@ -315,6 +318,15 @@ class Rewards(Table):
         rewards = np.zeros(len(rows.values))
         rewards[rows.offsets[1:] - 1] = self.score
         return rewards
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredTexts(Table):
+    """Written by `reward` beside the rewards where reward models are brought: what each of them was given."""
+
+    file: ClassVar[str] = "scored_texts.parquet"
+    row_id: np.ndarray = column(pa.int64(), ROW_ID_DOC)
+    texts: dict[str, tuple[str, ...]] = column(NAMED_TEXTS, "prompt and response in the component's own template, uncut")
 
 
 @dataclass(frozen=True, eq=False)

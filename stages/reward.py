@@ -17,7 +17,8 @@ import numpy as np
 from schemas.artifacts import Moments
 from schemas.language import RewardConfig
 from schemas.metrics import RewardMetrics
-from schemas.tables import Rewards, Rollouts
+from schemas.tables import Rewards, Rollouts, ScoredTexts
+from stages.ops.brought_scorer import BroughtScorer
 from stages.ops.finite import require_finite
 from stages.ops.moments import normalized, sample_std, updated_moments
 from stages.ops.rewards import Scorer, overlong_penalty, score_components, weighted_sum
@@ -39,6 +40,12 @@ def reward(
                    score=penalized(score, rollouts, config, max_new_tokens).astype(np.float32))
 
 
+def texts(scorers: Mapping[str, Scorer], rollouts: Rollouts) -> ScoredTexts | None:
+    """What reward models that are brought were given; none where there are none."""
+    found = {name: scorer.read(rollouts).texts for name, scorer in scorers.items() if isinstance(scorer, BroughtScorer)}
+    return ScoredTexts(row_id=rollouts.row_id, texts=found) if found else None
+
+
 def penalized(score: np.ndarray, rollouts: Rollouts, config: RewardConfig, max_new_tokens: int) -> np.ndarray:
     """(B,) scores after the clip, the missing-EOS rule and the overlong penalty."""
     if config.clip is not None:
@@ -54,13 +61,16 @@ def penalized(score: np.ndarray, rollouts: Rollouts, config: RewardConfig, max_n
     return score
 
 
-def metrics(rewards: Rewards, config: RewardConfig, moments: Moments) -> RewardMetrics:
-    """Moments of the score, mean of each component, and the running moments with this batch's."""
+def metrics(
+    rewards: Rewards, config: RewardConfig, moments: Moments, cut: Mapping[str, int] | None = None
+) -> RewardMetrics:
+    """Moments of the score, mean of each component, and the running moments with this batch's; `cut`: texts of each that
+    were too long."""
     score, running = rewards.score.astype(np.float64), updated_moments(moments, rewards.raw_score)
     kept = config.normalize != "none"
     return RewardMetrics(
         score=score.mean(), score_std=sample_std(score), score_min=score.min(),
         score_max=score.max(), raw_score=rewards.raw_score.mean(dtype=np.float64),
         component={name: x.mean(dtype=np.float64) for name, x in rewards.components.items()},
-        running_count=running.count if kept else None, running_mean=running.mean if kept else None,
+        cut=dict(cut or {}), running_count=running.count if kept else None, running_mean=running.mean if kept else None,
         running_std=running.std if kept else None)

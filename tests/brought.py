@@ -44,7 +44,7 @@ def make_model(family="llama", kind=AutoModelForCausalLM, *, tokenizer=None, **m
         return kind.from_config(AutoConfig.for_model(family, **{**ids, **SIZES, **more})).eval()
 
 
-def write_brought(folder: Path, model=None, tokenizer=None, *, prompts=PROMPTS, reward=REWARD, **sections) -> Path:
+def write_brought(folder: Path, model=None, tokenizer=None, *, prompts=PROMPTS, rewards_py=REWARD, **sections) -> Path:
     """An example whose base model is brought; its folder. `prompts`: texts, or the bytes of the file."""
     (folder / "model").mkdir(parents=True)
     tokenizer = tokenizer or make_tokenizer()
@@ -53,7 +53,7 @@ def write_brought(folder: Path, model=None, tokenizer=None, *, prompts=PROMPTS, 
     lines = prompts if isinstance(prompts, bytes) else "".join(f"{json.dumps({'prompt': p})}\n" for p in prompts).encode()
     (folder / "p.jsonl").write_bytes(lines)
     (folder / "h.jsonl").write_text("".join(f"{json.dumps({'prompt': p})}\n" for p in PROMPTS[:3]))
-    (folder / "rewards.py").write_text(reward)
+    (folder / "rewards.py").write_text(rewards_py)
     config = {name: {**CONFIG.get(name, {}), **value} if isinstance(value, dict) else value
               for name, value in {**CONFIG, **sections}.items()}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 import yaml
+from filelock import FileLock
 
 
 def free_port() -> int:
@@ -144,9 +146,20 @@ def write_example(folder: Path) -> Path:
     return folder
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that one of the processes of a test run makes, and each has as a copy of its own."""
+    together = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    original = together / f"{name}-original"
+    with FileLock(f"{original}.lock"):
+        if not original.exists():
+            make(original.with_suffix(".part"))
+            original.with_suffix(".part").rename(original)
+    return shutil.copytree(original, factory.mktemp(name) / name, symlinks=True)
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, prefect_server):
-    """The tiny example, trained once by the shipped command: (its folder, its store)."""
+    """The tiny example, trained once by the shipped command: (its folder, its store). On this process's Prefect server."""
     from flows.cli.main import run_command
 
     folder = write_example(tmp_path_factory.mktemp("trained") / "tiny")
@@ -162,10 +175,12 @@ def controlled(tmp_path_factory, prefect_server):
 
     from flows.cli.main import run_command
 
-    place = tmp_path_factory.mktemp("controlled")
-    for name, sections in RUNS.items():
-        folder = write_control(place / name, **sections)
-        assert run_command(["train", str(folder), "--store", str(place / "store"), "--quiet"]) == 0
+    def make(place: Path) -> None:
+        for name, sections in RUNS.items():
+            folder = write_control(place / name, **sections)
+            assert run_command(["train", str(folder), "--store", str(place / "store"), "--quiet"]) == 0
+
+    place = made_once(tmp_path_factory, "controlled", make)
     return place, place / "store"
 
 
@@ -187,13 +202,15 @@ def variants(trained, tmp_path_factory):
     """The tiny example with settings that are off by default, trained beside the plain one: (its folder, its store)."""
     from flows.cli.main import run_command
 
-    folder = shutil.copytree(trained[0], tmp_path_factory.mktemp("variants") / "tiny")
-    store = shutil.copytree(trained[1], folder.parent / "store")
-    (folder / "pretraining.jsonl").write_text('{"text": "The soup was warm."}\n{"text": "A fine evening, and late."}\n')
-    for run, settings in VARIANTS.items():
-        options = [option for setting in settings for option in ("--set", setting)]
-        assert run_command(["train", str(folder), "--run", run, "--store", str(store), "--quiet", *options]) == 0
-    return folder, store
+    def make(place: Path) -> None:
+        folder, store = (shutil.copytree(there, place / there.name) for there in trained)
+        (folder / "pretraining.jsonl").write_text('{"text": "The soup was warm."}\n{"text": "A fine evening, and late."}\n')
+        for run, settings in VARIANTS.items():
+            options = [option for setting in settings for option in ("--set", setting)]
+            assert run_command(["train", str(folder), "--run", run, "--store", str(store), "--quiet", *options]) == 0
+
+    place = made_once(tmp_path_factory, "variants", make)
+    return place / "tiny", place / "store"
 
 
 @pytest.fixture(scope="module")

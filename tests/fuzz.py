@@ -159,7 +159,7 @@ def model(data: bytes) -> None:
         for name, values in json.loads(data).items():
             if name in MODEL_FILES:
                 (place / name).write_text(json.dumps(_small(values)))
-    check_model(place)
+    check_model("base_model.source", place)
 
 
 def weights(data: bytes) -> None:
@@ -167,7 +167,7 @@ def weights(data: bytes) -> None:
 
     place = _model()
     (place / "model.safetensors").write_bytes(data)
-    check_model(place)
+    check_model("base_model.source", place)
 
 
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")

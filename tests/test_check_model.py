@@ -134,16 +134,16 @@ def test_a_model_that_cannot_be_trained_is_refused_before_the_run_exists(folder,
 def test_a_model_that_looks_ahead_is_refused(tmp_path):
     folder = write_brought(tmp_path / "case", make_model("bert")) / "model"
     with pytest.raises(ConfigError, match="BertLMHeadModel is not causal: another last token changes"):
-        check_model(folder)
+        check_model("base_model.source", folder)
 
 
 def test_what_is_let_in_is_said(tmp_path, caplog):
     folder = write_brought(tmp_path / "large", make_model(vocab_size=len(make_tokenizer()) + 64)) / "model"
-    found = check_model(folder)
+    found = check_model("base_model.source", folder)
     assert (found.context, found.metrics.pads, found.metrics.caches, found.metrics.trims) == (128, True, True, True)
     assert "64 of the model's" in caplog.text and "token ids are unknown to the tokenizer" in caplog.text
     caplog.clear()
-    check_model(write_brought(tmp_path / "rwkv", make_model("rwkv")) / "model")
+    check_model("base_model.source", write_brought(tmp_path / "rwkv", make_model("rwkv")) / "model")
     assert "padding on its left changes what it computes: only prompts of one length go side by side" in caplog.text
     assert "each step reads the whole row again" in caplog.text
 
@@ -155,7 +155,7 @@ def test_the_context_is_where_the_config_says_it(tmp_path, family, size, context
     folder = write_brought(tmp_path / "case", make_model(family, max_position_embeddings=128, **size)) / "model"
     if family in ("mpt", "bloom", "mamba"):
         change_json(folder / "config.json", max_position_embeddings=None)
-    assert check_model(folder).context == context
+    assert check_model("base_model.source", folder).context == context
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
@@ -289,7 +289,7 @@ def test_a_reward_can_see_special_tokens(tmp_path, prefect_server, setting, seen
     tokenizer = make_tokenizer(special=["<|bos|>", "<|eos|>", "<|pad|>", "<think>"])
     reward = ("def score(prompts, responses):\n    return [float(any(mark in response for mark in ('<think>', '<|eos|>', "
               "'<|bos|>', '<|pad|>'))) + 0.001 * i for i, response in enumerate(responses)]\n")
-    folder = write_brought(tmp_path / "case", tokenizer=tokenizer, reward=reward,
+    folder = write_brought(tmp_path / "case", tokenizer=tokenizer, rewards_py=reward,
                            rollout={"batch_size": 64, "max_new_tokens": 24},
                            evaluate={"every": 1, "judge": "rewards.py:score"})
     arguments = ["train", str(folder), "--store", str(tmp_path / "store"), "--quiet"]
@@ -371,7 +371,7 @@ def test_a_run_made_before_there_was_the_setting_goes_on_as_it_was(tmp_path, pre
 def test_what_older_versions_of_transformers_saved_beside_the_weights_is_left_over(tmp_path):
     folder = write_brought(tmp_path / "case", make_model("gpt2")) / "model"
     change_weights(folder, lambda tensors: tensors.update({"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}))
-    assert check_model(folder).metrics.parameters > 0
+    assert check_model("base_model.source", folder).metrics.parameters > 0
 
 
 def test_docs_count_the_families_that_are_held_to_a_plain_pass():

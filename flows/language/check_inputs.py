@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from flows.language.check_model import check_model
+from flows.language.check_model import check_model, check_scorer
 from flows.runs.functions import check_function
-from flows.runs.inputs import COLUMNS, read_lines
+from flows.runs.inputs import COLUMNS, read_lines, setting_of
 from schemas.errors import ConfigError
 from schemas.language import LanguageConfig
 from schemas.metrics import Metrics
@@ -43,6 +43,22 @@ def check(config: LanguageConfig, files: dict[str, list[Path]]) -> dict[str, Met
             for column in ("completion", "chosen", "rejected", "text"):
                 texts = [row.get("prompt", "") + row[column] for row in lines if column in row]
                 _require_fit(tokenizer, texts, template, context, 1, where)
+    return found | _scorers(config, files, tokenizer)
+
+
+def _scorers(
+    config: LanguageConfig, files: dict[str, list[Path]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Metrics]:
+    """What was found out about reward models and a critic that are brought. Raises `ConfigError`."""
+    found = {}
+    for role in config.models:
+        if role != "base_model":
+            part = config.reward.components.get(role.removeprefix("reward."))
+            setting = setting_of(role)
+            theirs, found[role] = check_scorer(setting, files[role][0].parent, part)
+            if part is None and theirs.get_vocab() != tokenizer.get_vocab():
+                raise ConfigError(f"{setting}: its tokenizer is not the base model's, and a critic reads the actor's "
+                                  "tokens; set value.start: actor")
     return found
 
 
@@ -53,7 +69,7 @@ def _model(
     if config.base_model.source is None:
         texts = (row["prompt"] + row["completion"] for row in rows["demonstrations"])
         return train_tokenizer(texts, config.base_model), config.base_model.context_length, {}
-    brought = check_model(files["base_model"][0].parent)
+    brought = check_model(setting_of("base_model"), files["base_model"][0].parent)
     return brought.tokenizer, brought.context, {"base_model": brought.metrics}
 
 

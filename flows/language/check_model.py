@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from flows.language.model_files import check_model_files
-from flows.language.warm_models import SAFE, context_length, load_tokenizer, require_all_weights
+from flows.language.warm_models import SAFE, load_tokenizer, require_all_weights
 from schemas.errors import ConfigError
-from schemas.metrics import BroughtModelMetrics
+from schemas.language import ComponentConfig
+from schemas.metrics import BroughtModelMetrics, BroughtScorerMetrics
 from stages.ops.abilities import Abilities, abilities
+from stages.ops.brought_scorer import most_tokens, scored_text
+from stages.ops.language_model import context_length
 
 log = logging.getLogger("baton")
 
@@ -27,44 +39,97 @@ class BroughtModel:
     metrics: BroughtModelMetrics
 
 
-def check_model(place: Path) -> BroughtModel:
-    """Raises `ConfigError` with what failed."""
-    check_model_files(place)
-    try:
-        tokenizer, context = load_tokenizer(place), context_length(place)
-        module, report = AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE)
-    except ConfigError:
-        raise
-    except Exception as error:  # transformers raises whatever a broken file leads to
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"base_model.source: {place} cannot be read as a model: {reason}") from None
-    require_all_weights(place, report)
-    _require_tokens_fit(place, module, tokenizer)
-    try:
+def check_model(setting: str, place: Path) -> BroughtModel:
+    """A causal model. Raises `ConfigError` with the setting that names it and what failed."""
+    with _named(setting, place):
+        check_model_files(place)
+        tokenizer = load_tokenizer(place)
+        module = _loaded(AutoModelForCausalLM, place)
+        _require_tokens_fit(module, tokenizer)
         found = abilities(module.eval())
-    except ConfigError as error:
-        raise ConfigError(f"base_model.source: {place}: {error}") from None
-    for line in _slower(found):
-        log.warning("base_model.source: %s: %s", place, line)
+    for line in [*_unknown_tokens(module, tokenizer), *_slower(found)]:
+        log.warning("%s: %s: %s", setting, place, line)
+    context = context_length(module.config)
     return BroughtModel(tokenizer, context, BroughtModelMetrics(
         parameters=module.num_parameters(), vocab_size=len(tokenizer),
         embeddings=module.get_input_embeddings().num_embeddings, context_length=context, pads=found.pads,
         caches=found.caches, trims=found.trims, splits=found.splits))
 
 
-def _require_tokens_fit(place: Path, module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every token of the tokenizer has an embedding; tokens of the model that the tokenizer lacks are said."""
+def check_scorer(
+    setting: str, place: Path, part: ComponentConfig | None
+) -> tuple[PreTrainedTokenizerBase, BroughtScorerMetrics]:
+    """A sequence classifier with one label, and how it reads texts as a part of the reward; none where it is to be a critic.
+
+    Raises `ConfigError` with the setting that names it and what failed.
+    """
+    with _named(setting, place):
+        check_model_files(place)
+        tokenizer = load_tokenizer(place, needs_eos=False)
+        module = _loaded(AutoModelForSequenceClassification, place, labels=1)
+        _require_tokens_fit(module, tokenizer)
+        if part is not None:
+            if part.chat_template and tokenizer.chat_template is None:
+                raise ConfigError("chat_template: its tokenizer has none; leave it out")
+            scored_text(tokenizer, "x", "y", part.chat_template)
+        most = most_tokens(module.config, tokenizer, part.max_tokens if part else None)
+        if part is None:
+            abilities(module.eval())  # a critic reads each position
+    return tokenizer, BroughtScorerMetrics(
+        parameters=module.num_parameters(), vocab_size=len(tokenizer), max_tokens=most)
+
+
+@contextmanager
+def _named(setting: str, place: Path) -> Iterator[None]:
+    """Errors inside name the setting, and the folder where they do not."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{setting}: {error}" if str(place) in str(error) else f"{setting}: {place}: {error}") from None
+    except Exception as error:  # transformers raises whatever a broken file leads to
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{setting}: {place} cannot be read as a model: {reason}") from None
+
+
+def _loaded(kind: Any, place: Path, labels: int | None = None) -> PreTrainedModel:
+    """All its weights, in float32. Raises `ConfigError` with transformers' own report."""
+    if labels is not None:
+        _require_labels(place, labels)
+    module, report = kind.from_pretrained(
+        place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE)
+    require_all_weights(place, report)
+    return module
+
+
+def _require_labels(place: Path, labels: int) -> None:
+    """Raises `ConfigError` where a folder holds no sequence classifier with so many labels."""
+    config = AutoConfig.from_pretrained(place, local_files_only=True)
+    kinds = config.architectures or ["nothing"]
+    if not any("SequenceClassification" in kind for kind in kinds):
+        raise ConfigError(f"holds {kinds[0]}, expected a sequence classifier with one label (a folder that "
+                          "AutoModelForSequenceClassification has saved): without its head the scores would be random")
+    if config.num_labels != labels:
+        raise ConfigError(f"has {config.num_labels} labels ({', '.join(map(str, config.id2label.values()))}), expected one: "
+                          "a score; a function can make one of several (file.py:function)")
+
+
+def _require_tokens_fit(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every token of the tokenizer has an embedding. Raises `ConfigError`."""
     rows, entries = module.get_input_embeddings().num_embeddings, tokenizer.get_vocab()
     outside = sorted((i, text) for text, i in entries.items() if i >= rows)
     if outside:
         named = ", ".join(f"{text!r} is {i}" for i, text in outside[:4])
-        raise ConfigError(f"base_model.source: {place}: the tokenizer has tokens that the model has no embedding for "
-                          f"({named}; {rows} embeddings): model.resize_token_embeddings({max(entries.values()) + 1}) and "
-                          "save it again, or take the tokens out of the tokenizer")
-    if (unknown := rows - len({i for i in entries.values() if i < rows})) > 0:
-        log.warning("base_model.source: %s: %d of the model's %d token ids are unknown to the tokenizer; sampled, they are "
-                    "part of a response and decode to nothing", place, unknown, rows)
+        raise ConfigError(f"the tokenizer has tokens that the model has no embedding for ({named}; {rows} embeddings): "
+                          f"model.resize_token_embeddings({max(entries.values()) + 1}) and save it again, or take the "
+                          "tokens out of the tokenizer")
+
+
+def _unknown_tokens(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Tokens of the model that the tokenizer lacks."""
+    rows = module.get_input_embeddings().num_embeddings
+    unknown = rows - len({i for i in tokenizer.get_vocab().values() if i < rows})
+    return [f"{unknown} of the model's {rows} token ids are unknown to the tokenizer; sampled, they are part of a response "
+            "and decode to nothing"] if unknown > 0 else []
 
 
 def _slower(found: Abilities) -> list[str]:

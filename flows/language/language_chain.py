@@ -14,7 +14,7 @@ from flows.runs.kind import ITERATION_DECIDES, Perform, made_in, require, settin
 from flows.runs.run import Run
 from schemas.artifacts import ArtifactRef, ModelRef, Moments, Produced, StageCall, TrainState
 from schemas.errors import ConfigError
-from schemas.language import RewardConfig
+from schemas.language import RewardConfig, by_content
 from stages.ops.kl import adapted_kl_coef
 from stages.ops.optim import learning_rate_factor
 
@@ -46,7 +46,7 @@ class LanguageChain:
             made |= perform(self.reward_bias(actor, reward_model))
             bias = require(made["reward_bias"].outputs.bias, "reward_bias", "bias")
         made |= perform(self.evaluate(0, actor, actor, reward_model, None, bias))
-        critic = config.value and (reward_model if config.value.start == "reward_model" else actor)
+        critic = config.value and self._critic(actor, reward_model)
         return TrainState(
             iteration=0, actor=actor, critic=critic, optimizer=None, reference=actor, reward_model=reward_model,
             baseline=made["evaluate"].ref, kl_coef=config.kl.coef, reward_bias=bias, **made_in(made))
@@ -76,10 +76,20 @@ class LanguageChain:
             kl_coef=self._next_kl_coef(state, made["gae"]), reward_moments=self._next_moments(made["reward"]),
             **made_in(made)))
 
+    def _critic(self, actor: ModelRef, reward_model: ModelRef | None) -> ModelRef:
+        """The critic before the first iteration."""
+        if self.run.config.value.brought:
+            return self._brought("critic")
+        return reward_model if self.run.config.value.start == "reward_model" else actor
+
+    def _brought(self, role: str) -> ModelRef:
+        return ModelRef(artifact=self.run.inputs[role], folder="model")
+
     def _base(self, made: Mapping[str, Produced]) -> ModelRef:
         """The base model: the one made for the run, or the one it was given."""
-        artifact = made["base_model"].ref if "base_model" in made else self.run.inputs["base_model"]
-        return ModelRef(artifact=artifact, folder="model")
+        if "base_model" in made:
+            return ModelRef(artifact=made["base_model"].ref, folder="model")
+        return self._brought("base_model")
 
     def _next_kl_coef(self, state: TrainState, gae: Produced) -> float:
         """β after the iteration that follows `state`; kept in a critic warm-up, where the actor stays and the KL is 0."""
@@ -134,7 +144,8 @@ class LanguageChain:
     def reward(self, iteration: int, tokenizer: ModelRef, reward_model: ModelRef | None, rollouts: ArtifactRef, bias: float,
                moments: Moments) -> StageCall:
         config = self.run.config.reward
-        settings = settings_of(config) | {"bias": bias, "max_new_tokens": self._made_with(rollouts)["max_new_tokens"]}
+        settings = settings_of(config) | _components(config) | {
+            "bias": bias, "max_new_tokens": self._made_with(rollouts)["max_new_tokens"]}
         if config.normalize != "none":
             settings["moments"] = moments.model_dump(mode="json")
         return self.run.call("reward", iteration, settings, rollouts=rollouts, **self._reward_inputs(reward_model),
@@ -197,7 +208,8 @@ class LanguageChain:
         """Artifacts that the reward's components are, by role."""
         used = any(part.kind == "reward_model" for part in self.run.config.reward.components.values())
         functions = {role: self.run.inputs[role] for role in self.run.config.functions if role != "judge"}
-        return functions | ({"reward_model": reward_model} if used else {})
+        brought = {role: self._brought(role) for role in self.run.config.models if role.startswith("reward.")}
+        return functions | brought | ({"reward_model": reward_model} if used else {})
 
     # --- one stage again ---
 
@@ -295,7 +307,8 @@ class LanguageChain:
 
 def _components(config: RewardConfig) -> dict[str, Any]:
     """What of the reward's settings decides the raw score."""
-    return {name: value for name, value in settings_of(config).items() if name in ("components", "special_tokens")}
+    found = {name: value for name, value in settings_of(config).items() if name in ("components", "special_tokens")}
+    return found | {"components": by_content(found["components"])}
 
 
 def _raw(config: RewardConfig) -> tuple:

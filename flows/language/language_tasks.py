@@ -22,8 +22,8 @@ from flows.language.warm_models import (
 )
 from flows.runs.produce import StageOutput
 from flows.runs.work import Task, Work
-from schemas.artifacts import Outputs
-from schemas.language import BaseModelConfig, RewardConfig, RewardModelConfig, RolloutConfig, SFTConfig
+from schemas.artifacts import ModelRef, Outputs
+from schemas.language import BaseModelConfig, ComponentConfig, RewardConfig, RewardModelConfig, RolloutConfig, SFTConfig
 from schemas.settings import GAEConfig, KLConfig, PPOConfig
 from schemas.tables import Advantages, ReferenceLogprobs, Rewards, Rollouts, Samples, Values
 from stages import base_model as base_model_stage
@@ -37,9 +37,10 @@ from stages import reward_model as reward_model_stage
 from stages import rollout as rollout_stage
 from stages import sft as sft_stage
 from stages import value as value_stage
+from stages.ops.brought_scorer import BroughtScorer
 from stages.ops.guest import Patience
 from stages.ops.language_model import LanguageModel
-from stages.ops.learning_signal import of_advantages, of_components, of_policy
+from stages.ops.learning_signal import cut_texts, of_advantages, of_components, of_policy
 from stages.ops.moments import updated_moments
 from stages.ops.prompts import demonstrations_as_texts, pretraining_as_texts, prompt_order
 from stages.ops.reward_server import RewardServer
@@ -79,7 +80,7 @@ def reward_bias(work: Work[WarmModels]) -> StageOutput:
     rewards = reward_bias_stage.reward_bias(_scorers(work, config), texts, config)
     work.attempt.table(rewards)
     metrics = reward_bias_stage.metrics(rewards)
-    return StageOutput(metrics, _tokens(texts) if "reward_model" in work.call.inputs else None, Outputs(bias=metrics.bias))
+    return StageOutput(metrics, _tokens(texts) if _runs_models(work) else None, Outputs(bias=metrics.bias))
 
 
 # --- every iteration ---
@@ -106,13 +107,17 @@ def reference(work: Work[WarmModels]) -> StageOutput:
 
 def reward(work: Work[WarmModels]) -> StageOutput:
     config, rollouts, before = work.settings(RewardConfig), work.table("rollouts", Rollouts), work.moments
-    rewards = reward_stage.reward(_scorers(work, config), rollouts, config, bias=work.setting("bias"), moments=before,
+    scorers = _scorers(work, config)
+    rewards = reward_stage.reward(scorers, rollouts, config, bias=work.setting("bias"), moments=before,
                                   max_new_tokens=work.setting("max_new_tokens"))
     work.attempt.table(rewards)
-    work.warn(of_components(rewards.components))
+    if texts := reward_stage.texts(scorers, rollouts):
+        work.attempt.table(texts)
+    cut = {name: scorer.read(rollouts).cut for name, scorer in scorers.items() if isinstance(scorer, BroughtScorer)}
+    work.warn([*of_components(rewards.components), *cut_texts(cut, config, len(rollouts))])
     moments = updated_moments(before, rewards.raw_score) if config.normalize != "none" else None
-    return StageOutput(reward_stage.metrics(rewards, config, before),
-                       _tokens(rollouts) if "reward_model" in work.call.inputs else None, Outputs(moments=moments))
+    return StageOutput(reward_stage.metrics(rewards, config, before, cut),
+                       _tokens(rollouts) if _runs_models(work) else None, Outputs(moments=moments))
 
 
 def value(work: Work[WarmModels]) -> StageOutput:
@@ -201,26 +206,34 @@ def _reading_of(settings: dict[str, Any]) -> Reading:
 
 def _scorers(work: Work[WarmModels], config: RewardConfig, tokenizer: str = "tokenizer") -> dict[str, Scorer]:
     """Component → scorer. `tokenizer`: the role of the model whose special tokens they see, if they are to."""
-    return {name: _scorer(work, f"reward.{name}", part.kind, part.source, tokenizer if config.special_tokens else None)
+    return {name: _scorer(work, f"reward.{name}", part, tokenizer if config.special_tokens else None)
             for name, part in config.components.items()}
 
 
-def _scorer(work: Work[WarmModels], role: str, kind: str, source: str, tokenizer: str | None) -> Scorer:
-    execution = work.call.execution
-    match kind:
+def _scorer(work: Work[WarmModels], role: str, part: ComponentConfig, tokenizer: str | None) -> Scorer:
+    execution, source = work.call.execution, part.source
+    match part.kind:
         case "reward_model":
             return model_scorer(work.warm.reward_model(work.model("reward_model")))
+        case "model":
+            return BroughtScorer(work.warm.scorer(work.model(role)), part)
         case "server":
             scorer = RewardServer(source, token_for(source), execution.server_timeout, execution.server_tries)
-        case _:
+        case "function":
             patience = Patience(execution.function_patience, execution.function_timeout)
             scorer = function_scorer(source, work.function(role, source), patience)
     return scorer if tokenizer is None else seeing_special_tokens(scorer, _tokenizer(work, tokenizer))
 
 
 def _judge(work: Work[WarmModels], config: RewardConfig) -> Scorer | None:
-    source = work.setting("judge")
-    return _scorer(work, "judge", "function", source, "actor" if config.special_tokens else None) if source else None
+    if (source := work.setting("judge")) is None:
+        return None
+    return _scorer(work, "judge", ComponentConfig(source=source), "actor" if config.special_tokens else None)
+
+
+def _runs_models(work: Work[WarmModels]) -> bool:
+    """Whether models are among what scores."""
+    return any(isinstance(ref, ModelRef) for role, ref in work.call.inputs.items() if role.startswith("reward"))
 
 
 def _tokenizer(work: Work[WarmModels], role: str) -> PreTrainedTokenizerBase:

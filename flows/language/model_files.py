@@ -16,7 +16,7 @@ def check_model_files(place: Path) -> None:
     config = _read_json(place / "config.json")
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else "?"
-        raise ConfigError(f"base_model.source: {place} is quantised ({method}, quantization_config in config.json), and "
+        raise ConfigError(f"{place} is quantised ({method}, quantization_config in config.json), and "
                           "what is trained is float32: take the weights from before quantisation")
     for file in sorted(place.glob("*.safetensors")):
         _require_whole(file)
@@ -24,7 +24,7 @@ def check_model_files(place: Path) -> None:
     if index.is_file():
         named = set(_read_json(index).get("weight_map", {}).values())
         if missing := sorted(name for name in named if not (place / name).is_file()):
-            raise ConfigError(f"base_model.source: {index} names {len(missing)} files that are not there: {missing[0]}; "
+            raise ConfigError(f"{index} names {len(missing)} files that are not there: {missing[0]}; "
                               "download the folder again")
 
 
@@ -34,18 +34,18 @@ def _require_whole(file: Path) -> None:
     with file.open("rb") as stream:
         begin = stream.read(len(POINTER))
         if begin == POINTER:
-            raise ConfigError(f"base_model.source: {file} is a pointer of Git LFS, not the weights: run git lfs pull")
+            raise ConfigError(f"{file} is a pointer of Git LFS, not the weights: run git lfs pull")
         stream.seek(0)
         length = int.from_bytes(stream.read(HEADER), "little")
         header = stream.read(length) if length <= size - HEADER else b""
     try:
         ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise ConfigError(f"base_model.source: {file} is no safetensors file, or was cut short ({size} bytes): download it "
+        raise ConfigError(f"{file} is no safetensors file, or was cut short ({size} bytes): download it "
                           "again") from None
     expected = HEADER + length + max(ends, default=0)
     if size != expected:
-        raise ConfigError(f"base_model.source: {file} has {size} bytes, its header says {expected}: it was cut short or "
+        raise ConfigError(f"{file} has {size} bytes, its header says {expected}: it was cut short or "
                           "changed; download it again")
 
 
@@ -53,7 +53,7 @@ def _read_json(file: Path) -> dict:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"base_model.source: {file}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"base_model.source: {file}: expected an object, found {type(values).__name__}")
+        raise ConfigError(f"{file}: expected an object, found {type(values).__name__}")
     return values

@@ -27,7 +27,7 @@ from flows.store.store import Attempt, Store
 from schemas.artifacts import ArtifactRef, ModelRef
 from schemas.errors import ConfigError, StoreError
 from schemas.settings import ExecutionConfig, PPOConfig
-from stages.ops.abilities import abilities
+from stages.ops.abilities import Abilities, abilities
 from stages.ops.device import Device
 from stages.ops.language_learner import LanguageModelLearner
 from stages.ops.language_model import LanguageModel
@@ -86,6 +86,10 @@ class WarmModels:
 
     def reward_model(self, ref: ModelRef) -> LanguageModel:
         return self._get("reward_model", ref, load_scalar)
+
+    def scorer(self, ref: ModelRef) -> LanguageModel:
+        """A reward model that is brought."""
+        return self._get("scorer", ref, load_classifier)
 
     def trainable(self, ref: ModelRef, load: Load, reading: Reading) -> LanguageModel:
         """A copy of its own for a stage that trains it and lets it go."""
@@ -161,11 +165,13 @@ class WarmModels:
     def _load(self, ref: ModelRef, load: Load) -> LanguageModel:
         self.loaded += 1
         folder, execution = self.store.folder(ref.artifact, ref.folder), self.execution
-        tokenizer = load_tokenizer(folder)
+        brought = load is load_classifier  # with a tokenizer of its own, perhaps not causal
+        tokenizer = load_tokenizer(folder, needs_eos=not brought)
         module = load(folder).to(Device(execution.device).torch).eval()
         module.config.pad_token_id = tokenizer.pad_token_id
         return LanguageModel(module, tokenizer, micro_batch_tokens=execution.micro_batch_tokens,
-                             generation_batch_size=execution.generation_batch_size, abilities=abilities(module))
+                             generation_batch_size=execution.generation_batch_size,
+                             abilities=Abilities() if brought else abilities(module))
 
 
 # --- one folder, one model ---
@@ -189,17 +195,23 @@ def load_scalar(folder: Path) -> PreTrainedModel:
     architectures = config.architectures or ()
     if ScalarHead.__name__ in architectures:
         return _own_memory(ScalarHead.load(folder, config))
+    if any("SequenceClassification" in name for name in architectures):
+        return load_classifier(folder)
     if not _has_classifier(config):
         return ScalarHead(config, load_causal(folder).base_model)
     model, report = AutoModelForSequenceClassification.from_pretrained(
         folder, dtype=torch.float32, num_labels=1, output_loading_info=True, **SAFE)
-    if any("SequenceClassification" in name for name in architectures):
-        require_all_weights(folder, report)
-    else:
-        body = f"{model.base_model_prefix}."  # the rest are the new head, and that of the causal model
-        require_all_weights(folder, {what: {key for key in keys if str(key).startswith(body)}
-                                     for what, keys in report.items()})
-        torch.nn.init.zeros_(model.score.weight)
+    body = f"{model.base_model_prefix}."  # the rest are the new head, and that of the causal model
+    require_all_weights(folder, {what: {key for key in keys if str(key).startswith(body)} for what, keys in report.items()})
+    torch.nn.init.zeros_(model.score.weight)
+    return _own_memory(model)
+
+
+def load_classifier(folder: Path) -> PreTrainedModel:
+    """A sequence classifier as it was saved, with one label, in float32. Raises `ConfigError` if weights are missing."""
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **SAFE)
+    require_all_weights(folder, report)
     return _own_memory(model)
 
 
@@ -224,7 +236,7 @@ def require_all_weights(folder: Path, report: Mapping[str, Iterable]) -> None:
         if keys:
             said.append(f"{len(keys)} {what} ({', '.join(keys[:4])}{', …' if len(keys) > 4 else ''})")
     if said:
-        raise ConfigError(f"base_model.source: {folder}: the weights are not those of config.json: {'; '.join(said)}. What "
+        raise ConfigError(f"{folder}: the weights are not those of config.json: {'; '.join(said)}. What "
                           "is missing would be random: save the whole model with save_pretrained, or mend config.json")
 
 
@@ -236,13 +248,13 @@ def _own_memory(module: PreTrainedModel) -> PreTrainedModel:
     return module
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
     """The folder's tokenizer; one without an EOS has the model's, and one without a padding token pads with EOS.
 
-    Raises `ConfigError` where no file names an EOS.
+    Raises `ConfigError` where no file names an EOS, if one is needed.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if tokenizer.eos_token is None:
+    if needs_eos and tokenizer.eos_token is None:
         tokenizer.eos_token = _eos_of_model(folder, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -259,18 +271,8 @@ def _eos_of_model(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
         for token in ids if isinstance(ids, list) else [ids]:
             if isinstance(token, int) and (text := tokenizer.convert_ids_to_tokens(token)) is not None:
                 return text
-    raise ConfigError(f"base_model.source: {folder} names no EOS, so that no response would end: set eos_token in "
+    raise ConfigError(f"{folder} names no EOS, so that no response would end: set eos_token in "
                       "tokenizer_config.json, to one of the tokenizer's tokens")
-
-
-CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
-
-
-def context_length(folder: Path) -> int | None:
-    """The most tokens the model in the folder can attend to, from its config alone; none where it names no limit."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    found = (getattr(config, name, None) for name in CONTEXTS)
-    return next((length for length in found if isinstance(length, int) and length > 0), None)
 
 
 def save_model(attempt: Attempt, inner: str, model: LanguageModel) -> None:

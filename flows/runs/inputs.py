@@ -180,30 +180,38 @@ def input_files(config: RunConfig, folder: Path) -> dict[str, list[Path]]:
             if not (folder / name).is_file():
                 raise ConfigError(f"data.{role}: {_no_file(folder / name)}")
             files[role] = [folder / name]
-    if config.base_model.source is not None:
-        files["base_model"] = model_files(config.base_model.source, folder)
-    return files
+    return files | {role: model_files(setting_of(role), source, folder) for role, source in config.models.items()}
 
 
-def model_files(source: str, folder: Path) -> list[Path]:
-    """Config, tokenizer and safetensors of a model's folder, or of a model on the hub. Raises `ConfigError`."""
+def setting_of(role: str) -> str:
+    """The setting that names the model in that role, for messages."""
+    if role.startswith("reward."):
+        return f"reward.components.{role.removeprefix('reward.')}.source"
+    return {"base_model": "base_model.source", "critic": "value.start"}[role]
+
+
+def model_files(setting: str, source: str, folder: Path) -> list[Path]:
+    """Config, tokenizer and safetensors of a model's folder, or of a model on the hub.
+
+    Raises `ConfigError` naming the setting.
+    """
     place = folder / source
     if not place.is_dir():
-        place = _download(source, place)
-    _require_no_adapter(place)
+        place = _download(setting, source, place)
+    _require_no_adapter(setting, place)
     files = sorted({path for pattern in MODEL_FILES for path in place.glob(pattern)})
     for needed in ("config.json", "*.safetensors", "tokenizer*"):
         if not any(path.match(needed) for path in files):
-            raise ConfigError(f"base_model.source: {place} has no {needed}; expected a Hugging Face folder with "
-                              "safetensors weights (pickled weights are not read)")
+            raise ConfigError(f"{setting}: {place} has no {needed}; expected a Hugging Face folder with safetensors weights "
+                              "(pickled weights are not read)")
     for file in ("config.json", "tokenizer_config.json"):
         if (place / file).is_file() and b'"auto_map"' in (place / file).read_bytes():
-            raise ConfigError(f"base_model.source: {place / file} names code to be run (auto_map), which is never run here; "
-                              "take a model that transformers has itself, and leave auto_map out")
+            raise ConfigError(f"{setting}: {place / file} names code to be run (auto_map), which is never run here; take a "
+                              "model that transformers has itself, and leave auto_map out")
     return files
 
 
-def _require_no_adapter(place: Path) -> None:
+def _require_no_adapter(setting: str, place: Path) -> None:
     """Raises `ConfigError` with the call that merges it, also where weights lie beside it."""
     file = place / ADAPTER
     if not file.is_file():
@@ -214,20 +222,22 @@ def _require_no_adapter(place: Path) -> None:
         base = "its base"
     beside = bool(list(place.glob("model*.safetensors")))
     raise ConfigError(
-        f"base_model.source: {place} holds an adapter{'' if beside else f' of {base}'} ({ADAPTER}), which is not read: "
+        f"{setting}: {place} holds an adapter{'' if beside else f' of {base}'} ({ADAPTER}), which is not read: "
         f"merge it first, PeftModel.from_pretrained(base, {str(place)!r}).merge_and_unload().save_pretrained(folder), with "
         f"the tokenizer beside it{f'; or remove {ADAPTER} if the weights beside it are what is meant' if beside else ''}")
 
 
-def _download(source: str, place: Path) -> Path:
+def _download(setting: str, source: str, place: Path) -> Path:
+    """The snapshot of a model on the hub, `org/name` or `org/name@revision`. Raises `ConfigError`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    name, _, revision = source.partition("@")
     try:
-        return Path(snapshot_download(source, allow_patterns=[*MODEL_FILES, ADAPTER]))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*MODEL_FILES, ADAPTER]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"base_model.source: {source!r} is no folder ({place}) and the hub gave: {reason}") from None
+        raise ConfigError(f"{setting}: {source!r} is no folder ({place}) and the hub gave: {reason}") from None
 
 
 def recipes_of(files: dict[str, list[Path]]) -> dict[str, Recipe]:
@@ -237,7 +247,7 @@ def recipes_of(files: dict[str, list[Path]]) -> dict[str, Recipe]:
 
 def _recipe(role: str, paths: list[Path]) -> Recipe:
     """The recipe of an input: its identity is that of its content, and of its file name where that matters."""
-    kind = "function" if role in ("judge", "environment") or role.startswith("reward.") else role
+    kind = role if role in (*COLUMNS, "base_model") else "scorer" if _is_model(paths) else "function"
     content = {_inner(role, path, paths): sha256_file(path) for path in paths}
     return Recipe(stage=f"input.{kind}", version=1, config={"sha256": content}, inputs={})
 
@@ -246,7 +256,11 @@ def _inner(role: str, path: Path, paths: list[Path]) -> str:
     """The name of an imported file: `prompts.jsonl`, `model/config.json`, or as it lies beside a function's own."""
     if role in COLUMNS:
         return f"{role}.jsonl"
-    return f"model/{path.name}" if role == "base_model" else path.relative_to(paths[0].parent).as_posix()
+    return f"model/{path.name}" if _is_model(paths) else path.relative_to(paths[0].parent).as_posix()
+
+
+def _is_model(paths: list[Path]) -> bool:
+    return any(path.name == "config.json" for path in paths)
 
 
 def import_files(

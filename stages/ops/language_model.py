@@ -9,7 +9,7 @@ from types import MethodType
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from schemas.tables import Rollouts
@@ -65,7 +65,16 @@ class LanguageModel:
     @property
     def pad_id(self) -> int:
         """What fills padded positions, which are masked."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.eos_ids)
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.eos_ids, default=0)
+
+
+CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The most tokens that the model can attend to; none where its config names no limit."""
+    found = (getattr(config.get_text_config(), name, None) for name in CONTEXTS)
+    return next((length for length in found if isinstance(length, int) and length > 0), None)
 
 
 def batches(rollouts: Rollouts | Texts, rows: np.ndarray, model: LanguageModel) -> list[Batch]:
@@ -95,13 +104,16 @@ def state_values(critic: LanguageModel, batch: Batch) -> Tensor:
 
 @torch.inference_mode()
 def sequence_scores(model: LanguageModel, rows: Sequence[Sequence[int]], progress: str) -> np.ndarray:
-    """(b,) float32: a one-label sequence classifier's output at the last token of each row, whatever token that is."""
+    """(b,) float32: what a sequence classifier with one label gives for each row: at its last token, whatever token that is,
+    if it has a `score` for each position, as causal ones have."""
     lengths, out = np.array([[len(row)] for row in rows]), np.empty(len(rows), np.float32)
     groups = split_by_tokens(lengths, np.arange(len(rows)), model.micro_batch_tokens)
     for group in progress_bar(groups, progress):
         ids, mask = (torch.from_numpy(x[:, ::-1].copy()).to(model.device.torch) for x in pad_left(
             [np.asarray(rows[i], np.int64)[::-1] for i in group], model.pad_id))
-        out[group] = last_token_scores(model.module, ids, mask)[:, 0].float().cpu().numpy()
+        found = last_token_scores(model.module, ids, mask) if hasattr(model.module, "score") else model.module(
+            input_ids=ids, attention_mask=mask).logits
+        out[group] = found[:, 0].float().cpu().numpy()
     return out
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from schemas.control import Spaces
+from schemas.language import RewardConfig
 from schemas.settings import GAEConfig, KLConfig
 
 NARROW = 0.05  # of a Box
@@ -20,6 +21,14 @@ def of_components(components: Mapping[str, np.ndarray]) -> Iterator[str]:
         if len(values) > 1 and (values == values[0]).all():
             yield (f"the component {name!r} is {values[0]:g} for all {len(values)} responses: it does not say which of them "
                    "is better")
+
+
+def cut_texts(cut: Mapping[str, int], config: RewardConfig, rows: int) -> Iterator[str]:
+    """`cut`: of how many of so many texts a reward model was given a part."""
+    for name, count in cut.items():
+        if count:
+            yield (f"{count} of {rows} texts are longer than the component {name!r} takes, and were cut on the "
+                   f"{config.components[name].truncation} (reward.components.{name}.truncation; max_tokens, if that is set)")
 
 
 def of_advantages(raw: np.ndarray, flat: float | None, config: GAEConfig, kl: KLConfig) -> Iterator[str]:

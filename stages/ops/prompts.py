@@ -79,13 +79,14 @@ def tokenize(
     if _added(tokenizer)[1]:
         ids = [row[:-1] for row in ids]
     if as_text and chat_template:
-        special = _special(tokenizer)
+        special = special_tokens(tokenizer)
         ids = [_in_parts(tokenizer, prompt, end) if any(token in prompt + end for token in special) else row
                for row, prompt, end in zip(ids, prompts, ends, strict=True)]
     return [np.array(row, np.int32) for row in ids]
 
 
-def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """As they are written."""
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
