@@ -151,9 +151,9 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     together = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
     original = together / f"{name}-original"
     with FileLock(f"{original}.lock"):
-        if not original.exists():
-            make(original.with_suffix(".part"))
-            original.with_suffix(".part").rename(original)
+        if not (done := original.with_suffix(".done")).exists():
+            make(original)
+            done.touch()
     return shutil.copytree(original, factory.mktemp(name) / name, symlinks=True)
 
 
