@@ -64,6 +64,22 @@ class BaseModelConfig(Settings):
         return self
 
 
+class LoRAConfig(Settings):
+    """Low-rank adapters (Hu et al. 2021) instead of all weights: of `sft`, the reward model, actor and critic. The reference
+    is what they begin as, and all of them share one base in memory."""
+
+    rank: PositiveInt = 8
+    """r: of the two matrices whose product is added to a weight."""
+    alpha: PositiveFloat = 16
+    """The product is scaled by alpha/r, or by alpha/√r with `rslora`."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Which layers of the body: all that are linear, or those whose names end so, such as [q_proj, v_proj]."""
+    dora: bool = False
+    """Whether a weight's magnitude is trained beside its direction (Liu et al. 2024, DoRA)."""
+    rslora: bool = False
+    """Whether the scale is alpha/√r (Kalajdzievski 2023, rsLoRA)."""
+
+
 class SFTConfig(Settings):
     """Supervised fine-tuning on demonstrations (TRL's SFTTrainer)."""
 
@@ -211,6 +227,8 @@ class LanguageConfig(RunConfig):
     """What the other settings start from instead of their defaults; see schemas/presets.py."""
     data: DataConfig
     base_model: BaseModelConfig = BaseModelConfig()
+    lora: LoRAConfig | None = None
+    """Left out: all weights are trained."""
     sft: SFTConfig | None = None
     """Left out: the base model is the first actor."""
     reward_model: RewardModelConfig | None = None
@@ -285,6 +303,8 @@ def _inconsistencies(c: LanguageConfig):
         yield f"base_model.{sorted(extra)[0]} describes a new model, but base_model.source names one; remove either"
     if new_model and c.sft is None:
         yield "a new base model has to be trained: add an sft section, or name a pretrained one in base_model.source"
+    if new_model and c.lora:
+        yield "lora: a new base model has learned nothing that adapters could be added to; name one in base_model.source"
     if new_model and c.base_model.chat_template:
         yield "base_model.chat_template: a new model's tokenizer has no chat template; leave it false"
     if (new_model or c.sft) and not c.data.demonstrations:

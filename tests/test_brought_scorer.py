@@ -9,7 +9,7 @@ from brought import PROMPTS, change_json, make_model, make_tokenizer, write_brou
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from flows.cli.main import run_command
-from flows.language.warm_models import load_classifier, load_tokenizer
+from flows.language.model_folders import load_classifier, load_tokenizer
 from flows.runs.run import open_run
 from flows.store.store import Store
 from schemas.language import ComponentConfig, LanguageConfig

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from flows.cli.main import run_command
 from flows.language.check_model import check_model
-from flows.language.warm_models import load_causal, load_scalar, load_tokenizer, save_model
+from flows.language.model_folders import load_causal, load_scalar, load_tokenizer, save_model
 from flows.runs.run import open_run
 from flows.store.store import Store
 from schemas.artifacts import Recipe

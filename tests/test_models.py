@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flows.language.warm_models import Reading, WarmModels, load_scalar, load_tokenizer
+from flows.language.model_folders import load_scalar, load_tokenizer
+from flows.language.warm_models import Reading, WarmModels
 from flows.runs.run import open_run
 from flows.store.store import Store
 

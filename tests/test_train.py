@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flows.again import call_again
 from flows.chains import warm_of
 from flows.cli.main import run_command
-from flows.language.warm_models import load_causal, load_scalar, save_learner, save_model
+from flows.language.model_folders import load_causal, load_scalar, save_learner, save_model
 from flows.perform import perform
 from flows.runs.run import open_run
 from flows.store.local import LocalFiles

@@ -69,7 +69,7 @@ def _model(
     if config.base_model.source is None:
         texts = (row["prompt"] + row["completion"] for row in rows["demonstrations"])
         return train_tokenizer(texts, config.base_model), config.base_model.context_length, {}
-    brought = check_model(setting_of("base_model"), files["base_model"][0].parent)
+    brought = check_model(setting_of("base_model"), files["base_model"][0].parent, config.lora)
     return brought.tokenizer, brought.context, {"base_model": brought.metrics}
 
 

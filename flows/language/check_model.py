@@ -19,13 +19,14 @@ from transformers import (
 )
 
 from flows.language.model_files import check_model_files
-from flows.language.warm_models import SAFE, load_tokenizer, require_all_weights
+from flows.language.model_folders import SAFE, load_tokenizer, require_all_weights
 from schemas.errors import ConfigError
-from schemas.language import ComponentConfig
+from schemas.language import ComponentConfig, LoRAConfig
 from schemas.metrics import BroughtModelMetrics, BroughtScorerMetrics
 from stages.ops.abilities import Abilities, abilities
 from stages.ops.brought_scorer import most_tokens, scored_text
 from stages.ops.language_model import context_length
+from stages.ops.lora import add_adapter, sharing
 
 log = logging.getLogger("baton")
 
@@ -39,14 +40,16 @@ class BroughtModel:
     metrics: BroughtModelMetrics
 
 
-def check_model(setting: str, place: Path) -> BroughtModel:
-    """A causal model. Raises `ConfigError` with the setting that names it and what failed."""
+def check_model(setting: str, place: Path, adapters: LoRAConfig | None = None) -> BroughtModel:
+    """A causal model, and whether it takes such adapters. Raises `ConfigError` with the setting and what failed."""
     with _named(setting, place):
         check_model_files(place)
         tokenizer = load_tokenizer(place)
         module = _loaded(AutoModelForCausalLM, place)
         _require_tokens_fit(module, tokenizer)
         found = abilities(module.eval())
+    if adapters is not None:
+        add_adapter(sharing(module), adapters, seed=0)
     for line in [*_unknown_tokens(module, tokenizer), *_slower(found)]:
         log.warning("%s: %s: %s", setting, place, line)
     context = context_length(module.config)

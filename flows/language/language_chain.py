@@ -118,12 +118,12 @@ class LanguageChain:
                              demonstrations=self.run.inputs["demonstrations"])
 
     def sft(self, base: ModelRef) -> StageCall:
-        return self.run.call("sft", 0, settings_of(self.run.config.sft) | self._template, seed=self.run.seed(0, "sft"),
-                             base=base, demonstrations=self.run.inputs["demonstrations"])
+        return self.run.call("sft", 0, settings_of(self.run.config.sft) | self._template | self._lora,
+                             seed=self.run.seed(0, "sft"), base=base, demonstrations=self.run.inputs["demonstrations"])
 
     def reward_model(self, start: ModelRef) -> StageCall:
         return self.run.call(
-            "reward_model", 0, settings_of(self.run.config.reward_model) | self._template,
+            "reward_model", 0, settings_of(self.run.config.reward_model) | self._template | self._lora,
             seed=self.run.seed(0, "reward_model"), start=start, pairs=self.run.inputs["pairs"],
             heldout_pairs=self.run.inputs["heldout_pairs"])
 
@@ -167,7 +167,7 @@ class LanguageChain:
         config, kl = self.run.config.ppo, self.run.config.kl
         settings = settings_of(config, exclude=ITERATION_DECIDES) | {
             "temperature": self._temperature(rollouts), "learning_rate_factor": learning_rate_factor(iteration, config),
-            "train_actor": iteration > config.critic_warmup}
+            "train_actor": iteration > config.critic_warmup} | self._lora
         mixed = {}
         if kl.placement == "loss":
             settings |= {"kl_coef": kl_coef, "kl_estimator": kl.estimator}
@@ -195,6 +195,11 @@ class LanguageChain:
         base = self.run.config.base_model
         return {"chat_template": base.chat_template} | {
             name: value for name, value in settings_of(base).items() if name in READING}
+
+    @property
+    def _lora(self) -> dict[str, Any]:
+        """What is trained, if not all weights."""
+        return {"lora": settings_of(self.run.config.lora)} if self.run.config.lora else {}
 
     def _made_with(self, rollouts: ArtifactRef) -> dict[str, Any]:
         """Settings the rollouts were made with."""

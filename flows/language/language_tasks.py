@@ -10,20 +10,21 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from flows.language.model_folders import load_causal, load_scalar, save_learner, save_model
 from flows.language.reward_tokens import token_for
-from flows.language.warm_models import (
-    Reading,
-    WarmModels,
-    load_causal,
-    load_scalar,
-    load_tokenizer,
-    save_learner,
-    save_model,
-)
+from flows.language.warm_models import Adapters, Reading, WarmModels
 from flows.runs.produce import StageOutput
 from flows.runs.work import Task, Work
 from schemas.artifacts import ModelRef, Outputs
-from schemas.language import BaseModelConfig, ComponentConfig, RewardConfig, RewardModelConfig, RolloutConfig, SFTConfig
+from schemas.language import (
+    BaseModelConfig,
+    ComponentConfig,
+    LoRAConfig,
+    RewardConfig,
+    RewardModelConfig,
+    RolloutConfig,
+    SFTConfig,
+)
 from schemas.settings import GAEConfig, KLConfig, PPOConfig
 from schemas.tables import Advantages, ReferenceLogprobs, Rewards, Rollouts, Samples, Values
 from stages import base_model as base_model_stage
@@ -59,14 +60,14 @@ def base_model(work: Work[WarmModels]) -> StageOutput:
 
 
 def sft(work: Work[WarmModels]) -> StageOutput:
-    model = work.warm.trainable(work.model("base"), load_causal, _reading(work))
+    model = work.warm.trainable(work.model("base"), load_causal, _reading(work), _adapters(work))
     metrics = sft_stage.sft(model, list(work.rows("demonstrations")), work.settings(SFTConfig), seed=work.call.seed)
     save_model(work.attempt, "actor", model)
     return StageOutput(metrics)
 
 
 def reward_model(work: Work[WarmModels]) -> StageOutput:
-    model = work.warm.trainable(work.model("start"), load_scalar, _reading(work))
+    model = work.warm.trainable(work.model("start"), load_scalar, _reading(work), _adapters(work))
     metrics = reward_model_stage.reward_model(model, list(work.rows("pairs")), list(work.rows("heldout_pairs")),
                                               work.settings(RewardModelConfig), seed=work.call.seed)
     save_model(work.attempt, "reward_model", model)
@@ -143,7 +144,7 @@ def gae(work: Work[WarmModels]) -> StageOutput:
 def ppo(work: Work[WarmModels]) -> StageOutput:
     config, rollouts = work.settings(PPOConfig), work.table("rollouts", Rollouts)
     learner = work.warm.take_learner(work.model("actor"), work.model_if_given("critic"), work.model_if_given("optimizer"),
-                                     config, work.setting("temperature"))
+                                     config, work.setting("temperature"), _adapters(work))
     penalty = None
     if reference := work.table_if_given("reference", ReferenceLogprobs):
         penalty = ppo_stage.KLLoss(reference, work.setting("kl_coef"), work.setting("kl_estimator"))
@@ -178,6 +179,11 @@ TASKS: dict[str, Task] = {task.__name__: task for task in (
 def _tokens(rollouts: Rollouts | Texts) -> int:
     """Prompt and response tokens: what a model that scores them reads."""
     return len(rollouts.prompt_tokens.values) + len(rollouts.response_tokens.values)
+
+
+def _adapters(work: Work[WarmModels]) -> Adapters | None:
+    """What is trained instead of all weights."""
+    return Adapters(work.settings(LoRAConfig, "lora"), work.call.seed) if "lora" in work.call.settings else None
 
 
 def _texts(work: Work[WarmModels], actor: LanguageModel) -> Texts:
@@ -237,5 +243,4 @@ def _runs_models(work: Work[WarmModels]) -> bool:
 
 
 def _tokenizer(work: Work[WarmModels], role: str) -> PreTrainedTokenizerBase:
-    model = work.model(role)
-    return load_tokenizer(work.store.folder(model.artifact, model.folder))
+    return work.warm.tokenizer(work.model(role))

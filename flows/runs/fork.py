@@ -15,7 +15,7 @@ from schemas.errors import ConfigError
 from schemas.records import now
 from stages.ops.progress import progress_bar
 
-BEFORE = ("sft", "reward_model", "value", "policy")  # sections that decide what was made before the first iteration
+BEFORE = ("lora", "sft", "reward_model", "value", "policy")  # sections that decide what was made before the first iteration
 
 
 def fork(parent: Run, at: int, name: str, settings: Iterable[str], chain_of: Callable[[Run], Chain]) -> Run:

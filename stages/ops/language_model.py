@@ -33,6 +33,8 @@ class LanguageModel:
     generation_batch_size: int = 256
     abilities: Abilities = Abilities()
     """What may be done with the network; found when it is loaded."""
+    base: str | None = None
+    """Where the weights are that an adapter is over, if only that is trained and saved."""
 
     @property
     def device(self) -> Device:

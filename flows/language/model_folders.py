@@ -1,0 +1,187 @@
+"""A model's folder: loaded whole, or refused; saved so that plain transformers, or PEFT, reads it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from flows.store.store import Attempt
+from schemas.artifacts import ArtifactRef, ModelRef
+from schemas.errors import ConfigError, StoreError
+from stages.ops import lora
+from stages.ops.language_learner import LanguageModelLearner
+from stages.ops.language_model import LanguageModel
+from stages.ops.optim import load_state_tensors, state_tensors
+from stages.ops.progress import progress_bar
+from stages.ops.scalar_head import ScalarHead
+
+SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+
+
+def load_causal(folder: Path) -> PreTrainedModel:
+    """A causal language model in float32, from safetensors alone. Raises `ConfigError` if weights are missing."""
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **SAFE)
+    require_all_weights(folder, report)
+    return _own_memory(model)
+
+
+def load_scalar(folder: Path) -> PreTrainedModel:
+    """A sequence classifier with one label in float32; over a causal model's body, its head is new and all zeros.
+
+    Raises `ConfigError` if weights are missing.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    architectures = config.architectures or ()
+    if ScalarHead.__name__ in architectures:
+        return _own_memory(ScalarHead.load(folder, config))
+    if any("SequenceClassification" in name for name in architectures):
+        return load_classifier(folder)
+    if not _has_classifier(config):
+        return ScalarHead(config, load_causal(folder).base_model)
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, num_labels=1, output_loading_info=True, **SAFE)
+    body = f"{model.base_model_prefix}."  # the rest are the new head, and that of the causal model
+    require_all_weights(folder, {what: {key for key in keys if str(key).startswith(body)} for what, keys in report.items()})
+    torch.nn.init.zeros_(model.score.weight)
+    return _own_memory(model)
+
+
+def load_classifier(folder: Path) -> PreTrainedModel:
+    """A sequence classifier as it was saved, with one label, in float32. Raises `ConfigError` if weights are missing."""
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **SAFE)
+    require_all_weights(folder, report)
+    return _own_memory(model)
+
+
+def _has_classifier(config: PretrainedConfig) -> bool:
+    """Whether transformers has a classifier over that body, with the head that a critic reads each position by."""
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return False
+    with torch.device("meta"):
+        return hasattr(AutoModelForSequenceClassification.from_config(config), "score")
+
+
+LEFT_OVER = re.compile(r"\.(masked_bias|attn\.bias|attention\.bias|inv_freq|position_ids)$")
+"""Masks and tables that older versions of transformers saved, and computed anew."""
+
+
+def require_all_weights(folder: Path, report: Mapping[str, Iterable]) -> None:
+    """Raises `ConfigError` with transformers' own report of keys that are missing, left over, or of another shape."""
+    said = []
+    for what in ("missing", "unexpected", "mismatched"):
+        keys = sorted(key if isinstance(key, str) else f"{key[0]} {list(key[1])} for {list(key[2])}"
+                      for key in report[f"{what}_keys"] if what != "unexpected" or not LEFT_OVER.search(key))
+        if keys:
+            said.append(f"{len(keys)} {what} ({', '.join(keys[:4])}{', …' if len(keys) > 4 else ''})")
+    if said:
+        raise ConfigError(f"{folder}: the weights are not those of config.json: {'; '.join(said)}. What "
+                          "is missing would be random: save the whole model with save_pretrained, or mend config.json")
+
+
+def _own_memory(module: PreTrainedModel) -> PreTrainedModel:
+    """With weights in torch's own memory rather than in a mapped file, where they begin anywhere: the last bits of a product
+    depend on its factors' alignment, and a model that was just trained lies in torch's."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
+    return module
+
+
+def load_tokenizer(folder: Path, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer; one without an EOS has the model's, and one without a padding token pads with EOS.
+
+    Raises `ConfigError` where no file names an EOS, if one is needed.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if needs_eos and tokenizer.eos_token is None:
+        tokenizer.eos_token = _eos_of_model(folder, tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for how_it_was_loaded in ("is_local", "local_files_only"):  # would be saved with it
+        tokenizer.init_kwargs.pop(how_it_was_loaded, None)
+    return tokenizer
+
+
+def _eos_of_model(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The EOS that generation_config.json or config.json names by its id."""
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+        for token in ids if isinstance(ids, list) else [ids]:
+            if isinstance(token, int) and (text := tokenizer.convert_ids_to_tokens(token)) is not None:
+                return text
+    raise ConfigError(f"{folder} names no EOS, so that no response would end: set eos_token in "
+                      "tokenizer_config.json, to one of the tokenizer's tokens")
+
+
+def base_of(folder: Path) -> ModelRef | None:
+    """The base of the adapter in the folder, none if it holds a whole model. Raises `StoreError` if it names none here."""
+    file = folder / lora.CONFIG
+    if not file.is_file():
+        return None
+    named = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if (found := re.fullmatch(r"([a-z0-9._-]+)/([0-9a-f]{64})/([a-z_]+)", named)) is None:
+        raise StoreError(f"{file}: base_model_name_or_path: expected stage/identity/folder, found {named!r}")
+    return ModelRef(artifact=ArtifactRef(stage=found[1], identity=found[2]), folder=found[3])
+
+
+def scalar_over(causal: PreTrainedModel) -> PreTrainedModel:
+    """As `load_scalar` of a causal model that is loaded already, whose body is the same memory."""
+    body, config = lora.sharing(causal).base_model, copy.deepcopy(causal.config)
+    if not _has_classifier(config):
+        return ScalarHead(config, body)
+    config.num_labels = 1
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    setattr(model, model.base_model_prefix, body)
+    model.score = torch.nn.Linear(model.score.in_features, 1, bias=False)
+    torch.nn.init.zeros_(model.score.weight)
+    return model
+
+
+def save_model(attempt: Attempt, inner: str, model: LanguageModel) -> None:
+    """A Hugging Face folder that `from_pretrained` reads with nothing of Baton installed, but for a `ScalarHead`; of an
+    adapter PEFT's, without the tokenizer, which is its base's."""
+    folder = attempt.path(inner)
+    if model.base is not None:
+        lora.save_adapter(model.module, folder, model.base)
+        return
+    if isinstance(model.module, ScalarHead):
+        model.module.save(folder)
+    else:
+        model.module.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+
+
+def save_learner(attempt: Attempt, learner: LanguageModelLearner) -> None:
+    """`actor/`, `critic/` if there is one, and `optimizer/actor.safetensors`, `optimizer/critic.safetensors`."""
+    parts = progress_bar(learner.networks.items(), "ppo: save")
+    for name, model in parts:
+        save_model(attempt, name, model)
+        save_file(state_tensors(learner.optimizers[name], model.module), attempt.path(f"optimizer/{name}.safetensors"))
+
+
+def load_optimizers(learner: LanguageModelLearner, folder: Path) -> None:
+    """The inverse of `save_learner` for the optimizers. Raises `StoreError` if they are of another model."""
+    for name, model in learner.networks.items():
+        path = folder / f"{name}.safetensors"
+        try:
+            load_state_tensors(learner.optimizers[name], model.module, load_file(path))
+        except KeyError as error:
+            raise StoreError(f"{path}: {error} does not fit the {name}") from None

@@ -1,0 +1,145 @@
+"""Low-rank adapters: h = W₀x + (α/r)·B·A·x, W₀ frozen, A (r, in) random and B (out, r) zero at first.
+
+Hu et al. 2021, https://arxiv.org/abs/2106.09685; by PEFT, whose folders they are saved as. The adapter lies in the body
+alone; a scalar head over it is trained whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from schemas.errors import ConfigError
+from schemas.language import LoRAConfig
+from stages.ops.seeding import seeded
+
+if TYPE_CHECKING:  # its import takes a second
+    import peft
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ROOT = "base_model.model."  # what PEFT puts before the names of a model's tensors
+HEAD = "score.weight"
+
+
+def sharing(module: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose weights are the same memory. What is trained in the one must be frozen in the other."""
+    memo: dict[int, object] = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, memo | {id(b): b for b in module.buffers()})
+
+
+def add_adapter(module: PreTrainedModel, config: LoRAConfig, *, seed: int) -> None:
+    """A new adapter, in place; the rest is frozen, but for a scalar head.
+
+    Raises `ConfigError` naming the layers there are, if none is meant.
+    """
+    from peft import LoraConfig
+
+    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    with seeded(seed):
+        _inject(module, LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, use_dora=config.dora,
+                                   use_rslora=config.rslora))
+
+
+def has_adapter(module: PreTrainedModel) -> bool:
+    return hasattr(module.base_model, "peft_config")
+
+
+def require_adapter(module: PreTrainedModel, config: LoRAConfig) -> None:
+    """Raises `ConfigError` where the module's adapter is not one of those settings."""
+    there = module.base_model.peft_config["default"]
+    found = {"rank": there.r, "alpha": there.lora_alpha, "dora": there.use_dora, "rslora": there.use_rslora}
+    for name, value in found.items():
+        if value != getattr(config, name):
+            raise ConfigError(f"lora.{name}={getattr(config, name)}: the adapter that is trained on has {value}; make "
+                              "another run with it")
+
+
+def trainable_parameters(module: PreTrainedModel) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def save_adapter(module: PreTrainedModel, folder: Path, base: str) -> None:
+    """As PEFT's own folders, the keys of its config in order; `base`: where the frozen weights are."""
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{ROOT}{module.base_model_prefix}.{name}": tensor
+               for name, tensor in get_peft_model_state_dict(module.base_model, save_embedding_layers=False).items()}
+    scores = hasattr(module, "score")
+    if scores:
+        tensors[ROOT + HEAD] = module.score.weight
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, folder / WEIGHTS,
+              metadata={"format": "pt"})
+    values = module.base_model.peft_config["default"].to_dict() | {
+        "base_model_name_or_path": base, "task_type": "SEQ_CLS" if scores else "CAUSAL_LM", "inference_mode": True,
+        "modules_to_save": ["score"] if scores else None}
+    del values["peft_version"], values["auto_mapping"]
+    text = json.dumps(values, indent=2, sort_keys=True, default=lambda value: sorted(value))
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def load_adapter(module: PreTrainedModel, folder: Path) -> None:
+    """Puts the folder's adapter into a module of its base, in place, to be trained on; and its head, if both have one.
+
+    Raises `ConfigError` where it is of another base.
+    """
+    from peft import PeftConfig, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode, config.modules_to_save = False, None
+    tensors = {name.removeprefix(ROOT): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+    head = tensors.pop(HEAD, None)
+    _inject(module, config)
+    body = {_below(name, module): tensor for name, tensor in tensors.items()}
+    found = set_peft_model_state_dict(module.base_model, body)
+    expected = {name for name, _ in module.base_model.named_parameters() if ".lora_" in name}
+    if found.unexpected_keys or len(body) != len(expected):
+        raise ConfigError(f"{folder}: the adapter has {len(body)} tensors, and its base takes {len(expected)}: it is of "
+                          "another model")
+    if head is not None and hasattr(module, "score"):
+        module.score.weight.data = head.clone().to(module.score.weight.device)
+
+
+def _below(name: str, module: PreTrainedModel) -> str:
+    """A tensor's name in the body; a causal model's body may have another name than a classifier's."""
+    first, _, rest = name.partition(".")
+    return rest if first == module.base_model_prefix or not hasattr(module.base_model, first) else name
+
+
+def _inject(module: PreTrainedModel, config: peft.LoraConfig) -> None:
+    """Into the body. Raises `ConfigError` naming what may be adapted, if nothing is."""
+    from peft import inject_adapter_in_model
+
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of Conv1D, whose weights are the other way round
+            inject_adapter_in_model(config, module.base_model)
+    except (ValueError, AttributeError) as error:
+        linear = sorted({name.rpartition(".")[2] for name, part in module.base_model.named_modules()
+                         if type(part).__name__ in ("Linear", "Conv1D")})
+        raise ConfigError(f"lora.target_modules={config.target_modules}: {' '.join(str(error).split())} Linear layers are "
+                          f"{', '.join(linear)}") from None
+    if hasattr(module, "score"):
+        module.score.weight.requires_grad_(True)
+
+
+def merged(module: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of a module without adapter that computes the same: W₀ + (α/r)·B·A."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    whole = copy.deepcopy(module)
+    for name, part in list(whole.named_modules()):
+        if isinstance(part, BaseTunerLayer):
+            part.merge()
+            parent, _, last = name.rpartition(".")
+            setattr(whole.get_submodule(parent), last, part.get_base_layer())
+    return whole.state_dict()
