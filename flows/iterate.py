@@ -14,6 +14,7 @@ from flows.opening import requested
 from flows.orchestration import page
 from flows.orchestration.tasks import StageTasks, untagged
 from flows.perform import perform
+from flows.runs.best import best_after
 from flows.runs.retention import Retention
 from flows.runs.run import Run, lease_key, require_there
 from flows.runs.start import Source
@@ -40,7 +41,8 @@ class Session:
         """State 0, committed."""
         started = time.perf_counter()
         state = self.chain.prepare(self._announced)
-        state = state.model_copy(update={"seconds": time.perf_counter() - started})
+        state = state.model_copy(update={"seconds": time.perf_counter() - started,
+                                         "best": best_after(self.run, None, state)})
         self.run.save(state)
         self.mirror.push(state)
         page.report(self.run, state, None)
@@ -57,10 +59,11 @@ class Session:
 
         evaluated = self.run.config.evaluation_due(state.iteration + 1, self.iterations)
         after = self.chain.iteration(state, tracked, evaluated)
-        after = after.model_copy(update={"seconds": time.perf_counter() - started})
+        after = after.model_copy(update={"seconds": time.perf_counter() - started,
+                                         "best": best_after(self.run, state, after)})
         self.run.save(after)
         self.mirror.push(after)
-        self.retention.after(after.iteration)
+        self.retention.after(state, after)
         if time.monotonic() - self._logged >= LOG_INTERVAL or after.iteration >= self.iterations:
             self._logged = time.monotonic()
             self._log(after, found)

@@ -29,7 +29,7 @@ def train_flow(
     with session(run, config, overrides, store) as work:
         state = work.run.last() or work.prepare()
         work.mirror.push(state)
-        work.retention.before(state.iteration)
+        work.retention.before(state)
         gc.collect()
         gc.freeze()  # what is imported by now stays: the collector need not go through it again with every generation
         try:

@@ -266,6 +266,14 @@ class Produced(Record):
     """Where the new files are, if they are `different`."""
 
 
+class Best(Record):
+    """The best iteration so far, by one metric."""
+
+    metric: str
+    value: float
+    iteration: int = Field(ge=0)
+
+
 class TrainState(Record):
     """All that crosses an iteration: iteration i maps state i−1 to state i; state 0 is what `prepare` made."""
 
@@ -290,6 +298,8 @@ class TrainState(Record):
     """Of all scores, or discounted returns, so far, for the next iteration's rewards; kept where they are normalised."""
     metrics: dict[str, float]
     """`stage/metric` of this iteration."""
+    best: Best | None = None
+    """Of all iterations up to this one; unknown in formats 1 to 3, or where the metric was not measured yet."""
     seconds: float
     """Wall time of this iteration, what lies between its stages included; differs from run to run."""
 

@@ -242,8 +242,8 @@ class TrackingConfig(Settings):
     experiment: str = "baton"
     """MLflow experiment."""
     best: str | None = None
-    """Metric by which the iteration with the alias `best` is found, the greatest; null: evaluate/gold, or
-    evaluate/episode_return of a control task."""
+    """Metric by which the best iteration is found, the greatest: that with MLflow's alias `best`, which retention keeps;
+    null: evaluate/gold, or evaluate/episode_return of a control task."""
 
 
 PARTS = ("optimizer", "critic", "actor")  # of a checkpoint, what is missed least first
@@ -256,6 +256,8 @@ class RetentionConfig(Settings):
     """Those of the last so many iterations; null keeps all."""
     keep_every: PositiveInt | None = None
     """Beside them that of every so-many-th iteration; null: of none."""
+    keep_best: bool = True
+    """Beside them that of the best iteration so far, by `tracking.best`."""
     drop: Literal["optimizer", "critic", "actor"] = "optimizer"
     """What the others lose: optimizer, critic and actor, in this order, up to this one."""
 
@@ -317,6 +319,11 @@ class RunConfig(Settings):
     def functions(self) -> dict[str, str]:
         """Role → source of every function that it names."""
         raise NotImplementedError
+
+    @property
+    def best_metric(self) -> str:
+        """By which the best iteration is found."""
+        return self.tracking.best or {"language": "evaluate/gold", "control": "evaluate/episode_return"}[self.kind]
 
     def evaluation_due(self, iteration: int, last: int) -> bool:
         """Whether that iteration is evaluated; the `last` one always is."""

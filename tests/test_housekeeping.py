@@ -146,7 +146,7 @@ ALL = ["actor", "critic", "optimizer"]
 @pytest.mark.parametrize("drop, left", [("optimizer", ["actor", "critic"]), ("critic", ["actor"]), ("actor", [])])
 def test_retention_keeps_the_last_and_every_so_many(five, tmp_path, drop, left, capsys):
     folder, root = five[0], tmp_path / "store"
-    settings = [f"--set=retention.{one}" for one in ("keep_last=1", "keep_every=3", f"drop={drop}")]
+    settings = [f"--set=retention.{one}" for one in ("keep_last=1", "keep_every=3", "keep_best=false", f"drop={drop}")]
     assert baton(root, "train", folder, "--quiet", *settings) == 0
     assert [parts(root, "small", i) for i in (1, 2, 3, 4, 5)] == [left, left, ALL, left, ALL]
     assert verify(Store(root), None)[1] == []
@@ -164,26 +164,54 @@ def test_retention_keeps_the_last_and_every_so_many(five, tmp_path, drop, left, 
 def test_what_is_kept_elsewhere_stays_and_an_interrupted_drop_is_finished(own, capsys):
     folder, root = own
     assert baton(root, "fork", "small", "--at", "2", "--run", "fork") == 0
-    setting = "--set=retention.keep_last=1"
-    assert baton(root, "train", folder, "--quiet", "--iterations", "6", setting) == 0
+    setting = ("--set=retention.keep_last=1", "--set=retention.keep_best=false")
+    assert baton(root, "train", folder, "--quiet", "--iterations", "6", *setting) == 0
     assert [parts(root, "small", i) for i in range(1, 7)] == [ALL, ALL, *[["actor", "critic"]] * 3, ALL]
     store = Store(root)
     ref = open_run(store, "small").state(3).artifacts["ppo"]
     back = root / attempt_of(store.manifest(ref)) / "optimizer"
     back.mkdir()  # as if somebody had been killed between saying so and doing it
     (back / "adamw.safetensors").write_bytes(b"")
-    assert baton(root, "train", folder, "--quiet", "--iterations", "7", setting) == 0
+    assert baton(root, "train", folder, "--quiet", "--iterations", "7", *setting) == 0
     assert parts(root, "small", 3) == ["actor", "critic"] and verify(Store(root), None)[1] == []
 
 
 def test_gc_holds_to_the_retention_a_run_was_made_with(five, tmp_path, capsys):
     folder, root = five[0], tmp_path / "store"
-    assert baton(root, "train", folder, "--quiet", "--set=retention.keep_last=2") == 0
+    made = ("--set=retention.keep_last=2", "--set=retention.keep_best=false")
+    assert baton(root, "train", folder, "--quiet", *made) == 0
     assert baton(root, "train", folder, "--quiet", "--iterations", "7") == 0  # keeps all, in this call
     assert parts(root, "small", 5) == ALL
     code, said = answer(capsys, "gc", "--store", root)
     assert code == 0 and [one["kind"] for one in said["found"]] == ["optimizer"] * 2
     assert [parts(root, "small", i) for i in (5, 6, 7)] == [["actor", "critic"], ALL, ALL]
+
+
+def test_the_best_checkpoint_so_far_is_kept(five, tmp_path, capsys):
+    """While it is the best, in one process or in many; by gc too, and by the metric that is named."""
+    folder, root = five[0], tmp_path / "store"
+    setting = ("--set=retention.keep_last=1", "--set=tracking.best=rollout/value_std", "--set=retention.drop=actor")
+    whole = open_run(Store(five[1]), "small")
+    values = [state.metrics.get("rollout/value_std") for state in whole.states()]
+    best = [max(range(1, i + 1), key=lambda j: (values[j], j)) for i in range(1, 6)]
+    assert len(set(best)) > 1 and best[-1] != 5, values  # it moves, and is not the last
+    for last in range(1, 6):
+        assert baton(root, "train", folder, "--quiet", "--iterations", last, *setting) == 0
+        run = open_run(Store(root), "small")
+        assert run.state(last).best.iteration == best[last - 1] and run.state(last).best.value == values[best[last - 1]]
+        assert [i for i in range(1, last + 1) if parts(root, "small", i) == ALL] == sorted({best[last - 1], last})
+    assert baton(tmp_path / "at-once", "train", folder, "--quiet", *setting) == 0
+    once = open_run(Store(tmp_path / "at-once"), "small")
+    assert [state.best for state in once.states()] == [state.best for state in run.states()]
+    assert baton(root, "gc", "--older-than", "0") == 0 and parts(root, "small", best[-1]) == ALL
+    assert baton(root, "train", folder, "--quiet", "--iterations", "6", *setting[:1], "--set=retention.drop=actor") == 0
+    assert open_run(Store(root), "small").state(6).best.metric == "evaluate/episode_return"  # another was asked for
+
+
+def test_a_best_that_nothing_measures_is_refused(five, tmp_path, capsys):
+    assert baton(tmp_path / "store", "train", five[0], "--set=tracking.best=evaluate/episode_retrun") == 2
+    assert ("tracking.best='evaluate/episode_retrun': no stage of this run measures it; near it are "
+            "evaluate/episode_return") in capsys.readouterr().err
 
 
 # --- fork and diff ---

@@ -73,7 +73,7 @@ def test_the_best_is_by_the_metric_that_is_named(copied, capsys, name, iteration
     store = copied[1]
     code = run_command(["mlflow-sync", "tiny", "--store", str(store), "--set", f"tracking.best={name}"])
     if iteration == "none":
-        assert code == 1 and "tracking.best: no iteration has a metric 'nothing/there'; it has evaluate/eos_fraction" in (
+        assert code == 2 and "tracking.best='nothing/there': no stage of this run measures it" in (
             capsys.readouterr().err)
         return
     run = open_run(Store(store), "tiny")

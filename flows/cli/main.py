@@ -279,6 +279,37 @@ def diff(a: str, b: str, root: str) -> Answer:
 
 @command
 @click.argument("run")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--iteration", type=click.IntRange(min=0), help="After which; the last by default.")
+@click.option("--best", is_flag=True, help="After the best iteration, by tracking.best.")
+@click.option("--role", type=click.Choice(["actor", "critic", "reward_model"]), default="actor", show_default=True,
+              help="Which of its models.")
+@click.option("--merge", is_flag=True, help="Add an adapter to its base, so that nothing but transformers is needed.")
+def export(
+    run: str, folder: Path, iteration: int | None, best: bool, role: str, merge: bool, root: str
+) -> Answer:
+    """A model of RUN as a Hugging Face FOLDER. With a model card; plain transformers, or PEFT, loads it."""
+    what = open_existing(root, run)
+    if what.config.kind != "language":
+        raise ConfigError(f"run {run!r} is a control task, whose policies are no Hugging Face models")
+    if best and iteration is not None:
+        raise ConfigError("--best: it names the iteration, as --iteration does; leave one out")
+    from flows.language.export import export as export_model
+    from flows.runs.best import best_of
+
+    found = best_of(what) if best else None
+    iteration = found.iteration if found else iteration
+    state = what.last() if iteration is None else what.state(iteration)
+    if state is None:
+        raise ConfigError(f"run {run!r} is not prepared yet; go on with baton train")
+    made = export_model(what, state, role, folder, merge=merge)
+    data = {"folder": str(made), "run": run, "iteration": state.iteration, "role": role}
+    return Answer(data, lambda console: console.print(
+        f"the {role} of run {run} after iteration {state.iteration} is in {made}", highlight=False, soft_wrap=True))
+
+
+@command
+@click.argument("run")
 def rm(run: str, root: str) -> Answer:
     """Remove RUN. Its artifacts stay until baton gc finds that no other run needs them."""
     from flows.runs.run import remove_run

@@ -93,6 +93,10 @@ class WarmModels:
         """A reward model that is brought."""
         return self._get("scorer", ref, load_classifier)
 
+    def adapted(self, ref: ModelRef, load: Load) -> LanguageModel:
+        """For whoever lets it go."""
+        return self._load(ref, load)
+
     def trainable(self, ref: ModelRef, load: Load, reading: Reading, adapters: Adapters | None) -> LanguageModel:
         """For a stage that trains it, or an adapter of it, and lets it go. Raises `ConfigError` where there can be none."""
         return reading.of(self._trainable(ref, self._load(ref, load), adapters))

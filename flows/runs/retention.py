@@ -1,6 +1,6 @@
 """Which parts of a run's checkpoints are kept: `retention` in its config, after each iteration and by `baton gc`.
 
-    whole:   those of the last `keep_last` iterations, and of every `keep_every`-th
+    whole:   those of the last `keep_last` iterations, of every `keep_every`-th, and of the best
     others:  lose optimizer, critic and actor, in this order, up to `drop`
 
 What goes is recorded beside the manifest (`dropped/<part>.json`) before it goes, so that it is not taken for damage. A part
@@ -31,10 +31,11 @@ class Part:
     bytes: int
 
 
-def kept_whole(config: RetentionConfig, iteration: int, last: int) -> bool:
-    """Whether a run whose last iteration is `last` keeps that checkpoint whole."""
-    return (config.keep_last is None or iteration > last - config.keep_last
-            or (config.keep_every is not None and iteration % config.keep_every == 0))
+def kept_whole(config: RetentionConfig, iteration: int, last: TrainState) -> bool:
+    """Whether a run whose last state is `last` keeps that checkpoint whole."""
+    return (config.keep_last is None or iteration > last.iteration - config.keep_last
+            or (config.keep_every is not None and iteration % config.keep_every == 0)
+            or (config.keep_best and last.best is not None and iteration == last.best.iteration))
 
 
 class Retention:
@@ -46,8 +47,8 @@ class Retention:
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config.retention
 
-    def droppable(self, iterations: Iterable[int], last: int) -> Iterator[Part]:
-        """The parts that are still there and need not be, of those iterations; `last`: the run's latest."""
+    def droppable(self, iterations: Iterable[int], last: TrainState) -> Iterator[Part]:
+        """The parts that are still there and need not be, of those iterations; `last`: the run's latest state."""
         for iteration in iterations:
             if iteration < 1 or kept_whole(self.config, iteration, last):
                 continue
@@ -60,16 +61,18 @@ class Retention:
                     size = sum(entry.bytes for entry in manifest.files if entry.path.startswith(f"{name}/"))
                     yield Part(ref, name, self.run.name, iteration, size)
 
-    def before(self, last: int) -> None:
-        """Before a run goes on from its iteration `last`: drops what is not kept of all its checkpoints."""
+    def before(self, last: TrainState) -> None:
+        """Before a run goes on from its last state: drops what is not kept of all its checkpoints."""
         if self.config.keep_last is not None:
-            for part in list(self.droppable(range(1, last + 1), last)):
+            for part in list(self.droppable(range(1, last.iteration + 1), last)):
                 drop(self.run.store, part)
 
-    def after(self, iteration: int) -> None:
-        """After an iteration: drops what is not kept of the one that it has pushed out of the last ones."""
+    def after(self, before: TrainState, state: TrainState) -> None:
+        """After an iteration: drops what is not kept of the one that it has pushed out of the last ones, and of the one that
+        was the best before it."""
         if self.config.keep_last is not None:
-            for part in list(self.droppable([iteration - self.config.keep_last], iteration)):
+            pushed = {state.iteration - self.config.keep_last, *([before.best.iteration] if before.best else [])}
+            for part in list(self.droppable(sorted(pushed), state)):
                 drop(self.run.store, part)
 
     def _kept_elsewhere(self, ref: ArtifactRef, iteration: int) -> bool:
@@ -85,7 +88,7 @@ class Retention:
             other = find_run(self.run.store, name)
             if other is None:  # a fork that is just being made needs what its states name
                 return True
-            return kept_whole(other.config.retention, iteration, other.iterations()[-1])
+            return kept_whole(other.config.retention, iteration, other.last())
         except (StoreError, ConfigError):  # a run that cannot be read keeps everything
             return True
 
@@ -98,6 +101,6 @@ def drop(store: Store, part: Part) -> None:
 
 def all_droppable(run: Run) -> Iterator[Part]:
     """Of all iterations of a run."""
-    iterations = run.iterations()
-    if run.config.retention.keep_last is not None and iterations:
-        yield from Retention(run).droppable(iterations, iterations[-1])
+    last = run.last()
+    if run.config.retention.keep_last is not None and last is not None:
+        yield from Retention(run).droppable(run.iterations(), last)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from flows.runs.best import check_best
 from flows.runs.functions import check_function, function_files
 from flows.runs.inputs import import_files, input_files, read_config, recipes_of
 from flows.runs.run import Run, changed, create, find_run, lease_key, open_run, require_same
@@ -49,6 +50,7 @@ def start(request: Request, check: Check) -> Run:
     run, config = _resumed(store, request) if request.source is None else _made(store, request, check)
     run = changed(run, _overrides(config, request.overrides).values_set())
     check_device(run.config.execution)
+    check_best(run.config)
     return run
 
 
@@ -79,6 +81,7 @@ def _made(store: Store, request: Request, check: Check) -> tuple[Run, RunConfig]
         return run, config
     overrides = _overrides(config, request.overrides)
     check_device(overrides.execution)
+    check_best(config)
     found = check(config, files)
     _require_writable(store)
     return _create(store, name, config, files, recipes, found), config

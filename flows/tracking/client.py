@@ -33,6 +33,7 @@ import mlflow
 from mlflow.entities import Experiment, Metric, Param
 from mlflow.exceptions import MlflowException
 
+from flows.runs.best import best_of
 from flows.runs.run import Run
 from flows.store.store import Store
 from flows.tracking.tracking_uri import folder_of
@@ -82,8 +83,8 @@ class Client:
             ended = max(self.run.store.manifest(ref).created for ref in state.artifacts.values())
             self.client.set_terminated(self.run_id, end_time=_milliseconds(ended))
             self._register(state, "last")
-            if (best := self._best()) is not None:
-                self._register(best, "best")
+            if (best := best_of(self.run)) is not None:
+                self._register(self.run.state(best.iteration), "best")
 
     def _find(self) -> str | None:
         """The MLflow run that mirrors this one, by its tags."""
@@ -169,16 +170,6 @@ class Client:
             with tempfile.TemporaryDirectory() as folder:
                 film = shutil.copy(self.run.store.file(evaluation.ref, EPISODE_FILM), Path(folder) / f"{name}.gif")
                 self.client.log_artifact(self.run_id, film, "films")
-
-    def _best(self) -> TrainState | None:
-        """The state with the greatest value of the metric that the config names, the latest of several."""
-        kind = self.run.config.kind
-        name = self.run.config.tracking.best or {"language": "evaluate/gold", "control": "evaluate/episode_return"}[kind]
-        states = [state for state in self.run.states() if name in state.metrics]
-        if not states and self.run.config.tracking.best:
-            raise TrackingError(f"tracking.best: no iteration has a metric {name!r}; it has "
-                                f"{', '.join(sorted(self.run.last().metrics))}")
-        return max(states, key=lambda state: (state.metrics[name], state.iteration), default=None)
 
     def _register(self, state: TrainState, alias: str) -> None:
         """The actor as a version of the run's registered model, with that alias; the weights stay in the store."""

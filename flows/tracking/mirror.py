@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 
 from flows.orchestration import page
+from flows.runs.best import check_best
 from flows.runs.run import Run, lease_key
 from flows.store.lease import lease
 from flows.tracking.tracking_uri import tracking_uri
@@ -30,6 +31,7 @@ PATIENCE = 30.0  # seconds that the end of a run waits for the mirror
 
 def sync(run: Run) -> int:
     """Brings MLflow to all that the run has, however long that takes; how many states. Raises `TrackingError`."""
+    check_best(run.config)
     last = run.last()
     if last is None:
         raise ConfigError(f"run {run.name!r} is not prepared yet; go on with baton train")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from schemas.errors import ConfigError
@@ -132,8 +132,8 @@ def _inject(module: PreTrainedModel, config: peft.LoraConfig) -> None:
         module.score.weight.requires_grad_(True)
 
 
-def merged(module: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors of a module without adapter that computes the same: W₀ + (α/r)·B·A."""
+def merged(module: PreTrainedModel) -> PreTrainedModel:
+    """A module without adapter that computes the same, its weights W₀ + (α/r)·B·A."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     whole = copy.deepcopy(module)
@@ -142,4 +142,5 @@ def merged(module: PreTrainedModel) -> dict[str, Tensor]:
             part.merge()
             parent, _, last = name.rpartition(".")
             setattr(whole.get_submodule(parent), last, part.get_base_layer())
-    return whole.state_dict()
+    del whole.base_model.peft_config
+    return whole
