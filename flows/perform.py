@@ -19,7 +19,7 @@ from schemas.artifacts import Produced, StageCall
 from schemas.errors import ConfigError, NonFiniteError
 from schemas.records import first_finding
 from schemas.stages import STAGES
-from stages.ops.device import Device
+from stages.ops.device import Device, keep_freed_memory
 
 
 def perform(call: StageCall, store: Store, warm: Warm, *, again: bool = False) -> Produced:
@@ -31,6 +31,7 @@ def perform(call: StageCall, store: Store, warm: Warm, *, again: bool = False) -
     if stage is None or stage.version != call.version:
         has = f"version {stage.version}" if stage else f"the stages {', '.join(STAGES[call.kind])}"
         raise ConfigError(f"call of {call.stage}, version {call.version}: this Baton has {has}; make the call with it")
+    keep_freed_memory()
     Device(call.execution.device).use_threads(call.execution.threads)
     task = kind_of(call.kind).tasks[call.stage]
     try:
