@@ -1,6 +1,7 @@
 """Models that are brought: what is refused before the run exists, and in which words; what is let in, and how it is used."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +14,26 @@ from transformers import AutoModel
 
 from flows.cli.main import run_command
 from flows.language.check_model import check_model
-from flows.language.model_folders import load_causal, load_scalar, load_tokenizer, save_model
+from flows.language.model_folders import load_causal, load_scalar, load_tokenizer, save_model, scalar_over
 from flows.runs.run import open_run
 from flows.store.store import Store
 from schemas.artifacts import Recipe
 from schemas.errors import ConfigError
 from schemas.language import RolloutConfig
-from schemas.tables import Rollouts
+from schemas.settings import GAEConfig, KLConfig, PPOConfig
+from schemas.tables import Rewards, Rollouts
+from stages.gae import gae as gae_stage
 from stages.ops import token_logprobs
 from stages.ops.abilities import Abilities, abilities
+from stages.ops.language_learner import LanguageModelLearner
 from stages.ops.language_model import LanguageModel
 from stages.ops.prompts import completed, tokenize
 from stages.ops.sampling import ModelSampler, respond
 from stages.ops.scalar_head import ScalarHead
 from stages.ops.token_logprobs import score_tokens
+from stages.ppo import ppo as ppo_stage
+from stages.reference import reference as reference_stage
+from stages.value import value as value_stage
 
 
 @pytest.fixture
@@ -178,9 +185,17 @@ SIZED = {  # families that have other names for their sizes, or are slow by defa
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64}, "xglm": {"d_model": 32, "ffn_dim": 64}, "bart": {"d_model": 32},
     "ctrl": {"n_embd": 32, "dff": 64}, "codegen": {"n_embd": 32, "n_head": 4, "rotary_dim": 4, "n_ctx": 128},
     "gptj": {"rotary_dim": 4}, "olmoe": {"num_experts": 4, "num_experts_per_tok": 2}, "jamba": {"num_hidden_layers": 4},
-    "qwen3_5_text": {"num_hidden_layers": 4}}
+    "qwen3_5_text": {"num_hidden_layers": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
+                         "mamba_chunk_size": 8, "shared_intermediate_size": 32, "num_local_experts": 4,
+                         "num_experts_per_tok": 2},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+    "gemma4_text": {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8,
+                    "vocab_size_per_layer_input": 293, "num_kv_shared_layers": 0}}
 RIGHT_BUT_SLOWER = {  # docs/field.md counts the others
-    "mamba": Abilities(caches=False, trims=False), "jamba": Abilities(caches=False, trims=False),
+    "mamba": Abilities(caches=False, trims=False), "mamba2": Abilities(caches=False, trims=False),
+    "granitemoehybrid": Abilities(trims=False), "jamba": Abilities(caches=False, trims=False),
     "rwkv": Abilities(False, False, False), "recurrent_gemma": Abilities(False, False, False),
     "bart": Abilities(False, False, False), "falcon_h1": Abilities(trims=False), "qwen3_5_text": Abilities(trims=False)}
 FAMILIES = {family: SIZED.get(family, {}) for family in (*PLAIN, *SIZED)}
@@ -216,6 +231,45 @@ def test_sampled_and_scored_logprobs_are_those_of_a_plain_pass(family, monkeypat
     for found in (rollouts.logprobs, scored, score_tokens(model, rollouts, 1.0, "test")):
         for row, expected in enumerate(plain_logprobs(module, rollouts)):
             np.testing.assert_allclose(found[row], expected, atol=1e-5)
+
+
+@torch.inference_mode()
+def plain_values(critic, rollouts: Rollouts) -> list[np.ndarray]:
+    """Of each response by a pass over its row alone: V before each of its tokens, and after the last."""
+    found = []
+    for prompt, response in zip(rollouts.prompt_tokens, rollouts.response_tokens, strict=True):
+        ids = torch.tensor(np.concatenate([prompt, response]).astype(np.int64))[None]
+        hidden = critic.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        found.append(critic.score(hidden)[0, len(prompt) - 1 :, 0].numpy())
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_through_two_iterations(family):
+    """Rollout to update, twice: logprobs of actor and reference, and values, are those of plain passes each time."""
+    tokenizer = make_tokenizer()
+    modules = [make_model(family, tokenizer=tokenizer, **FAMILIES[family]) for _ in range(3)]
+    actor, reference, causal = (LanguageModel(module, tokenizer, micro_batch_tokens=64, abilities=abilities(module))
+                                for module in modules)
+    critic = replace(causal, module=scalar_over(causal.module).eval())
+    config = PPOConfig(epochs=1, minibatches=2, learning_rate=1e-2)
+    learner = LanguageModelLearner(actor, critic, config, 1.0)
+    for iteration in range(2):
+        rollouts = respond(ModelSampler(actor), PROMPTS[:4], np.arange(4), RolloutConfig(max_new_tokens=6),
+                           seed=iteration, progress="test")
+        scored, values = reference_stage(reference, rollouts, temperature=1.0), value_stage(critic, rollouts)
+        for found, module in ((rollouts.logprobs, actor.module), (scored.logprobs, reference.module)):
+            for one, expected in zip(found, plain_logprobs(module, rollouts), strict=True):
+                np.testing.assert_allclose(one, expected, atol=1e-5)
+        for one, last, expected in zip(values.values, values.bootstrap, plain_values(critic.module, rollouts), strict=True):
+            np.testing.assert_allclose([*one, last], expected, atol=1e-5)
+        score = rollouts.response_tokens.lengths.astype(np.float32)
+        rewards = Rewards(row_id=rollouts.row_id, raw_score=score, score=score, components={"length": score})
+        advantages = gae_stage(rollouts, scored, rewards, values, GAEConfig(), KLConfig(), kl_coef=0.05)
+        metrics = ppo_stage(learner, rollouts, values, advantages, config, seed=iteration)
+        assert metrics.steps == 2 and metrics.grad_norm_actor > 0 and metrics.grad_norm_critic > 0
+    moved = [abs(a - b).max() for a, b in zip(rollouts.logprobs, scored.logprobs, strict=True)]
+    assert max(moved) > 1e-4 and any(values.values.values != 0)
 
 
 @pytest.mark.parametrize("family", [
@@ -376,5 +430,9 @@ def test_what_older_versions_of_transformers_saved_beside_the_weights_is_left_ov
 
 def test_docs_count_the_families_that_are_held_to_a_plain_pass():
     text = (Path(__file__).parents[1] / "docs" / "field.md").read_text(encoding="utf-8")
-    assert (len(FAMILIES), len(FAMILIES) - len(RIGHT_BUT_SLOWER)) == (42, 35)
-    assert "Forty-two families are held to a plain pass" in text and "Thirty-five go the fast way" in text
+    assert (len(FAMILIES), len(FAMILIES) - len(RIGHT_BUT_SLOWER)) == (46, 37)
+    assert "Forty-six families are held to a plain pass" in text and "Thirty-seven go the fast way" in text
+    models = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    fast, *slower = [line for line in models.splitlines() if line.startswith(("| fast", "| rows of", "| padded"))]
+    assert {*re.findall("`([a-z0-9_]+)`", fast)} == {*FAMILIES} - {*RIGHT_BUT_SLOWER}
+    assert {*re.findall("`([a-z0-9_]+)`", "".join(slower))} == {*RIGHT_BUT_SLOWER}
