@@ -204,12 +204,15 @@ class PPOConfig(Settings):
 class ExecutionConfig(Settings):
     """Where and how fast; not part of any identity. Recorded with every artifact, and used again by resume and rerun."""
 
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where models run; of several GPUs, CUDA_VISIBLE_DEVICES chooses the one."""
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    """Where models run; auto: cuda where torch finds one. Of several GPUs, CUDA_VISIBLE_DEVICES chooses the one."""
     threads: PositiveInt | None = None
     """CPU threads of torch; null takes the cores there are. The last bits of results depend on it."""
     micro_batch_tokens: PositiveInt = 4096
     """The most tokens, padding included, in one forward or backward pass."""
+    gradient_checkpointing: bool = False
+    """Whether an update computes each layer once more in the backward pass instead of keeping what it needs of it: less
+    memory, and about a third more time; the same bytes."""
     generation_batch_size: PositiveInt = 256
     """The most responses generated side by side."""
     concurrent_stages: PositiveInt = 1

@@ -1,15 +1,22 @@
-"""The output head in chunks: the same numbers and gradients, and no more logits at once than allowed."""
+"""What costs memory in an update: logits in chunks and layers computed once more, to the same numbers and gradients."""
 
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from brought import make_model, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from schemas.language import LoRAConfig
+from schemas.tables import Ragged
 from stages.ops import token_logprobs
 from stages.ops.language_learner import Responses
+from stages.ops.language_model import LanguageModel
+from stages.ops.lora import add_adapter
+from stages.ops.sequences import make_batch
 
 
 class Largest(TorchDispatchMode):
@@ -62,3 +69,27 @@ def test_no_more_logits_than_allowed_are_in_memory_at_once(tiny_model, rollouts,
     with Largest(vocabulary) as parts:
         losses(tiny_model, rollouts, "gradient")
     assert parts.size == 2 * column
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_layers_computed_once_more_give_the_same_gradients(family, adapters, rollouts):
+    """To the bit, with fewer numbers kept for the backward pass; sampling and its cache are as before."""
+    sizes = {"gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4}, "gemma2": {"head_dim": 8}}
+    module = make_model(family, **sizes.get(family, {}))
+    if adapters:
+        add_adapter(module, LoRAConfig(rank=2), seed=0)
+    found = []
+    for recompute in (False, True):
+        model, kept = LanguageModel(copy.deepcopy(module), make_tokenizer(), recompute=recompute), []
+        tokens = [Ragged.from_rows([row % 200 for row in part], np.int32)
+                  for part in (rollouts.prompt_tokens, rollouts.response_tokens)]
+        batch = make_batch(*tokens, rollouts.row_id, model.pad_id, torch.device("cpu"))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            logprobs, _ = token_logprobs.token_logprobs(model, batch, 1.0)
+        logprobs.sum().backward()
+        gradients = [p.grad for p in model.module.parameters() if p.requires_grad and p.grad is not None]
+        assert not any(part.training for part in model.module.modules())
+        found.append((logprobs, torch.cat([g.flatten() for g in gradients]), sum(kept)))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert found[1][2] < 0.7 * found[0][2]

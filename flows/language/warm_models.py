@@ -194,7 +194,8 @@ class WarmModels:
         tokenizer = load_tokenizer(home, needs_eos=not brought)
         module.config.pad_token_id = tokenizer.pad_token_id
         return LanguageModel(module, tokenizer, micro_batch_tokens=execution.micro_batch_tokens,
-                             generation_batch_size=execution.generation_batch_size, base=base and _name(base),
+                             generation_batch_size=execution.generation_batch_size,
+                             recompute=execution.gradient_checkpointing, base=base and _name(base),
                              abilities=Abilities() if brought else abilities(module))
 
     def _whole(self, ref: ModelRef, load: Load) -> PreTrainedModel:

@@ -122,10 +122,11 @@ def environment(execution: ExecutionConfig) -> Environment:
     """What this process makes artifacts with."""
     from stages.ops.device import Device  # torch: not before something is made
 
+    device = Device(execution.device)
     return Environment(
         packages={package: _version(package) for package in PACKAGES}, python=platform.python_version(),
-        device=execution.device, device_name=Device(execution.device).description, threads=execution.threads or 0,
-        execution=execution.model_dump(mode="json"))
+        device=device.name, device_name=device.description, threads=execution.threads or 0,
+        execution=execution.model_dump(mode="json") | {"device": device.name})
 
 
 @cache

@@ -135,7 +135,7 @@ def _overrides(config: RunConfig, overrides: Overrides) -> Overrides:
 
 def check_device(execution: ExecutionConfig) -> None:
     """Raises `ConfigError` if torch does not have the device here."""
-    if execution.device == "cpu":
+    if execution.device in ("cpu", "auto"):
         return
     from stages.ops.device import Device
 

@@ -17,6 +17,11 @@ class Device:
     """A device of torch."""
 
     name: str = "cpu"
+    """`auto` becomes the one that torch finds."""
+
+    def __post_init__(self) -> None:
+        if self.name == "auto":
+            object.__setattr__(self, "name", "cuda" if torch.cuda.is_available() else "cpu")
 
     @property
     def torch(self) -> torch.device:

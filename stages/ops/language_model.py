@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from schemas.tables import Rollouts
@@ -33,6 +35,8 @@ class LanguageModel:
     generation_batch_size: int = 256
     abilities: Abilities = Abilities()
     """What may be done with the network; found when it is loaded."""
+    recompute: bool = False
+    """Whether the backward pass computes each layer once more, instead of keeping what it needs of it."""
     base: str | None = None
     """Where the weights are that an adapter is over, if only that is trained and saved."""
 
@@ -42,15 +46,37 @@ class LanguageModel:
 
     def hidden(self, batch: Batch) -> Tensor:
         """(b, P + R, H): the body's last hidden states."""
-        return self.module.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                                      position_ids=batch.position_ids, use_cache=False).last_hidden_state
+        with self._recomputed():
+            return self.module.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+                                          position_ids=batch.position_ids, use_cache=False).last_hidden_state
 
     def response_logits(self, batch: Batch) -> Tensor:
         """(b, R, V), at the positions that predict response tokens; the head runs nowhere else."""
-        return self.module(
-            input_ids=batch.input_ids[:, :-1], attention_mask=batch.attention_mask[:, :-1],
-            position_ids=batch.position_ids[:, :-1], logits_to_keep=batch.response_ids.shape[1], use_cache=False,
-        ).logits[:, -batch.response_ids.shape[1] :]  # some families know no logits_to_keep
+        with self._recomputed():
+            return self.module(
+                input_ids=batch.input_ids[:, :-1], attention_mask=batch.attention_mask[:, :-1],
+                position_ids=batch.position_ids[:, :-1], logits_to_keep=batch.response_ids.shape[1], use_cache=False,
+            ).logits[:, -batch.response_ids.shape[1] :]  # some families know no logits_to_keep
+
+    @contextmanager
+    def _recomputed(self) -> Iterator[None]:
+        """Inside it layers keep no more than their inputs for the backward pass, if that is asked for.
+
+        transformers does that of layers in training mode; theirs alone, since dropout is off.
+        """
+        if not (self.recompute and torch.is_grad_enabled() and self.module.supports_gradient_checkpointing):
+            yield
+            return
+        self.module.gradient_checkpointing_enable({"use_reentrant": False})
+        layers = [layer for layer in self.module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+            self.module.gradient_checkpointing_disable()
 
     def score(self, hidden: Tensor) -> Tensor:
         """(…, H) to (…,) float32: the scalar head."""

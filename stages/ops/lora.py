@@ -128,6 +128,7 @@ def _inject(module: PreTrainedModel, config: peft.LoraConfig) -> None:
                          if type(part).__name__ in ("Linear", "Conv1D")})
         raise ConfigError(f"lora.target_modules={config.target_modules}: {' '.join(str(error).split())} Linear layers are "
                           f"{', '.join(linear)}") from None
+    module.eval()  # new layers are in training mode
     if hasattr(module, "score"):
         module.score.weight.requires_grad_(True)
 
