@@ -205,3 +205,19 @@ def test_what_is_no_model_is_recorded_as_before_there_were_any():
                                             "reward": {"components": {"a": {"source": "org/rm@main"}}}, "value": {
                                                 "start": "actor"}})
     assert config.models == {"base_model": "m", "reward.a": "org/rm@main"} and config.functions == {}
+
+
+def test_old_rollouts_under_another_reward_model(scored, tmp_path, capsys, monkeypatch):
+    """It is looked for below this folder; one with two labels is refused."""
+    _, run = scored
+    monkeypatch.chdir(tmp_path)
+    write_scorer(tmp_path / "other", "qwen2")
+    write_scorer(tmp_path / "two", labels=2)
+    arguments = ["stage", "reward", run.name, "--iteration", "1", "--store", run.store.uri, "--json", "--set"]
+    assert run_command([*arguments, "reward.components={other: {source: other}}"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["verdict"] == "new" and "component_other" in answer["metrics"]
+    assert run_command([*arguments, "reward.components={two: {source: two}}"]) == 2
+    assert "has 2 labels" in capsys.readouterr().err
+    assert run_command([*arguments, "reward.components={nothing: {source: nothing}}"]) == 2
+    assert "reward.components.nothing.source: 'nothing' is no folder" in capsys.readouterr().err

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -19,7 +18,7 @@ from transformers import (
 )
 
 from flows.language.model_files import check_model_files
-from flows.language.model_folders import SAFE, load_tokenizer, require_all_weights
+from flows.language.model_folders import SAFE, load_tokenizer, require_all_weights, require_one_label
 from schemas.errors import ConfigError
 from schemas.language import ComponentConfig, LoRAConfig
 from schemas.metrics import BroughtModelMetrics, BroughtScorerMetrics
@@ -69,7 +68,8 @@ def check_scorer(
     with _named(setting, place):
         check_model_files(place)
         tokenizer = load_tokenizer(place, needs_eos=False)
-        module = _loaded(AutoModelForSequenceClassification, place, labels=1)
+        require_one_label(place)
+        module = _loaded(AutoModelForSequenceClassification, place)
         _require_tokens_fit(module, tokenizer)
         if part is not None:
             if part.chat_template and tokenizer.chat_template is None:
@@ -94,26 +94,12 @@ def _named(setting: str, place: Path) -> Iterator[None]:
         raise ConfigError(f"{setting}: {place} cannot be read as a model: {reason}") from None
 
 
-def _loaded(kind: Any, place: Path, labels: int | None = None) -> PreTrainedModel:
+def _loaded(kind: Any, place: Path) -> PreTrainedModel:
     """All its weights, in float32. Raises `ConfigError` with transformers' own report."""
-    if labels is not None:
-        _require_labels(place, labels)
     module, report = kind.from_pretrained(
         place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE)
     require_all_weights(place, report)
     return module
-
-
-def _require_labels(place: Path, labels: int) -> None:
-    """Raises `ConfigError` where a folder holds no sequence classifier with so many labels."""
-    config = AutoConfig.from_pretrained(place, local_files_only=True)
-    kinds = config.architectures or ["nothing"]
-    if not any("SequenceClassification" in kind for kind in kinds):
-        raise ConfigError(f"holds {kinds[0]}, expected a sequence classifier with one label (a folder that "
-                          "AutoModelForSequenceClassification has saved): without its head the scores would be random")
-    if config.num_labels != labels:
-        raise ConfigError(f"has {config.num_labels} labels ({', '.join(map(str, config.id2label.values()))}), expected one: "
-                          "a score; a function can make one of several (file.py:function)")
 
 
 def _require_tokens_fit(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

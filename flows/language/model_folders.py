@@ -64,10 +64,23 @@ def load_scalar(folder: Path) -> PreTrainedModel:
 
 def load_classifier(folder: Path) -> PreTrainedModel:
     """A sequence classifier as it was saved, with one label, in float32. Raises `ConfigError` if weights are missing."""
+    require_one_label(folder)
     model, report = AutoModelForSequenceClassification.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, **SAFE)
     require_all_weights(folder, report)
     return _own_memory(model)
+
+
+def require_one_label(folder: Path) -> None:
+    """Raises `ConfigError` where the folder holds no sequence classifier, or one with several labels."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    kinds = config.architectures or ["nothing"]
+    if not any("SequenceClassification" in kind for kind in kinds):
+        raise ConfigError(f"holds {kinds[0]}, expected a sequence classifier with one label (a folder that "
+                          "AutoModelForSequenceClassification has saved): without its head the scores would be random")
+    if config.num_labels != 1:
+        raise ConfigError(f"has {config.num_labels} labels ({', '.join(map(str, config.id2label.values()))}), expected one: "
+                          "a score; a function can make one of several (file.py:function)")
 
 
 def _has_classifier(config: PretrainedConfig) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from flows.runs.kind import Chain
 from flows.runs.run import Run, changed, lease_key, record_key, remove_states, run_names
-from flows.runs.start import with_new_functions
+from flows.runs.start import with_new_inputs
 from flows.store.lease import working_on
 from flows.store.store import attempt_of
 from schemas.artifacts import ModelRef, RunRecord, TrainState, check_name
@@ -45,7 +45,7 @@ def fork(parent: Run, at: int, name: str, settings: Iterable[str], chain_of: Cal
 
 def _made(run: Run, parent: Run, state: TrainState, name: str, chain_of: Callable[[Run], Chain]) -> Run:
     """The run, its record written last: with it the run is there, and retention keeps what it needs."""
-    run = with_new_functions(run, parent)
+    run = with_new_inputs(run, parent)
     first = chain_of(run).forked(parent, state)
     record = RunRecord(name=name, config=run.config.model_dump(mode="json"), inputs=run.inputs,
                        parent=f"{parent.name}@{state.iteration}", created=now())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flows.runs.best import check_best
 from flows.runs.functions import check_function, function_files
-from flows.runs.inputs import import_files, input_files, read_config, recipes_of
+from flows.runs.inputs import import_files, input_files, model_files, read_config, recipes_of, setting_of
 from flows.runs.run import Run, changed, create, find_run, lease_key, open_run, require_same
 from flows.store.lease import working_on
 from flows.store.store import Store
@@ -105,9 +105,9 @@ def _create(
         return create(store, name, config, import_files(store, config.execution, files, recipes, found))
 
 
-def with_new_functions(run: Run, recorded: Run) -> Run:
-    """The run with the functions imported that its settings name and those of `recorded` did not; files are looked for below
-    this folder.
+def with_new_inputs(run: Run, recorded: Run) -> Run:
+    """The run with the functions and reward models imported that its settings name and those of `recorded` did not; they are
+    looked for below this folder.
 
     Raises `ConfigError`, also where a setting names another preset, other data, another base model or environment: those
     belong to a run.
@@ -120,6 +120,10 @@ def with_new_functions(run: Run, recorded: Run) -> Run:
         if recorded.config.functions.get(role) != source:
             files[role] = function_files(source, Path.cwd())
             check_function(source, files[role])
+    there = getattr(recorded.config, "models", {})
+    for role, source in getattr(run.config, "models", {}).items():
+        if there.get(role) != source:
+            files[role] = model_files(setting_of(role), source, Path.cwd())
     imported = import_files(run.store, run.config.execution, files, recipes_of(files))
     return replace(run, record=run.record.model_copy(update={"inputs": run.inputs | imported}))
 
