@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flows.chains import chain_of
+from flows.chains import chain_of, check_new
 from flows.runs.run import Run, changed
 from flows.runs.start import with_new_inputs
 from schemas.artifacts import StageCall
@@ -17,5 +17,5 @@ def call_again(recorded: Run, stage: str, iteration: int, settings: Iterable[str
     """
     manifest = recorded.store.find(recorded.recorded(stage, iteration))
     overrides = {"execution": manifest.environment.execution} if manifest else {}
-    run = with_new_inputs(changed(recorded, overrides, settings), recorded)
+    run = with_new_inputs(changed(recorded, overrides, settings), recorded, check_new)
     return chain_of(run).again(stage, recorded, iteration)

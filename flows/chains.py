@@ -33,6 +33,11 @@ def warm_of(kind: Kind, store: Store, execution: ExecutionConfig) -> Warm:
     return kind_of(kind).warm(store, execution)
 
 
+def check_new(config: RunConfig, files: dict[str, list[Path]]) -> None:
+    """Reads functions and models that settings name which the run was not made with. Raises `ConfigError`."""
+    kind_of(config.kind).check_new(config, files)
+
+
 def check_inputs(config: RunConfig, files: dict[str, list[Path]]) -> dict[str, Metrics]:
     """Reads all that a new run is made of before it is imported; what was found out, by role. Raises `ConfigError`."""
     return kind_of(config.kind).check(config, files)

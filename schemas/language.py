@@ -156,6 +156,8 @@ class ComponentConfig(Settings):
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> Self:
+        if not self.source.strip():
+            raise ValueError("source is empty; name reward_model, a model, file.py:function, or a server")
         if self.kind != "model" and (set_ := sorted(self.model_fields_set & OF_A_MODEL)):
             raise ValueError(f"{set_[0]} is about a model that is brought, and source={self.source!r} is none; remove it")
         return self

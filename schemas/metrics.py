@@ -61,6 +61,8 @@ class BroughtScorerMetrics(Metrics):
     """Numbers of the model, shared ones once."""
     vocab_size: int
     """Entries of its tokenizer."""
+    embeddings: int
+    """Token ids that it has."""
     max_tokens: int | None
     """The most tokens of a text; none where it has no limit."""
 

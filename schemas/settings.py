@@ -324,6 +324,11 @@ class RunConfig(Settings):
         raise NotImplementedError
 
     @property
+    def models(self) -> dict[str, str]:
+        """Role → source of every model that it names."""
+        return {}
+
+    @property
     def best_metric(self) -> str:
         """By which the best iteration is found."""
         return self.tracking.best or {"language": "evaluate/gold", "control": "evaluate/episode_return"}[self.kind]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from brought import PROMPTS, change_json, make_model, make_tokenizer, write_brought
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from flows.cli.main import run_command
@@ -98,6 +99,21 @@ def test_what_is_too_long_is_cut_and_counted(tmp_path, side):
         assert other == (one[-20:] if side == "left" else one[:20])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_cut_text_keeps_the_tokens_that_its_tokenizer_puts_around_it(tmp_path, side):
+    """As transformers cuts it."""
+    tokenizer = own_tokenizer(None)
+    around = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|bos|>", "<|eos|>")]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<|bos|> $A <|eos|>", special_tokens=around)
+    folder = write_scorer(tmp_path / "rm", "bert", tokenizer)
+    found = scorer(folder, max_tokens=12, truncation=side)(texts())
+    theirs = AutoTokenizer.from_pretrained(folder, truncation_side=side)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        if "<|" not in response:
+            ids = theirs(prompt + response, truncation=True, max_length=12)["input_ids"]
+            assert ids[-1] == theirs.eos_token_id and found[row] == pytest.approx(plain(folder, ids), abs=1e-5)
+
+
 def test_as_many_tokens_as_model_and_tokenizer_take(tmp_path):
     folder = write_scorer(tmp_path / "rm", max_position_embeddings=30)
     assert max(map(len, scorer(folder).read(texts()).tokens)) == 30
@@ -170,6 +186,8 @@ def test_where_it_lies_does_not_decide(scored, tmp_path, capsys):
      "reward.components.rm.source: {rm}: its chat template cannot render a user's and an assistant's turn: only one turn; "
      "set chat_template: false, or change its chat_template.jinja"),
     (lambda folder: change_json(write_scorer(folder / "rm") / "config.json", hidden_size=64), "mismatched"),
+    (lambda folder: write_scorer(folder / "rm", tokenizer=own_tokenizer("{{ strftime_now('%Y') }}")),
+     "reward.components.rm.source: {rm}: the tokenizer's chat template calls strftime_now"),
 ])
 def test_what_cannot_score_is_refused_before_anything_is_imported(tmp_path, capsys, change, said):
     folder = write_brought(tmp_path / "case", reward={"components": {"rm": {"source": "rm"}}}, gae={"estimator": "rloo"},
@@ -180,12 +198,64 @@ def test_what_cannot_score_is_refused_before_anything_is_imported(tmp_path, caps
     assert not list((tmp_path / "store").rglob("manifest.json"))
 
 
-def test_a_critic_with_another_tokenizer_is_refused(tmp_path, capsys):
+def test_more_tokens_than_a_model_takes_are_refused(tmp_path, capsys):
+    folder = write_brought(tmp_path / "case", reward={"components": {"rm": {"source": "rm", "max_tokens": 500}}})
+    write_scorer(folder / "rm")
+    assert run_command(["train", str(folder), "--store", str(tmp_path / "store")]) == 2
+    assert "max_tokens=500: it takes 128; lower it, or leave it out" in capsys.readouterr().err
+
+
+def test_a_critic_with_fewer_positions_decides_how_long_a_prompt_may_be(tmp_path, capsys):
     folder = write_brought(tmp_path / "case", value={"start": "critic"})
+    write_scorer(folder / "critic", "llama", make_tokenizer(), max_position_embeddings=10)
+    assert run_command(["train", str(folder), "--store", str(tmp_path / "store")]) == 2
+    assert "the model's context of 10 leaves 2 beside 8 for the response" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("component", ["length", "critic"])
+def test_a_critic_with_another_tokenizer_is_refused(tmp_path, capsys, component):
+    folder = write_brought(tmp_path / "case", value={"start": "critic"},
+                           reward={"components": {component: {"source": "rewards.py:score"}}})
     write_scorer(folder / "critic")
     assert run_command(["train", str(folder), "--store", str(tmp_path / "store")]) == 2
     assert ("value.start: its tokenizer is not the base model's, and a critic reads the actor's tokens; set value.start: "
             "actor" in capsys.readouterr().err)
+
+
+def test_a_critic_of_ours_can_be_brought_back(tmp_path):
+    """Also one of a family that transformers has no classifier of."""
+    folder = write_brought(tmp_path / "first", make_model("granite"))
+    store = str(tmp_path / "store")
+    assert run_command(["train", str(folder), "--store", store, "--quiet"]) == 0
+    second = write_brought(tmp_path / "second", make_model("granite"), value={"start": "critic"})
+    assert run_command(["export", "first", str(second / "critic"), "--role", "critic", "--store", store, "--quiet"]) == 0
+    assert run_command(["train", str(second), "--store", store, "--quiet"]) == 0
+    first, again = (open_run(Store(store), name) for name in ("first", "second"))
+    assert again.state(0).critic.artifact == again.inputs["critic"]
+    assert again.store.manifest(again.inputs["critic"]).digests()["model/model.safetensors"] == (
+        first.store.manifest(first.state(1).critic.artifact).digests()["critic/model.safetensors"])
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_a_model_on_the_hub_is_recorded_with_its_commit(tmp_path, monkeypatch):
+    """From the hub's cache, which is all that there is of it without a network; exported adapters name it."""
+    cached = tmp_path / "hub" / "models--org--base"
+    folder = write_brought(tmp_path / "case", base_model={"source": "org/base"}, lora={"rank": 2})
+    (cached / "snapshots").mkdir(parents=True)
+    (folder / "model").rename(cached / "snapshots" / COMMIT)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    store = str(tmp_path / "store")
+    for _ in range(2):  # it is found again
+        assert run_command(["train", str(folder), "--store", store, "--quiet"]) == 0
+    assert open_run(Store(store), "case").config.base_model.source == f"org/base@{COMMIT}"
+    assert run_command(["export", "case", str(tmp_path / "out"), "--store", store, "--quiet"]) == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", COMMIT)
+    assert "base_model: org/base\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_model_that_is_nowhere(tmp_path, capsys):
@@ -211,7 +281,7 @@ def test_old_rollouts_under_another_reward_model(scored, tmp_path, capsys, monke
     """It is looked for below this folder; one with two labels is refused."""
     _, run = scored
     monkeypatch.chdir(tmp_path)
-    write_scorer(tmp_path / "other", "qwen2")
+    write_scorer(tmp_path / "other", hidden_size=16)
     write_scorer(tmp_path / "two", labels=2)
     arguments = ["stage", "reward", run.name, "--iteration", "1", "--store", run.store.uri, "--json", "--set"]
     assert run_command([*arguments, "reward.components={other: {source: other}}"]) == 0
@@ -219,5 +289,11 @@ def test_old_rollouts_under_another_reward_model(scored, tmp_path, capsys, monke
     assert answer["verdict"] == "new" and "component_other" in answer["metrics"]
     assert run_command([*arguments, "reward.components={two: {source: two}}"]) == 2
     assert "has 2 labels" in capsys.readouterr().err
+    changed = "reward.components.helpful.source"
+    assert run_command([*arguments, f"{changed}=other"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["verdict"] == "new"
+    fork = ["fork", run.name, "--at", "1", "--run", "forked", "--store", run.store.uri, "--quiet", "--set"]
+    assert run_command([*fork, f"{changed}=two"]) == 2 and "has 2 labels" in capsys.readouterr().err
     assert run_command([*arguments, "reward.components={nothing: {source: nothing}}"]) == 2
     assert "reward.components.nothing.source: 'nothing' is no folder" in capsys.readouterr().err

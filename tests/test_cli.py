@@ -50,7 +50,7 @@ def refused(example, tmp_path, capsys):
     ("evaluate.judge=:gold", "expected file.py:function"),
     ("reward.components={'A b': {source: reward_model}}", "reward.components"),
     ("execution.device=cuda", "torch finds no cuda here"),
-    ("execution.device=gpu", "execution.device: should be 'cpu' or 'cuda', found 'gpu'"),
+    ("execution.device=gpu", "execution.device: should be 'cpu', 'cuda' or 'auto', found 'gpu'"),
     ("evaluate.judge=grammar", "expected file.py:function or package.module:function"),
     ("evaluate.judge=no.such:thing", "no such module: no.such"),
     ("base_model={source: nowhere}", "is no folder"),

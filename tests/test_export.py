@@ -42,7 +42,7 @@ def logits(model):
 def trained_logits(store, run, role="actor", iteration=2):
     run = open_run(store, run)
     load = load_causal if role == "actor" else load_scalar
-    return logits(WarmModels(store, run.config.execution).adapted(getattr(run.state(iteration), role), load).module)
+    return logits(WarmModels(store, run.config.execution).own(getattr(run.state(iteration), role), load).module)
 
 
 def test_a_whole_model(trained, tmp_path, capsys):
@@ -76,11 +76,39 @@ def test_a_critic(trained, tmp_path):
                        trained_logits(trained, "whole", "critic"))
 
 
+def test_a_critic_that_is_still_the_actor_has_a_head_of_zeros(trained, tmp_path):
+    folder = exported(trained, tmp_path / "critic", "whole", "--role", "critic", "--iteration", "0")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert model.config.num_labels == 1 and not model.score.weight.any()
+    actor = AutoModelForCausalLM.from_pretrained(exported(trained, tmp_path / "actor", "whole", "--iteration", "0"))
+    assert torch.equal(model.model.embed_tokens.weight, actor.model.embed_tokens.weight)
+
+
+def test_here_and_what_lies_beside(trained, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here.partial").mkdir()
+    (tmp_path / "here.partial" / "mine").write_text("mine")
+    monkeypatch.chdir(tmp_path / "here")
+    exported(trained, ".", "whole")
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "here.partial"]
+    assert (tmp_path / "here.partial" / "mine").read_text() == "mine"
+
+
+def test_the_best(trained, tmp_path, capsys):
+    """By gold; of a metric that no iteration has there is none."""
+    run = open_run(trained, "whole")
+    exported(trained, tmp_path / "out", "whole", "--best")
+    assert json.loads(capsys.readouterr().out)["iteration"] == run.last().best.iteration
+    assert run_command(["export", "whole", str(tmp_path / "x"), "--store", trained.uri, "--best", "--iteration", "1"]) == 2
+    assert "--best: it names the iteration" in capsys.readouterr().err
+
+
 def test_a_critic_without_a_class_in_transformers(trained, tmp_path):
     merged = exported(trained, tmp_path / "merged", "granite", "--role", "critic", "--merge")
     hidden = load_scalar(merged).base_model(input_ids=IDS).last_hidden_state
     run = open_run(trained, "granite")
-    model = WarmModels(trained, run.config.execution).adapted(run.state(2).critic, load_scalar).module
+    model = WarmModels(trained, run.config.execution).own(run.state(2).critic, load_scalar).module
     torch.testing.assert_close(hidden, model.base_model(input_ids=IDS).last_hidden_state, rtol=1e-4, atol=1e-4)
     assert "load_scalar(folder)" in (merged / "README.md").read_text()
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import rewrite
 from control import write_control
 from test_stage import answer
 
@@ -206,6 +207,21 @@ def test_the_best_checkpoint_so_far_is_kept(five, tmp_path, capsys):
     assert baton(root, "gc", "--older-than", "0") == 0 and parts(root, "small", best[-1]) == ALL
     assert baton(root, "train", folder, "--quiet", "--iterations", "6", *setting[:1], "--set=retention.drop=actor") == 0
     assert open_run(Store(root), "small").state(6).best.metric == "evaluate/episode_return"  # another was asked for
+
+
+def test_the_best_of_a_run_whose_states_do_not_say_it_is_kept(own):
+    """As those of older formats."""
+    folder, root = own
+    for path in (root / "runs" / "small" / "iterations").iterdir():
+        rewrite(path, lambda data: (data.pop("best"), data.update(format_version=3)))
+    run = open_run(Store(root), "small")
+    values = [state.metrics.get("rollout/value_std", -1) for state in run.states()]
+    best = max(range(6), key=lambda i: (values[i], i))
+    assert best not in (0, 5)
+    setting = ("--set=retention.keep_last=1", "--set=tracking.best=rollout/value_std")
+    assert baton(root, "train", folder, "--quiet", "--iterations", "6", *setting) == 0
+    assert open_run(Store(root), "small").state(6).best.iteration == best
+    assert [i for i in range(1, 7) if parts(root, "small", i) == ALL] == [best, 6]
 
 
 def test_a_best_that_nothing_measures_is_refused(five, tmp_path, capsys):

@@ -110,16 +110,30 @@ def test_a_critic_begins_with_the_adapter_of_its_actor(tmp_path, family):
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     lora.save_adapter(adapted(), tmp_path / "adapter", "base")
-    with pytest.raises(ConfigError, match="not found in the base model"):
+    with pytest.raises(ConfigError, match="is no linear layer of the model"):
         lora.load_adapter(make_model("gpt_neox"), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "nothere"], ["embed_tokens"], ["q_proj", "embed_tokens"], ["norm"]])
+def test_only_linear_layers_that_are_there_are_adapted(targets):
+    with pytest.raises(ConfigError, match=r"is no linear layer of the model's body; there are down_proj"):
+        lora.add_adapter(make_model(), LoRAConfig(target_modules=targets), seed=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_a_critic_over_a_causal_model_is_where_its_body_is(family):
+    from flows.language.model_folders import scalar_over
+
+    body = make_model(family).to("meta")
+    assert {p.device.type for p in scalar_over(body).parameters()} == {"meta"}
 
 
 def test_a_target_that_is_not_there_is_refused_with_those_that_are(tmp_path, capsys):
     folder = write_brought(tmp_path / "case", lora={"target_modules": ["query"]})
     assert run_command(["train", str(folder), "--store", str(tmp_path / "store")]) == 2
     error = capsys.readouterr().err
-    assert "lora.target_modules=" in error and error.rstrip().endswith(
-        "Linear layers are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
+    assert error.rstrip().endswith("lora.target_modules: 'query' is no linear layer of the model's body; there are "
+                                   "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
     assert not list((tmp_path / "store").rglob("manifest.json"))
 
 
@@ -201,17 +215,20 @@ def test_the_trained_adapter_over_its_base_is_what_sampled(trained):
         np.testing.assert_allclose(found, expected.gather(-1, ids[0, len(prompt):, None])[:, 0], atol=1e-5)
 
 
-def test_all_roles_have_one_base_in_memory(trained):
+@pytest.mark.parametrize("scorers_first", [False, True])
+def test_all_roles_have_one_base_in_memory(trained, scorers_first):
     run = open_run(trained[1], "all")
     models, state = WarmModels(run.store, run.config.execution), run.state(2)
     before = run.state(1)
+    if scorers_first:
+        models.reward_model(state.reward_model), models.critic(state.critic)
     learner = models.take_learner(before.actor, before.critic, before.optimizer, run.config.ppo, 1.0,
                                   Adapters(run.config.lora, 0))
     roles = [learner.actor, learner.critic, models.actor(state.actor, READING), models.reference(state.reference),
              models.critic(state.critic), models.reward_model(state.reward_model)]
     weights = [{p.data_ptr() for name, p in role.module.base_model.named_parameters() if "lora_" not in name}
                for role in roles]
-    assert all(place == weights[0] for place in weights) and models.loaded <= 2
+    assert all(place == weights[0] for place in weights) and models.loaded == 1
     assert lora.trainable_parameters(learner.actor.module) < 0.5 * learner.actor.module.num_parameters()
 
 
@@ -227,10 +244,18 @@ def test_training_all_weights_leaves_what_is_warm(trained):
     assert all(p.requires_grad for network in learner.networks.values() for p in network.module.parameters())
 
 
-def test_another_rank_is_another_run(trained, capsys):
+@pytest.mark.parametrize("setting, said", [
+    ("lora.rank=2", "lora.rank=2: the adapter that is trained on has 4; make another run with it"),
+    ("lora.target_modules=[q_proj]", "lora.target_modules=('q_proj',): the adapter that is trained on has ['down_proj', "),
+    ("lora=null", "lora: what is trained on is an adapter, which is not trained in full; make another run")])
+def test_another_adapter_is_another_run(trained, capsys, setting, said):
     _, store = trained
-    assert run_command(["stage", "ppo", "plain", "--iteration", "2", "--store", store.uri, "--set", "lora.rank=2"]) == 2
-    assert "lora.rank=2: the adapter that is trained on has 4; make another run with it" in capsys.readouterr().err
+    assert run_command(["stage", "ppo", "plain", "--iteration", "2", "--store", store.uri, "--set", setting]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_fork_keeps_its_adapters(trained, capsys):
+    _, store = trained
     assert run_command(["fork", "plain", "--at", "1", "--run", "other", "--store", store.uri, "--set", "lora.rank=2"]) == 2
     assert "--set lora…: it was decided before the first iteration" in capsys.readouterr().err
 

@@ -255,10 +255,10 @@ def verify(run: str | None, root: str) -> Answer:
 @SETTINGS
 def fork(run: str, at: int, name: str, settings: tuple[str, ...], root: str) -> Answer:
     """A new run from an iteration of RUN. With other settings or the same; what came before is shared."""
-    from flows.chains import chain_of
+    from flows.chains import chain_of, check_new
     from flows.runs.fork import fork as fork_run
 
-    made = fork_run(open_existing(root, run), at, name, settings, chain_of)
+    made = fork_run(open_existing(root, run), at, name, settings, chain_of, check_new)
     data = {"run": made.name, "parent": made.record.parent}
     return Answer(data, lambda console: console.print(
         f"run {made.name}, forked from {made.record.parent}; baton train --run {made.name} goes on", highlight=False))
@@ -297,8 +297,11 @@ def export(
     from flows.language.export import export as export_model
     from flows.runs.best import best_of
 
-    found = best_of(what) if best else None
-    iteration = found.iteration if found else iteration
+    if best:
+        if (found := best_of(what)) is None:
+            raise ConfigError(f"--best: no iteration of run {run!r} has the metric {what.config.best_metric}; name another "
+                              "with --iteration")
+        iteration = found.iteration
     state = what.last() if iteration is None else what.state(iteration)
     if state is None:
         raise ConfigError(f"run {run!r} is not prepared yet; go on with baton train")

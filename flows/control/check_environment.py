@@ -18,3 +18,9 @@ def check(config: ControlConfig, files: dict[str, list[Path]]) -> dict[str, Metr
         function = load_function(config.environment.id, files["environment"])
     look_at(config.environment, function, config.execution.environment_timeout)
     return {}
+
+
+def check_new(config: ControlConfig, files: dict[str, list[Path]]) -> None:
+    """Functions that a run did not have when it was made. Raises `ConfigError`."""
+    for role, paths in files.items():
+        check_function(config.functions[role], paths)

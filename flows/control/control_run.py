@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from flows.control.check_environment import check
+from flows.control.check_environment import check, check_new
 from flows.control.control_chain import ControlChain
 from flows.control.control_tasks import TASKS
 from flows.control.warm_policies import WarmPolicies
 from flows.runs.kind import KindOfRun
 
-CONTROL = KindOfRun(chain=ControlChain, tasks=TASKS, warm=WarmPolicies, check=check)
+CONTROL = KindOfRun(chain=ControlChain, tasks=TASKS, warm=WarmPolicies, check=check, check_new=check_new)

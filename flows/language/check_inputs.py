@@ -12,7 +12,7 @@ from flows.runs.functions import check_function
 from flows.runs.inputs import COLUMNS, read_lines, setting_of
 from schemas.errors import ConfigError
 from schemas.language import LanguageConfig
-from schemas.metrics import Metrics
+from schemas.metrics import BroughtModelMetrics, BroughtScorerMetrics, Metrics
 from stages.base_model import train_tokenizer
 from stages.ops.prompts import render, require_fit, require_no_clock, tokenize
 
@@ -33,7 +33,10 @@ def check(config: LanguageConfig, files: dict[str, list[Path]]) -> dict[str, Met
                           "set it to false")
     if template:
         render(tokenizer, "x", template)
-        require_no_clock(tokenizer)
+        require_no_clock(tokenizer, "base_model.chat_template: false")
+    scorers = _scorers(config, files, tokenizer, found["base_model"].embeddings if found else config.base_model.vocab_size)
+    contexts = [context, scorers["critic"].max_tokens if "critic" in scorers else None]
+    context = min((each for each in contexts if each is not None), default=None)
     for role, lines in rows.items():
         where = str(files[role][0])
         if role in ("prompts", "heldout_prompts"):
@@ -43,20 +46,29 @@ def check(config: LanguageConfig, files: dict[str, list[Path]]) -> dict[str, Met
             for column in ("completion", "chosen", "rejected", "text"):
                 texts = [row.get("prompt", "") + row[column] for row in lines if column in row]
                 _require_fit(tokenizer, texts, template, context, 1, where)
-    return found | _scorers(config, files, tokenizer)
+    return found | scorers
+
+
+def check_new(config: LanguageConfig, files: dict[str, list[Path]]) -> None:
+    """Reward models and functions that a run did not have when it was made. Raises `ConfigError`."""
+    for role, paths in files.items():
+        if role in config.models:
+            check_scorer(setting_of(role), paths[0].parent, config.reward.components[role.removeprefix("reward.")])
+        else:
+            check_function(config.functions[role], paths)
 
 
 def _scorers(
-    config: LanguageConfig, files: dict[str, list[Path]], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Metrics]:
+    config: LanguageConfig, files: dict[str, list[Path]], tokenizer: PreTrainedTokenizerBase, embeddings: int
+) -> dict[str, BroughtScorerMetrics]:
     """What was found out about reward models and a critic that are brought. Raises `ConfigError`."""
     found = {}
     for role in config.models:
         if role != "base_model":
-            part = config.reward.components.get(role.removeprefix("reward."))
+            part = config.reward.components[role.removeprefix("reward.")] if role.startswith("reward.") else None
             setting = setting_of(role)
             theirs, found[role] = check_scorer(setting, files[role][0].parent, part)
-            if part is None and theirs.get_vocab() != tokenizer.get_vocab():
+            if part is None and (theirs.get_vocab() != tokenizer.get_vocab() or found[role].embeddings < embeddings):
                 raise ConfigError(f"{setting}: its tokenizer is not the base model's, and a critic reads the actor's "
                                   "tokens; set value.start: actor")
     return found
@@ -64,7 +76,7 @@ def _scorers(
 
 def _model(
     config: LanguageConfig, files: dict[str, list[Path]], rows: dict[str, list[dict[str, str]]]
-) -> tuple[PreTrainedTokenizerBase, int | None, dict[str, Metrics]]:
+) -> tuple[PreTrainedTokenizerBase, int | None, dict[str, BroughtModelMetrics]]:
     """The base model's tokenizer; its context in tokens, none where it has no limit; and what was found out about it."""
     if config.base_model.source is None:
         texts = (row["prompt"] + row["completion"] for row in rows["demonstrations"])

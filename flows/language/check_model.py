@@ -7,18 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from flows.language.model_files import check_model_files
-from flows.language.model_folders import SAFE, load_tokenizer, require_all_weights, require_one_label
+from flows.language.model_folders import SAFE, load_classifier, load_tokenizer, require_all_weights
 from schemas.errors import ConfigError
 from schemas.language import ComponentConfig, LoRAConfig
 from schemas.metrics import BroughtModelMetrics, BroughtScorerMetrics
@@ -44,7 +38,9 @@ def check_model(setting: str, place: Path, adapters: LoRAConfig | None = None) -
     with _named(setting, place):
         check_model_files(place)
         tokenizer = load_tokenizer(place)
-        module = _loaded(AutoModelForCausalLM, place)
+        module, report = AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE)
+        require_all_weights(place, report)
         _require_tokens_fit(module, tokenizer)
         found = abilities(module.eval())
     if adapters is not None:
@@ -68,8 +64,7 @@ def check_scorer(
     with _named(setting, place):
         check_model_files(place)
         tokenizer = load_tokenizer(place, needs_eos=False)
-        require_one_label(place)
-        module = _loaded(AutoModelForSequenceClassification, place)
+        module = load_classifier(place)
         _require_tokens_fit(module, tokenizer)
         if part is not None:
             if part.chat_template and tokenizer.chat_template is None:
@@ -79,7 +74,8 @@ def check_scorer(
         if part is None:
             abilities(module.eval())  # a critic reads each position
     return tokenizer, BroughtScorerMetrics(
-        parameters=module.num_parameters(), vocab_size=len(tokenizer), max_tokens=most)
+        parameters=module.num_parameters(), vocab_size=len(tokenizer),
+        embeddings=module.get_input_embeddings().num_embeddings, max_tokens=most)
 
 
 @contextmanager
@@ -92,14 +88,6 @@ def _named(setting: str, place: Path) -> Iterator[None]:
     except Exception as error:  # transformers raises whatever a broken file leads to
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"{setting}: {place} cannot be read as a model: {reason}") from None
-
-
-def _loaded(kind: Any, place: Path) -> PreTrainedModel:
-    """All its weights, in float32. Raises `ConfigError` with transformers' own report."""
-    module, report = kind.from_pretrained(
-        place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE)
-    require_all_weights(place, report)
-    return module
 
 
 def _require_tokens_fit(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

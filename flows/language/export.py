@@ -6,13 +6,14 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from flows.language.model_card import model_card
-from flows.language.model_folders import base_of, load_causal, load_scalar, load_tokenizer
+from flows.language.model_folders import base_of, is_scorer, load_causal, load_scalar, load_tokenizer
 from flows.language.warm_models import WarmModels
 from flows.runs.run import Run
 from schemas.artifacts import ModelRef, TrainState
@@ -21,7 +22,7 @@ from stages.ops import lora
 from stages.ops.scalar_head import ScalarHead
 
 ROLES = ("actor", "critic", "reward_model")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}")  # as a run's record names a model that was got from there
 
 
 def export(run: Run, state: TrainState, role: str, folder: Path, *, merge: bool) -> Path:
@@ -33,33 +34,36 @@ def export(run: Run, state: TrainState, role: str, folder: Path, *, merge: bool)
     if ref is None:
         raise ConfigError(f"run {run.name!r} has no {role}; it has "
                           f"{', '.join(name for name in ROLES if getattr(state, name) is not None)}")
+    folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: is there already, and holds something; name another folder, or empty it")
     source = run.store.folder(ref.artifact, ref.folder)
     base = base_of(source)
     if merge and base is None:
         raise ConfigError(f"--merge: the {role} is a whole model, and no adapter; leave it out")
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    if base is None:
-        shutil.copytree(source, partial)
-    elif merge:
-        _write_merged(run, ref, role, partial)
-    else:
-        _write_adapter(run, source, base, partial)
-    over = None if merge or base is None else _address(run, base)
-    card = model_card(run, state, role, base=over, alone=not _needs_baton(partial))
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
+        partial = Path(place) / "model"
+        if base is not None and not merge:
+            _write_adapter(run, source, base, partial)
+        elif merge or (role != "actor" and not is_scorer(source)):  # a critic that begins as the actor, with a head of 0
+            _write_model(run, ref, role, partial)
+        else:
+            shutil.copytree(source, partial)
+        over = None if merge or base is None else _address(run, base)
+        card = model_card(run, state, role, base=over, alone=not _needs_baton(partial))
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
     return folder
 
 
-def _write_merged(run: Run, ref: ModelRef, role: str, folder: Path) -> None:
+def _write_model(run: Run, ref: ModelRef, role: str, folder: Path) -> None:
+    """The whole model, an adapter added to its base."""
     with closing(WarmModels(run.store, run.config.execution)) as warm:
-        model = warm.adapted(ref, load_causal if role == "actor" else load_scalar)
-        whole = lora.merged(model.module)
+        model = warm.own(ref, load_causal if role == "actor" else load_scalar)
+        whole = lora.merged(model.module) if model.base else model.module
         if isinstance(whole, ScalarHead):
             whole.save(folder)
         else:
@@ -80,10 +84,13 @@ def _write_adapter(run: Run, source: Path, base: ModelRef, folder: Path) -> None
 
 
 def _address(run: Run, base: ModelRef) -> str:
-    """Of an adapter's base: its name on the hub, or its folder in the store. Raises `ConfigError` if it is in a bucket."""
-    source = run.config.base_model.source
-    if base.artifact == run.inputs.get("base_model") and HUB_NAME.fullmatch(source or "") and not Path(source).exists():
-        return source
+    """Of an adapter's base: its name and commit on the hub, or its folder in the store.
+
+    Raises `ConfigError` if that is in a bucket.
+    """
+    for role, source in run.config.models.items():
+        if base.artifact == run.inputs.get(role) and ON_HUB.fullmatch(source):
+            return source
     place = run.store.place(base.artifact, base.folder)
     if "://" in place:
         raise ConfigError(f"the adapter's base is in a bucket ({place}), where PEFT does not look: --merge")

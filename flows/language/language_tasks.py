@@ -78,8 +78,10 @@ def reward_bias(work: Work[WarmModels]) -> StageOutput:
     config = work.settings(RewardConfig)
     reading, rows = _reading(work), work.rows("demonstrations")
     texts = demonstrations_as_texts(reading.tokenizer(_tokenizer(work, "tokenizer")), rows, reading.chat_template)
-    rewards = reward_bias_stage.reward_bias(_scorers(work, config), texts, config)
+    scorers = _scorers(work, config)
+    rewards = reward_bias_stage.reward_bias(scorers, texts, config)
     work.attempt.table(rewards)
+    work.warn(cut_texts(_cut(scorers), config, len(texts)))
     metrics = reward_bias_stage.metrics(rewards)
     return StageOutput(metrics, _tokens(texts) if _runs_models(work) else None, Outputs(bias=metrics.bias))
 
@@ -114,10 +116,9 @@ def reward(work: Work[WarmModels]) -> StageOutput:
     work.attempt.table(rewards)
     if texts := reward_stage.texts(scorers, rollouts):
         work.attempt.table(texts)
-    cut = {name: scorer.read(rollouts).cut for name, scorer in scorers.items() if isinstance(scorer, BroughtScorer)}
-    work.warn([*of_components(rewards.components), *cut_texts(cut, config, len(rollouts))])
+    work.warn([*of_components(rewards.components), *cut_texts(_cut(scorers), config, len(rollouts))])
     moments = updated_moments(before, rewards.raw_score) if config.normalize != "none" else None
-    return StageOutput(reward_stage.metrics(rewards, config, before, cut),
+    return StageOutput(reward_stage.metrics(rewards, config, before, _cut(scorers)),
                        _tokens(rollouts) if _runs_models(work) else None, Outputs(moments=moments))
 
 
@@ -161,12 +162,13 @@ def ppo(work: Work[WarmModels]) -> StageOutput:
 
 def evaluate(work: Work[WarmModels]) -> StageOutput:
     sampling, rewards = work.settings(RolloutConfig, "rollout"), work.settings(RewardConfig, "reward")
-    actor = work.warm.actor(work.model("actor"), _reading(work))
+    actor, scorers = work.warm.actor(work.model("actor"), _reading(work)), _scorers(work, rewards, "actor")
     samples = evaluate_stage.evaluate(
         ModelSampler(actor), work.warm.reference(work.model("reference_model")),
-        [row["prompt"] for row in work.rows("prompts")], _scorers(work, rewards, "actor"), _judge(work, rewards),
+        [row["prompt"] for row in work.rows("prompts")], scorers, _judge(work, rewards),
         work.table_if_given("baseline", Samples), sampling, rewards, bias=work.setting("bias"), seed=work.call.seed)
     work.attempt.table(samples)
+    work.warn(cut_texts(_cut(scorers), rewards, len(samples)))
     return StageOutput(evaluate_stage.metrics(samples), int(samples.response_length.sum()))
 
 
@@ -229,6 +231,11 @@ def _scorer(work: Work[WarmModels], role: str, part: ComponentConfig, tokenizer:
             patience = Patience(execution.function_patience, execution.function_timeout)
             scorer = function_scorer(source, work.function(role, source), patience)
     return scorer if tokenizer is None else seeing_special_tokens(scorer, _tokenizer(work, tokenizer))
+
+
+def _cut(scorers: dict[str, Scorer]) -> dict[str, int]:
+    """How many texts were too long for each reward model that is brought."""
+    return {name: scorer.cut for name, scorer in scorers.items() if isinstance(scorer, BroughtScorer)}
 
 
 def _judge(work: Work[WarmModels], config: RewardConfig) -> Scorer | None:

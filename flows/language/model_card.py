@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from flows.runs.run import Run
-from schemas.artifacts import TrainState
+from schemas.artifacts import ArtifactRef, TrainState
 
 SHOWN = {  # metric → what it is, for people
     "evaluate/gold": "judge's score of held-out prompts (gold)", "evaluate/score": "reward of held-out prompts",
@@ -32,7 +32,7 @@ def model_card(run: Run, state: TrainState, role: str, *, base: str | None, alon
         "library_name": "peft" if base else "transformers", "tags": ["baton", "ppo", "rlhf", *(["lora"] if base else [])],
         "pipeline_tag": "text-classification" if scores else "text-generation"}
     if base:
-        front["base_model"] = base
+        front["base_model"] = base.partition("@")[0]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {run.name}: {role.replace('_', ' ')} after iteration {state.iteration}",
@@ -40,7 +40,7 @@ def model_card(run: Run, state: TrainState, role: str, *, base: str | None, alon
         "## Load it", _loading(kind, alone),
         "## Scores", _scores(run, state),
         "## Data", "\n".join(f"- {name}: `{ref}`" for name, ref in sorted(run.inputs.items())),
-        "## Lineage", _lineage(run, state),
+        "## Lineage", _lineage(run, getattr(state, role).artifact),
         "## Config", f"```yaml\n{yaml.safe_dump(run.record.config, sort_keys=False)}```"]
     return "\n\n".join(parts) + "\n"
 
@@ -77,9 +77,9 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _lineage(run: Run, state: TrainState) -> str:
-    """The artifacts that the actor comes from, newest first, with digests of their contents."""
-    lines, todo, seen = [], [state.actor.artifact], set()
+def _lineage(run: Run, model: ArtifactRef) -> str:
+    """The artifacts that a model comes from, newest first, with digests of their contents."""
+    lines, todo, seen = [], [model], set()
     while todo:
         ref = todo.pop(0)
         if ref in seen:
@@ -87,5 +87,5 @@ def _lineage(run: Run, state: TrainState) -> str:
         seen.add(ref)
         manifest = run.store.manifest(ref)
         lines.append(f"- `{ref}` (content `{manifest.content[:12]}`)")
-        todo += [source for role, source in manifest.recipe.inputs.items() if role in ("actor", "base", "start")]
+        todo += [source for role, source in manifest.recipe.inputs.items() if role in ("actor", "critic", "base", "start")]
     return "\n".join(lines)

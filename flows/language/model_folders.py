@@ -46,12 +46,9 @@ def load_scalar(folder: Path) -> PreTrainedModel:
 
     Raises `ConfigError` if weights are missing.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    architectures = config.architectures or ()
-    if ScalarHead.__name__ in architectures:
-        return _own_memory(ScalarHead.load(folder, config))
-    if any("SequenceClassification" in name for name in architectures):
+    if is_scorer(folder):
         return load_classifier(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if not _has_classifier(config):
         return ScalarHead(config, load_causal(folder).base_model)
     model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -64,23 +61,32 @@ def load_scalar(folder: Path) -> PreTrainedModel:
 
 def load_classifier(folder: Path) -> PreTrainedModel:
     """A sequence classifier as it was saved, with one label, in float32. Raises `ConfigError` if weights are missing."""
-    require_one_label(folder)
+    config = require_one_label(folder)
+    if ScalarHead.__name__ in (config.architectures or ()):
+        return _own_memory(ScalarHead.load(folder, config))
     model, report = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, **SAFE)
+        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE)
     require_all_weights(folder, report)
     return _own_memory(model)
 
 
-def require_one_label(folder: Path) -> None:
-    """Raises `ConfigError` where the folder holds no sequence classifier, or one with several labels."""
+def is_scorer(folder: Path) -> bool:
+    """Whether it holds a sequence classifier, transformers' or a `ScalarHead`."""
+    kinds = AutoConfig.from_pretrained(folder, local_files_only=True).architectures or ()
+    return any("SequenceClassification" in kind or kind == ScalarHead.__name__ for kind in kinds)
+
+
+def require_one_label(folder: Path) -> PretrainedConfig:
+    """The config. Raises `ConfigError` where the folder holds no sequence classifier, or one with several labels."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    kinds = config.architectures or ["nothing"]
-    if not any("SequenceClassification" in kind for kind in kinds):
+    if not is_scorer(folder):
+        kinds = config.architectures or ["nothing"]
         raise ConfigError(f"holds {kinds[0]}, expected a sequence classifier with one label (a folder that "
                           "AutoModelForSequenceClassification has saved): without its head the scores would be random")
-    if config.num_labels != 1:
+    if config.num_labels != 1 and ScalarHead.__name__ not in (config.architectures or ()):
         raise ConfigError(f"has {config.num_labels} labels ({', '.join(map(str, config.id2label.values()))}), expected one: "
                           "a score; a function can make one of several (file.py:function)")
+    return config
 
 
 def _has_classifier(config: PretrainedConfig) -> bool:
@@ -163,7 +169,8 @@ def scalar_over(causal: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     setattr(model, model.base_model_prefix, body)
-    model.score = torch.nn.Linear(model.score.in_features, 1, bias=False)
+    weight = next(body.parameters())
+    model.score = torch.nn.Linear(model.score.in_features, 1, bias=False, device=weight.device)
     torch.nn.init.zeros_(model.score.weight)
     return model
 

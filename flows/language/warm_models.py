@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flows.language.model_folders import (
     base_of,
+    is_scorer,
     load_causal,
     load_classifier,
     load_optimizers,
@@ -22,6 +23,7 @@ from flows.language.model_folders import (
 )
 from flows.store.store import Store
 from schemas.artifacts import ArtifactRef, ModelRef
+from schemas.errors import ConfigError
 from schemas.language import LoRAConfig
 from schemas.settings import ExecutionConfig, PPOConfig
 from stages.ops import lora
@@ -93,8 +95,8 @@ class WarmModels:
         """A reward model that is brought."""
         return self._get("scorer", ref, load_classifier)
 
-    def adapted(self, ref: ModelRef, load: Load) -> LanguageModel:
-        """For whoever lets it go."""
+    def own(self, ref: ModelRef, load: Load) -> LanguageModel:
+        """A model that is not kept."""
         return self._load(ref, load)
 
     def trainable(self, ref: ModelRef, load: Load, reading: Reading, adapters: Adapters | None) -> LanguageModel:
@@ -109,6 +111,8 @@ class WarmModels:
 
         Raises `ConfigError` where there can be no such adapters.
         """
+        if adapters and optimizer and base_of(self.store.folder(actor.artifact, actor.folder)) is None:
+            raise ConfigError("lora: what is trained on was trained in full; make another run with adapters")
         warm = self._learners.pop(optimizer.artifact, None) if optimizer else None
         actor_model = self._trainable(actor, self._take("actor", actor, load_causal), adapters)
         critic_model = critic and self._trainable(critic, self._take("critic", critic, load_scalar), adapters)
@@ -184,10 +188,10 @@ class WarmModels:
         """The model, in memory that is shared with whatever else is warm of it."""
         folder, execution = self.store.folder(ref.artifact, ref.folder), self.execution
         base = base_of(folder)
-        module = self._whole(base or ref, load).eval()
-        if base is not None:
-            self._bases.setdefault(base, module)
-            module = lora.sharing(module)
+        if base is None:
+            module = self._whole(ref, load).eval()
+        else:
+            module = self._over(self._base(base), load)
             lora.load_adapter(module, folder)
         brought = load is load_classifier  # with a tokenizer of its own, perhaps not causal
         home = folder if base is None else self.store.folder(base.artifact, base.folder)
@@ -197,6 +201,18 @@ class WarmModels:
                              generation_batch_size=execution.generation_batch_size,
                              recompute=execution.gradient_checkpointing, base=base and _name(base),
                              abilities=Abilities() if brought else abilities(module))
+
+    def _base(self, ref: ModelRef) -> PreTrainedModel:
+        """What adapters are over, as it was saved; kept for all of them."""
+        if ref not in self._bases:
+            scores = is_scorer(self.store.folder(ref.artifact, ref.folder))
+            self._bases[ref] = self._whole(ref, load_scalar if scores else load_causal).eval()
+        return self._bases[ref]
+
+    @staticmethod
+    def _over(base: PreTrainedModel, load: Load) -> PreTrainedModel:
+        """A model of its own in the memory of the base; a scorer also over a causal one."""
+        return lora.sharing(base) if load is load_causal or hasattr(base, "score") else scalar_over(base).eval()
 
     def _whole(self, ref: ModelRef, load: Load) -> PreTrainedModel:
         """Without an adapter: one that is warm, in its memory; else read from the store."""
@@ -216,12 +232,13 @@ class WarmModels:
     def _trainable(self, ref: ModelRef, model: LanguageModel, adapters: Adapters | None) -> LanguageModel:
         """The model with all weights its own, or frozen ones with an adapter of its own, new unless it has one."""
         if adapters is None:
+            if model.base is not None:
+                raise ConfigError("lora: what is trained on is an adapter, which is not trained in full; make another run")
             return replace(model, module=copy.deepcopy(model.module)) if self._warm_of(ref) else model
         if model.base is not None:
             lora.require_adapter(model.module, adapters.config)
             return model
-        self._bases.setdefault(ref, model.module)
-        module = lora.sharing(model.module)
+        module = self._over(self._base(ref), load_scalar if hasattr(model.module, "score") else load_causal)
         lora.add_adapter(module, adapters.config, seed=adapters.seed + hasattr(module, "score"))
         return replace(model, module=module, base=_name(ref))
 

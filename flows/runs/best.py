@@ -14,13 +14,17 @@ from schemas.stages import STAGES
 def best_after(run: Run, before: TrainState | None, state: TrainState) -> Best | None:
     """The best of all states up to `state`, the latest of equals; `before`: the one before it."""
     metric = run.config.best_metric
-    last = before and before.best
-    if before is not None and (last is None or last.metric != metric):  # another was asked for, or the format had none
-        last = best_of(run)
+    last = before and best_by(run, before)
     value = state.metrics.get(metric)
     if value is None or (last is not None and last.value > value):
         return last
     return Best(metric=metric, value=value, iteration=state.iteration)
+
+
+def best_by(run: Run, last: TrainState) -> Best | None:
+    """The best of all states of a run whose last one is `last`, by the metric that is asked for now."""
+    known = "best" in last.model_fields_set and (last.best is None or last.best.metric == run.config.best_metric)
+    return last.best if known else best_of(run)  # another metric was asked for, or the format did not have it
 
 
 def best_of(run: Run) -> Best | None:

@@ -7,18 +7,22 @@ from dataclasses import replace
 
 from flows.runs.kind import Chain
 from flows.runs.run import Run, changed, lease_key, record_key, remove_states, run_names
-from flows.runs.start import with_new_inputs
+from flows.runs.start import Files, with_new_inputs
 from flows.store.lease import working_on
 from flows.store.store import attempt_of
 from schemas.artifacts import ModelRef, RunRecord, TrainState, check_name
 from schemas.errors import ConfigError
 from schemas.records import now
+from schemas.settings import RunConfig
 from stages.ops.progress import progress_bar
 
 BEFORE = ("lora", "sft", "reward_model", "value", "policy")  # sections that decide what was made before the first iteration
 
 
-def fork(parent: Run, at: int, name: str, settings: Iterable[str], chain_of: Callable[[Run], Chain]) -> Run:
+def fork(
+    parent: Run, at: int, name: str, settings: Iterable[str], chain_of: Callable[[Run], Chain],
+    check_new: Callable[[RunConfig, Files], None],
+) -> Run:
     """The run `name`, whose states up to `at` are the parent's. Raises `ConfigError`, and then makes nothing."""
     store = parent.store
     check_name(name, "run name")
@@ -35,7 +39,7 @@ def fork(parent: Run, at: int, name: str, settings: Iterable[str], chain_of: Cal
         if name in run_names(store):
             raise ConfigError(f"run {name!r} exists by now; choose another name with --run")
         try:
-            return _made(run, parent, state, name, chain_of)
+            return _made(with_new_inputs(run, parent, check_new), parent, state, name, chain_of)
         except ConfigError:
             remove_states(store, name)
             store.files.remove(record_key(name))
@@ -45,7 +49,6 @@ def fork(parent: Run, at: int, name: str, settings: Iterable[str], chain_of: Cal
 
 def _made(run: Run, parent: Run, state: TrainState, name: str, chain_of: Callable[[Run], Chain]) -> Run:
     """The run, its record written last: with it the run is there, and retention keeps what it needs."""
-    run = with_new_inputs(run, parent)
     first = chain_of(run).forked(parent, state)
     record = RunRecord(name=name, config=run.config.model_dump(mode="json"), inputs=run.inputs,
                        parent=f"{parent.name}@{state.iteration}", created=now())

@@ -29,6 +29,7 @@ COLUMNS = {
     "pretraining": ("text",),
 }
 ADAPTER = "adapter_config.json"
+OTHERS = {"value.start": ", nor reward_model or actor,"}  # what else a setting may be
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
                "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 
@@ -183,6 +184,16 @@ def input_files(config: RunConfig, folder: Path) -> dict[str, list[Path]]:
     return files | {role: model_files(setting_of(role), source, folder) for role, source in config.models.items()}
 
 
+def pinned(config: RunConfig, folder: Path, files: dict[str, list[Path]]) -> RunConfig:
+    """The config, its models on the hub named with the commit that was got: `org/name@commit`."""
+    values = config.model_dump(mode="json")
+    for role, source in config.models.items():
+        snapshot = files[role][0].parent
+        if not (folder / source).is_dir() and snapshot.parent.name == "snapshots":
+            apply_settings(values, [f"{setting_of(role)}={source.partition('@')[0]}@{snapshot.name}"])
+    return parse_config(values, "the config with its models' commits")
+
+
 def setting_of(role: str) -> str:
     """The setting that names the model in that role, for messages."""
     if role.startswith("reward."):
@@ -237,7 +248,8 @@ def _download(setting: str, source: str, place: Path) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*MODEL_FILES, ADAPTER]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{setting}: {source!r} is no folder ({place}) and the hub gave: {reason}") from None
+        raise ConfigError(f"{setting}: {source!r} is no folder ({place}){OTHERS.get(setting, '')} and the hub gave: {reason}"
+                          ) from None
 
 
 def recipes_of(files: dict[str, list[Path]]) -> dict[str, Recipe]:

@@ -71,6 +71,8 @@ class KindOfRun:
     warm: Callable[[Store, ExecutionConfig], Warm]
     check: Callable[[RunConfig, dict[str, list[Path]]], dict[str, Metrics]]
     """Reads all that a new run is made of, its files by role; what was found out, by role. Raises `ConfigError`."""
+    check_new: Callable[[RunConfig, dict[str, list[Path]]], None]
+    """Reads functions and models that settings name which the run was not made with. Raises `ConfigError`."""
 
 
 def settings_of(section: Settings, exclude: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:

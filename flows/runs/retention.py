@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from flows.runs.best import best_by
 from flows.runs.run import Run, find_run, possible_runs, state_key
 from flows.store.store import Store, attempt_of, folder_of
-from schemas.artifacts import ArtifactRef, Dropped, TrainState
+from schemas.artifacts import ArtifactRef, Best, Dropped, TrainState
 from schemas.errors import ConfigError, StoreError
 from schemas.records import now
 from schemas.settings import PARTS, RetentionConfig
@@ -31,11 +32,11 @@ class Part:
     bytes: int
 
 
-def kept_whole(config: RetentionConfig, iteration: int, last: TrainState) -> bool:
-    """Whether a run whose last state is `last` keeps that checkpoint whole."""
-    return (config.keep_last is None or iteration > last.iteration - config.keep_last
+def kept_whole(config: RetentionConfig, iteration: int, last: int, best: Best | None) -> bool:
+    """Whether a run whose last iteration is `last`, and `best` the best so far, keeps that checkpoint whole."""
+    return (config.keep_last is None or iteration > last - config.keep_last
             or (config.keep_every is not None and iteration % config.keep_every == 0)
-            or (config.keep_best and last.best is not None and iteration == last.best.iteration))
+            or (config.keep_best and best is not None and iteration == best.iteration))
 
 
 class Retention:
@@ -49,8 +50,9 @@ class Retention:
 
     def droppable(self, iterations: Iterable[int], last: TrainState) -> Iterator[Part]:
         """The parts that are still there and need not be, of those iterations; `last`: the run's latest state."""
+        best = best_by(self.run, last)
         for iteration in iterations:
-            if iteration < 1 or kept_whole(self.config, iteration, last):
+            if iteration < 1 or kept_whole(self.config, iteration, last.iteration, best):
                 continue
             ref = self.run.state(iteration).artifacts["ppo"]
             manifest = self.run.store.manifest(ref)
@@ -88,7 +90,8 @@ class Retention:
             other = find_run(self.run.store, name)
             if other is None:  # a fork that is just being made needs what its states name
                 return True
-            return kept_whole(other.config.retention, iteration, other.last())
+            last = other.last()
+            return kept_whole(other.config.retention, iteration, last.iteration, best_by(other, last))
         except (StoreError, ConfigError):  # a run that cannot be read keeps everything
             return True
 

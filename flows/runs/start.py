@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flows.runs.best import check_best
-from flows.runs.functions import check_function, function_files
-from flows.runs.inputs import import_files, input_files, model_files, read_config, recipes_of, setting_of
+from flows.runs.functions import function_files
+from flows.runs.inputs import import_files, input_files, model_files, pinned, read_config, recipes_of, setting_of
 from flows.runs.run import Run, changed, create, find_run, lease_key, open_run, require_same
 from flows.store.lease import working_on
 from flows.store.store import Store
@@ -84,7 +84,7 @@ def _made(store: Store, request: Request, check: Check) -> tuple[Run, RunConfig]
     check_best(config)
     found = check(config, files)
     _require_writable(store)
-    return _create(store, name, config, files, recipes, found), config
+    return _create(store, name, pinned(config, folder, files), files, recipes, found), config
 
 
 def _name(name: str | None, folder: Path) -> str:
@@ -105,7 +105,7 @@ def _create(
         return create(store, name, config, import_files(store, config.execution, files, recipes, found))
 
 
-def with_new_inputs(run: Run, recorded: Run) -> Run:
+def with_new_inputs(run: Run, recorded: Run, check_new: Callable[[RunConfig, Files], None]) -> Run:
     """The run with the functions and reward models imported that its settings name and those of `recorded` did not; they are
     looked for below this folder.
 
@@ -115,15 +115,13 @@ def with_new_inputs(run: Run, recorded: Run) -> Run:
     for section in ("preset", "data", "base_model", "environment"):
         if getattr(run.config, section, None) != getattr(recorded.config, section, None):
             raise ConfigError(f"--set {section}…: it belongs to the run as a whole; make another run with it")
-    files: Files = {}
-    for role, source in run.config.functions.items():
-        if recorded.config.functions.get(role) != source:
-            files[role] = function_files(source, Path.cwd())
-            check_function(source, files[role])
-    there = getattr(recorded.config, "models", {})
-    for role, source in getattr(run.config, "models", {}).items():
-        if there.get(role) != source:
-            files[role] = model_files(setting_of(role), source, Path.cwd())
+    files = {role: function_files(source, Path.cwd()) for role, source in run.config.functions.items()
+             if recorded.config.functions.get(role) != source}
+    models = {role: source for role, source in run.config.models.items() if recorded.config.models.get(role) != source}
+    if "critic" in models:
+        raise ConfigError("--set value.start: it was decided before the first iteration; make another run with it")
+    files |= {role: model_files(setting_of(role), source, Path.cwd()) for role, source in models.items()}
+    check_new(run.config, files)
     imported = import_files(run.store, run.config.execution, files, recipes_of(files))
     return replace(run, record=run.record.model_copy(update={"inputs": run.inputs | imported}))
 

@@ -66,7 +66,7 @@ class Client:
         experiment = self.client.get_run(self.run_id).info.experiment_id
         return f"{without_user_info(self.uri).rstrip('/')}/#/experiments/{experiment}/runs/{self.run_id}"
 
-    def bring_to(self, state: TrainState, logged: Callable[[int], object]) -> None:
+    def bring_to(self, state: TrainState, logged: Callable[[int], object] = lambda last: None) -> None:
         """Every point up to `state` that is not there yet, its samples, and the model once the run is finished.
 
         `logged` is called with the last iteration that is there, whenever some were logged.

@@ -16,7 +16,7 @@ from schemas.errors import ConfigError
 from schemas.language import ComponentConfig
 from schemas.tables import Rollouts
 from stages.ops.language_model import LanguageModel, context_length, sequence_scores
-from stages.ops.prompts import special_tokens
+from stages.ops.prompts import require_no_clock, special_tokens
 from stages.ops.texts import Texts
 
 LONGEST = 10**9  # what tokenizers say that know no limit
@@ -43,6 +43,11 @@ class BroughtScorer:
         """(B,) float32."""
         return sequence_scores(self.model, self.read(rollouts).tokens, "reward")
 
+    @property
+    def cut(self) -> int:
+        """How many of the texts that were read last were longer than it takes."""
+        return self._last[1].cut if self._last else 0
+
     def read(self, rollouts: Rollouts | Texts) -> ReadTexts:
         """The texts of prompts and responses. Raises `ConfigError` where its template cannot render one."""
         if self._last is None or self._last[0] is not rollouts:
@@ -53,11 +58,23 @@ class BroughtScorer:
         tokenizer, part = self.model.tokenizer, self.part
         pairs = list(zip(rollouts.prompt, rollouts.response, strict=True))
         texts = tuple(scored_text(tokenizer, *pair, part.chat_template) for pair in pairs)
-        rows = _tokens(tokenizer, pairs, texts, part.chat_template)
         most = most_tokens(self.model.module.config, tokenizer, part.max_tokens)
-        kept = [row if most is None or len(row) <= most else row[-most:] if part.truncation == "left" else row[:most]
-                for row in rows]
-        return ReadTexts(texts, kept, sum(len(row) > len(left) for row, left in zip(rows, kept, strict=True)))
+        rows = _tokens(tokenizer, pairs, texts, part.chat_template)
+        long = [i for i, row in enumerate(rows) if most is not None and len(row) > most]
+        for i in long:
+            rows[i] = self._shortened(texts[i], rows[i], most)
+        return ReadTexts(texts, rows, len(long))
+
+    def _shortened(self, text: str, row: list[int], most: int) -> list[int]:
+        """Cut to so many tokens; those that a tokenizer puts around each text, such as BERT's, stay."""
+        tokenizer, side = self.model.tokenizer, self.part.truncation
+        if _templated(tokenizer, self.part.chat_template):
+            return row[-most:] if side == "left" else row[:most]
+        before, tokenizer.truncation_side = tokenizer.truncation_side, side
+        try:
+            return tokenizer(text, split_special_tokens=True, truncation=True, max_length=most)["input_ids"]
+        finally:
+            tokenizer.truncation_side = before
 
 
 def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, chat_template: bool | None) -> str:
@@ -67,6 +84,7 @@ def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, 
     """
     if not _templated(tokenizer, chat_template):
         return prompt + response
+    require_no_clock(tokenizer, "chat_template: false")
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False)
@@ -77,11 +95,16 @@ def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, 
 
 
 def most_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int | None:
-    """The most tokens of a text: what is asked for, or what model and tokenizer take; none where they know no limit."""
-    if asked is not None:
-        return asked
-    return min((limit for limit in (context_length(config), tokenizer.model_max_length) if limit and limit < LONGEST),
-               default=None)
+    """The most tokens of a text: what is asked for, or what model and tokenizer take; none where they know no limit.
+
+    Raises `ConfigError` where the model takes fewer than are asked for.
+    """
+    context = context_length(config)
+    if asked is None:
+        return min((limit for limit in (context, tokenizer.model_max_length) if limit and limit < LONGEST), default=None)
+    if context is not None and asked > context:
+        raise ConfigError(f"max_tokens={asked}: it takes {context}; lower it, or leave it out")
+    return asked
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, chat_template: bool | None) -> bool:

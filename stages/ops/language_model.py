@@ -99,10 +99,20 @@ class LanguageModel:
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
 
 
+POSITIONS_AFTER_PADDING = frozenset({
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "longformer", "mpnet",
+    "ibert", "xmod"})
+"""Families whose positions begin after the padding token's id."""
+
+
 def context_length(config: PretrainedConfig) -> int | None:
     """The most tokens that the model can attend to; none where its config names no limit."""
-    found = (getattr(config.get_text_config(), name, None) for name in CONTEXTS)
-    return next((length for length in found if isinstance(length, int) and length > 0), None)
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in CONTEXTS)
+    length = next((length for length in found if isinstance(length, int) and length > 0), None)
+    if length is not None and text.model_type in POSITIONS_AFTER_PADDING:
+        return length - (text.pad_token_id or 0) - 1
+    return length
 
 
 def batches(rollouts: Rollouts | Texts, rows: np.ndarray, model: LanguageModel) -> list[Batch]:

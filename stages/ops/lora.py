@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # its import takes a second
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROOT = "base_model.model."  # what PEFT puts before the names of a model's tensors
 HEAD = "score.weight"
+LINEAR = ("Linear", "Conv1D")
 
 
 def sharing(module: PreTrainedModel) -> PreTrainedModel:
@@ -53,12 +54,32 @@ def has_adapter(module: PreTrainedModel) -> bool:
 
 def require_adapter(module: PreTrainedModel, config: LoRAConfig) -> None:
     """Raises `ConfigError` where the module's adapter is not one of those settings."""
-    there = module.base_model.peft_config["default"]
-    found = {"rank": there.r, "alpha": there.lora_alpha, "dora": there.use_dora, "rslora": there.use_rslora}
-    for name, value in found.items():
-        if value != getattr(config, name):
-            raise ConfigError(f"lora.{name}={getattr(config, name)}: the adapter that is trained on has {value}; make "
-                              "another run with it")
+    there, linear = module.base_model.peft_config["default"], _linear(module)
+    adapted = {name for name, part in module.base_model.named_modules() if hasattr(part, "lora_A")}
+    if config.target_modules == "all-linear":
+        targets = set(linear)
+    else:
+        targets = {name for name in linear if any(_ends(name, target) for target in config.target_modules)}
+    found = {"rank": (there.r, config.rank), "alpha": (there.lora_alpha, config.alpha),
+             "dora": (there.use_dora, config.dora), "rslora": (there.use_rslora, config.rslora),
+             "target_modules": (sorted(adapted), sorted(targets))}
+    for name, (has, asked) in found.items():
+        if has != asked:
+            has = has if name != "target_modules" else sorted({path.rpartition(".")[2] for path in has})
+            raise ConfigError(f"lora.{name}={getattr(config, name)}: the adapter that is trained on has {has}; make another "
+                              "run with it")
+
+
+def _linear(module: PreTrainedModel) -> list[str]:
+    """Names of the linear layers in the body, adapted or not."""
+    parts = dict(module.base_model.named_modules())
+    kinds = {name: part for name, part in parts.items() if type(getattr(part, "base_layer", part)).__name__ in LINEAR}
+    return [name for name in kinds if not any(part in name.split(".") for part in ("base_layer", "lora_A", "lora_B"))]
+
+
+def _ends(name: str, target: str) -> bool:
+    """As PEFT takes a target for a layer's name."""
+    return name == target or name.endswith(f".{target}")
 
 
 def trainable_parameters(module: PreTrainedModel) -> int:
@@ -114,20 +135,22 @@ def _below(name: str, module: PreTrainedModel) -> str:
 
 
 def _inject(module: PreTrainedModel, config: peft.LoraConfig) -> None:
-    """Into the body. Raises `ConfigError` naming what may be adapted, if nothing is."""
+    """Into the body. Raises `ConfigError` naming what may be adapted, if something else is meant."""
     from peft import inject_adapter_in_model
 
+    linear = _linear(module)
+    for target in config.target_modules if config.target_modules != "all-linear" else ():
+        if not any(_ends(name, target) for name in linear):
+            there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise ConfigError(f"lora.target_modules: {target!r} is no linear layer of the model's body; there are {there}")
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of Conv1D, whose weights are the other way round
             inject_adapter_in_model(config, module.base_model)
-    except (ValueError, AttributeError) as error:
-        linear = sorted({name.rpartition(".")[2] for name, part in module.base_model.named_modules()
-                         if type(part).__name__ in ("Linear", "Conv1D")})
-        raise ConfigError(f"lora.target_modules={config.target_modules}: {' '.join(str(error).split())} Linear layers are "
-                          f"{', '.join(linear)}") from None
+    except ValueError as error:  # families in which PEFT cannot adapt some of them
+        raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())}") from None
     module.eval()  # new layers are in training mode
     if hasattr(module, "score"):
         module.score.weight.requires_grad_(True)

@@ -46,13 +46,16 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool)
     return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token and _added(tokenizer)[0] else text
 
 
-def require_no_clock(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises `ConfigError` if the chat template asks for the time: a prompt would be another one the next day."""
+def require_no_clock(tokenizer: PreTrainedTokenizerBase, or_else: str) -> None:
+    """Raises `ConfigError` if the chat template asks for the time: a text would be another one the next day.
+
+    `or_else`: the setting that does without the template.
+    """
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
         raise ConfigError("the tokenizer's chat template calls strftime_now, so that a prompt would change with the day and "
                           "no stage could be run again to the same bytes: write a date in its place in the model's "
-                          "chat_template.jinja, or set base_model.chat_template: false")
+                          f"chat_template.jinja, or set {or_else}")
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:

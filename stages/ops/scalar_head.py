@@ -26,7 +26,7 @@ class ScalarHead(PreTrainedModel):
             body = AutoModelForCausalLM.from_config(config, dtype=torch.float32).base_model
         super().__init__(config)
         self.model = body
-        self.score = nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
+        self.score = nn.Linear(config.get_text_config().hidden_size, 1, bias=False, device=next(body.parameters()).device)
         nn.init.zeros_(self.score.weight)
 
     def get_input_embeddings(self) -> nn.Module:
