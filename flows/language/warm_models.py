@@ -46,6 +46,14 @@ class Adapters:
 
 
 @dataclass(frozen=True)
+class _Base:
+    """What adapters are over: a causal model or a classifier, and its tokenizer."""
+
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
 class Reading:
     """How prompts are read: within the chat template or not, and special tokens that are written in them as what."""
 
@@ -76,7 +84,7 @@ class WarmModels:
         self._lock = threading.Lock()
         self._warm: OrderedDict[tuple[str, ModelRef], LanguageModel] = OrderedDict()
         self._learners: dict[ArtifactRef, LanguageModelLearner] = {}
-        self._bases: dict[ModelRef, PreTrainedModel] = {}  # what adapters are over, causal or classifiers
+        self._bases: dict[ModelRef, _Base] = {}
         self._texts: tuple[object, Texts] | None = None
 
     def actor(self, ref: ModelRef, reading: Reading) -> LanguageModel:
@@ -188,25 +196,25 @@ class WarmModels:
         """The model, in memory that is shared with whatever else is warm of it."""
         folder, execution = self.store.folder(ref.artifact, ref.folder), self.execution
         base = base_of(folder)
-        if base is None:
-            module = self._whole(ref, load).eval()
-        else:
-            module = self._over(self._base(base), load)
-            lora.load_adapter(module, folder)
         brought = load is load_classifier  # with a tokenizer of its own, perhaps not causal
-        home = folder if base is None else self.store.folder(base.artifact, base.folder)
-        tokenizer = load_tokenizer(home, needs_eos=not brought)
+        if base is None:
+            module, tokenizer = self._whole(ref, load, folder).eval(), load_tokenizer(folder, needs_eos=not brought)
+        else:
+            over = self._base(base)
+            module, tokenizer = self._over(over.module, load), copy.deepcopy(over.tokenizer)
+            lora.load_adapter(module, folder)
         module.config.pad_token_id = tokenizer.pad_token_id
         return LanguageModel(module, tokenizer, micro_batch_tokens=execution.micro_batch_tokens,
                              generation_batch_size=execution.generation_batch_size,
                              recompute=execution.gradient_checkpointing, base=base and _name(base),
                              abilities=Abilities() if brought else abilities(module))
 
-    def _base(self, ref: ModelRef) -> PreTrainedModel:
+    def _base(self, ref: ModelRef) -> _Base:
         """What adapters are over, as it was saved; kept for all of them."""
         if ref not in self._bases:
-            scores = is_scorer(self.store.folder(ref.artifact, ref.folder))
-            self._bases[ref] = self._whole(ref, load_scalar if scores else load_causal).eval()
+            folder = self.store.folder(ref.artifact, ref.folder)
+            load = load_scalar if is_scorer(folder) else load_causal
+            self._bases[ref] = _Base(self._whole(ref, load, folder).eval(), load_tokenizer(folder))
         return self._bases[ref]
 
     @staticmethod
@@ -214,8 +222,8 @@ class WarmModels:
         """A model of its own in the memory of the base; a scorer also over a causal one."""
         return lora.sharing(base) if load is load_causal or hasattr(base, "score") else scalar_over(base).eval()
 
-    def _whole(self, ref: ModelRef, load: Load) -> PreTrainedModel:
-        """Without an adapter: one that is warm, in its memory; else read from the store."""
+    def _whole(self, ref: ModelRef, load: Load, folder: Path) -> PreTrainedModel:
+        """Without an adapter: one that is warm, in its memory; else read from its folder."""
         for module in self._warm_of(ref):
             scores = hasattr(module, "score")
             if scores == (load is not load_causal):
@@ -223,11 +231,11 @@ class WarmModels:
             if load is load_scalar and not scores:
                 return scalar_over(module)
         self.loaded += 1
-        return load(self.store.folder(ref.artifact, ref.folder)).to(Device(self.execution.device).torch)
+        return load(folder).to(Device(self.execution.device).torch)
 
     def _warm_of(self, ref: ModelRef) -> list[PreTrainedModel]:
         found = [model.module for (_, warm), model in self._warm.items() if warm == ref and model.base is None]
-        return [*([self._bases[ref]] if ref in self._bases else []), *found]
+        return [*([self._bases[ref].module] if ref in self._bases else []), *found]
 
     def _trainable(self, ref: ModelRef, model: LanguageModel, adapters: Adapters | None) -> LanguageModel:
         """The model with all weights its own, or frozen ones with an adapter of its own, new unless it has one."""
@@ -238,7 +246,7 @@ class WarmModels:
         if model.base is not None:
             lora.require_adapter(model.module, adapters.config)
             return model
-        module = self._over(self._base(ref), load_scalar if hasattr(model.module, "score") else load_causal)
+        module = self._over(self._base(ref).module, load_scalar if hasattr(model.module, "score") else load_causal)
         lora.add_adapter(module, adapters.config, seed=adapters.seed + hasattr(module, "score"))
         return replace(model, module=module, base=_name(ref))
 
