@@ -25,7 +25,7 @@ pool: install           ## Prefect's server, a work pool and a worker on this ma
 
 test: install           ## lint, import contract, all tests
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

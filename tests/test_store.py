@@ -19,6 +19,7 @@ from flows.store.store import Store, folder_of
 from schemas.artifacts import ArtifactRef, FileEntry, Manifest, Recipe, derive_seed, sha256_json
 from schemas.errors import StoreError
 from schemas.language import DataConfig, LanguageConfig
+from schemas.records import FORMAT_VERSION
 from schemas.tables import Ragged, ReferenceLogprobs
 
 CONFIG = LanguageConfig(data=DataConfig(prompts="p", heldout_prompts="h"), base_model={"source": "m"},
@@ -151,7 +152,8 @@ def edit(store, manifest, change):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda d: d.update(format_version=4, baton="9.1"), "expected at most 3, for .*, found 4, written by Baton 9.1; use"),
+    (lambda d: d.update(format_version=FORMAT_VERSION + 1, baton="9.1"),
+     f"expected at most {FORMAT_VERSION}, for .*, found {FORMAT_VERSION + 1}, written by Baton 9.1; use"),
     (lambda d: d.update(format_version=None), "found None, written by"),
     (lambda d: d["files"][0].update(path="../../../../secret"), "leaves the artifact"),
     (lambda d: d["files"][0].update(path="/etc/passwd"), "leaves the artifact"),
