@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from flows.cli.main import run_command
 from flows.language.model_folders import load_classifier, load_tokenizer
+from flows.runs.inputs import pinned
 from flows.runs.run import open_run
 from flows.store.store import Store
 from schemas.language import ComponentConfig, LanguageConfig
@@ -256,6 +257,19 @@ def test_a_model_on_the_hub_is_recorded_with_its_commit(tmp_path, monkeypatch):
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", COMMIT)
     assert "base_model: org/base\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_commit_is_put_where_the_model_is_named(tmp_path):
+    """Also of a component whose name holds a dot; a folder is left as it is written."""
+    (tmp_path / "rm").mkdir()
+    config = LanguageConfig.model_validate({
+        "data": {"prompts": "p", "heldout_prompts": "h"}, "base_model": {"source": "org/base@main"},
+        "value": {"start": "org/critic"}, "reward": {"components": {"a.b": {"source": "org/rm"}, "c": {"source": "rm"}}}})
+    there = [tmp_path / "snapshots" / COMMIT / "config.json"]
+    found = pinned(config, tmp_path, {role: there if source != "rm" else [tmp_path / "rm" / "config.json"]
+                                      for role, source in config.models.items()})
+    assert found.models == {"base_model": f"org/base@{COMMIT}", "critic": f"org/critic@{COMMIT}",
+                            "reward.a.b": f"org/rm@{COMMIT}", "reward.c": "rm"}
 
 
 def test_a_model_that_is_nowhere(tmp_path, capsys):

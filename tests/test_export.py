@@ -10,10 +10,12 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from flows.cli.main import run_command
+from flows.language.model_card import SHOWN
 from flows.language.model_folders import load_causal, load_scalar
 from flows.language.warm_models import WarmModels
 from flows.runs.run import open_run
 from flows.store.store import Store
+from schemas.stages import STAGES
 
 IDS = torch.tensor([[5, 9, 200, 31, 4, 77]])
 
@@ -124,6 +126,12 @@ def test_the_card(trained, tmp_path):
         assert text in card
     gold = f"{run.state(2).metrics['evaluate/gold']:.4g}"
     assert f"| {run.state(0).metrics['evaluate/gold']:.4g} | {gold} | `evaluate/gold` |" in card
+
+
+@pytest.mark.parametrize("metric", SHOWN)
+def test_what_the_card_shows_is_measured(metric):
+    stage, _, name = metric.partition("/")
+    assert name in STAGES["language"][stage].metrics.model_fields
 
 
 @pytest.mark.parametrize("arguments, said", [

@@ -63,7 +63,7 @@ def check_scorer(
     """
     with _named(setting, place):
         check_model_files(place)
-        tokenizer = load_tokenizer(place, needs_eos=False)
+        tokenizer = load_tokenizer(place, needs_eos=part is None)  # as a critic is loaded
         module = load_classifier(place)
         _require_tokens_fit(module, tokenizer)
         if part is not None:

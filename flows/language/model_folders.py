@@ -46,9 +46,9 @@ def load_scalar(folder: Path) -> PreTrainedModel:
 
     Raises `ConfigError` if weights are missing.
     """
-    if is_scorer(folder):
-        return load_classifier(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if _is_scorer(config):
+        return load_classifier(folder)
     if not _has_classifier(config):
         return ScalarHead(config, load_causal(folder).base_model)
     model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -72,14 +72,18 @@ def load_classifier(folder: Path) -> PreTrainedModel:
 
 def is_scorer(folder: Path) -> bool:
     """Whether it holds a sequence classifier, transformers' or a `ScalarHead`."""
-    kinds = AutoConfig.from_pretrained(folder, local_files_only=True).architectures or ()
+    return _is_scorer(AutoConfig.from_pretrained(folder, local_files_only=True))
+
+
+def _is_scorer(config: PretrainedConfig) -> bool:
+    kinds = config.architectures or ()
     return any("SequenceClassification" in kind or kind == ScalarHead.__name__ for kind in kinds)
 
 
 def require_one_label(folder: Path) -> PretrainedConfig:
     """The config. Raises `ConfigError` where the folder holds no sequence classifier, or one with several labels."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if not is_scorer(folder):
+    if not _is_scorer(config):
         kinds = config.architectures or ["nothing"]
         raise ConfigError(f"holds {kinds[0]}, expected a sequence classifier with one label (a folder that "
                           "AutoModelForSequenceClassification has saved): without its head the scores would be random")

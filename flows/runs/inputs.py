@@ -9,6 +9,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -190,8 +191,17 @@ def pinned(config: RunConfig, folder: Path, files: dict[str, list[Path]]) -> Run
     for role, source in config.models.items():
         snapshot = files[role][0].parent
         if not (folder / source).is_dir() and snapshot.parent.name == "snapshots":
-            apply_settings(values, [f"{setting_of(role)}={source.partition('@')[0]}@{snapshot.name}"])
-    return parse_config(values, "the config with its models' commits")
+            _name_model(values, role, f"{source.partition('@')[0]}@{snapshot.name}")
+    return parse_config(values, "the config with its models' commits") if config.models else config
+
+
+def _name_model(values: dict[str, Any], role: str, source: str) -> None:
+    """Puts the model's source into the dumped config."""
+    if role.startswith("reward."):
+        values["reward"]["components"][role.removeprefix("reward.")]["source"] = source
+    else:
+        section, key = setting_of(role).split(".")
+        values[section][key] = source
 
 
 def setting_of(role: str) -> str:

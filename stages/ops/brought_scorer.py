@@ -16,7 +16,7 @@ from schemas.errors import ConfigError
 from schemas.language import ComponentConfig
 from schemas.tables import Rollouts
 from stages.ops.language_model import LanguageModel, context_length, sequence_scores
-from stages.ops.prompts import require_no_clock, special_tokens
+from stages.ops.prompts import rendered, require_no_clock, special_tokens, tokens_of_parts
 from stages.ops.texts import Texts
 
 LONGEST = 10**9  # what tokenizers say that know no limit
@@ -86,12 +86,8 @@ def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, 
         return prompt + response
     require_no_clock(tokenizer, "chat_template: false")
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception as error:  # whatever a template does
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"its chat template cannot render a user's and an assistant's turn: {said}; set chat_template: "
-                          "false, or change its chat_template.jinja") from None
+    return rendered(tokenizer, turns, "its chat template cannot render a user's and an assistant's turn",
+                    "set chat_template: false, or change its chat_template.jinja")
 
 
 def most_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int | None:
@@ -132,6 +128,5 @@ def _in_parts(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, te
     if parts is None:
         raise ConfigError(f"a text holds a special token, and the chat template changes it ({response[:60]!r}): set "
                           "chat_template: false")
-    spans = ((before, False), (parts[0], True), (between, False), (parts[1], True), (after, False))
-    return [i for span, as_text in spans
-            for i in tokenizer(span, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]]
+    return tokens_of_parts(tokenizer, (
+        (before, False), (parts[0], True), (between, False), (parts[1], True), (after, False)))

@@ -38,7 +38,7 @@ def sharing(module: PreTrainedModel) -> PreTrainedModel:
 def add_adapter(module: PreTrainedModel, config: LoRAConfig, *, seed: int) -> None:
     """A new adapter, in place; the rest is frozen, but for a scalar head.
 
-    Raises `ConfigError` naming the layers there are, if none is meant.
+    Raises `ConfigError` naming the layers there are, if something else is meant.
     """
     from peft import LoraConfig
 
@@ -46,10 +46,6 @@ def add_adapter(module: PreTrainedModel, config: LoRAConfig, *, seed: int) -> No
     with seeded(seed):
         _inject(module, LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, use_dora=config.dora,
                                    use_rslora=config.rslora))
-
-
-def has_adapter(module: PreTrainedModel) -> bool:
-    return hasattr(module.base_model, "peft_config")
 
 
 def require_adapter(module: PreTrainedModel, config: LoRAConfig) -> None:
@@ -72,18 +68,14 @@ def require_adapter(module: PreTrainedModel, config: LoRAConfig) -> None:
 
 def _linear(module: PreTrainedModel) -> list[str]:
     """Names of the linear layers in the body, adapted or not."""
-    parts = dict(module.base_model.named_modules())
-    kinds = {name: part for name, part in parts.items() if type(getattr(part, "base_layer", part)).__name__ in LINEAR}
-    return [name for name in kinds if not any(part in name.split(".") for part in ("base_layer", "lora_A", "lora_B"))]
+    return [name for name, part in module.base_model.named_modules()
+            if type(getattr(part, "base_layer", part)).__name__ in LINEAR
+            and not {"base_layer", "lora_A", "lora_B"} & {*name.split(".")}]
 
 
 def _ends(name: str, target: str) -> bool:
     """As PEFT takes a target for a layer's name."""
     return name == target or name.endswith(f".{target}")
-
-
-def trainable_parameters(module: PreTrainedModel) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def save_adapter(module: PreTrainedModel, folder: Path, base: str) -> None:

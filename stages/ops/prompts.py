@@ -35,15 +35,22 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool)
     """
     if not chat_template:
         return prompt
-    turns = [{"role": "user", "content": prompt}]
+    text = rendered(
+        tokenizer, [{"role": "user", "content": prompt}], "the tokenizer's chat template cannot render a user's turn",
+        "a prompt is one user turn: change the model's chat_template.jinja so that it takes that, or set "
+        "base_model.chat_template: false", add_generation_prompt=True)
+    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token and _added(tokenizer)[0] else text
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], failure: str, way_on: str, **options: bool
+) -> str:
+    """The turns in the tokenizer's chat template. Raises `ConfigError` with what the template says."""
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
     except Exception as error:  # whatever a template does
         said = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"the tokenizer's chat template cannot render a user's turn: {said}; a prompt is one user turn: "
-                          "change the model's chat_template.jinja so that it takes that, or set base_model.chat_template: "
-                          "false") from None
-    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token and _added(tokenizer)[0] else text
+        raise ConfigError(f"{failure}: {said}; {way_on}") from None
 
 
 def require_no_clock(tokenizer: PreTrainedTokenizerBase, or_else: str) -> None:
@@ -105,8 +112,13 @@ def _in_parts(tokenizer: PreTrainedTokenizerBase, prompt: str, end: str) -> list
         raise ConfigError(f"a prompt holds a special token, and the chat template changes its text ({prompt[:60]!r}): take "
                           "the token out, or set base_model.special_tokens_in_text: true")
     parts = ((before, False), (written, True), (after, False), (end, True))
-    ids = [tokenizer(part, add_special_tokens=False, split_special_tokens=as_text)["input_ids"] for part, as_text in parts]
-    return [*([tokenizer.bos_token_id] if _added(tokenizer)[0] else []), *(i for part in ids for i in part)]
+    return [*([tokenizer.bos_token_id] if _added(tokenizer)[0] else []), *tokens_of_parts(tokenizer, parts)]
+
+
+def tokens_of_parts(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]]) -> list[int]:
+    """Tokens of texts one after another; of each, whether special tokens that it holds are text."""
+    return [i for part, as_text in parts
+            for i in tokenizer(part, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]]
 
 
 def completed(
