@@ -36,16 +36,26 @@ class DataConfig(Settings):
     """What `ppo.ptx_coef` mixes in instead of the demonstrations: `{"text": …}` a line."""
 
 
+def is_gguf(source: str | None) -> bool:
+    """Whether a model's source names a GGUF file, perhaps at a revision."""
+    return source is not None and source.partition("@")[0].lower().endswith(".gguf")
+
+
 class BaseModelConfig(Settings):
     """Where training starts: a pretrained model (`source`), or a new GPT-2 with a byte-level BPE tokenizer."""
 
     source: str | None = None
-    """A folder in Hugging Face format, relative to the config file, or the name of a model on the hub."""
+    """A folder in Hugging Face format, relative to the config file, or the name of a model on the hub (`org/name`,
+    `org/name@revision`); or a GGUF file, there (`model.gguf`) or on the hub (`org/name/model.gguf`)."""
     chat_template: bool = False
     """Whether a prompt is put to the models as a user's turn in the tokenizer's chat template."""
     special_tokens_in_text: Annotated[bool, Later(before=True)] = False
     """Whether a special token that is written in a prompt or completion, such as `<|im_end|>`, is that token; else it stays
     text, as anything that a user may write. Those of a chat template are special tokens always."""
+    precision: Annotated[Literal["float32", "bfloat16", "int8", "nf4"], Later(before="float32")] = "float32"
+    """What the models of the run compute in; those that reward components bring compute in float32. What is trained stays
+    float32, with its optimizer. Weights under adapters (`lora`) are held in it: int8 and nf4 are 8 and 4 bits, by
+    bitsandbytes, whose products are bfloat16."""
     vocab_size: int = Field(1024, ge=259)
     """New model: V, entries of the tokenizer trained from the demonstrations (256 bytes, 3 special tokens at least)."""
     context_length: PositiveInt = 128
@@ -56,6 +66,11 @@ class BaseModelConfig(Settings):
     """New model: attention heads; must divide `width`."""
     width: PositiveInt = 128
     """New model: size of the residual stream."""
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the source is a GGUF file, whose weights are unpacked to float32."""
+        return is_gguf(self.source)
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -122,7 +137,8 @@ class RolloutConfig(Settings):
     temperature: PositiveFloat = 1.0
     """Logits are divided by it, in rollout, reference and update alike."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What sampling computes in. With bfloat16 the update needs `ppo.recompute_old_logprobs`."""
+    """What sampling computes in, where the models compute in float32. With bfloat16 the update needs
+    `ppo.recompute_old_logprobs`."""
 
 
 OF_A_MODEL = {"chat_template", "max_tokens", "truncation"}  # settings of a component that is a model brought from elsewhere
@@ -301,12 +317,17 @@ def _inconsistencies(c: LanguageConfig):
                f"ppo.minibatches={c.ppo.minibatches}; make it a multiple")
     new_model, kinds = c.base_model.source is None, {part.kind for part in c.reward.components.values()}
     changed = [name for name, value in c.base_model if value != BaseModelConfig.model_fields[name].default]
-    if not new_model and (extra := set(changed) - {"source", "chat_template", "special_tokens_in_text"}):
+    if not new_model and (extra := set(changed) - {"source", "chat_template", "special_tokens_in_text", "precision"}):
         yield f"base_model.{sorted(extra)[0]} describes a new model, but base_model.source names one; remove either"
     if new_model and c.sft is None:
         yield "a new base model has to be trained: add an sft section, or name a pretrained one in base_model.source"
     if new_model and c.lora:
         yield "lora: a new base model has learned nothing that adapters could be added to; name one in base_model.source"
+    if c.base_model.precision in ("int8", "nf4") and not c.lora:
+        yield (f"base_model.precision={c.base_model.precision}: weights in so few bits are not trained, adapters over them "
+               "are; add a lora section, or take bfloat16")
+    if c.execution.attention == "flash_attention_2" and c.base_model.precision == "float32":
+        yield "execution.attention=flash_attention_2 computes in bfloat16; set base_model.precision: bfloat16, or take sdpa"
     if new_model and c.base_model.chat_template:
         yield "base_model.chat_template: a new model's tokenizer has no chat template; leave it false"
     if (new_model or c.sft) and not c.data.demonstrations:
@@ -355,6 +376,6 @@ def _meaningless(c: LanguageConfig):
         yield "reward.center_on_demonstrations needs data.demonstrations"
     if c.ppo.ptx_coef and not (c.data.pretraining or c.data.demonstrations):
         yield "ppo.ptx_coef needs data.pretraining or data.demonstrations to learn from"
-    if c.rollout.precision != "float32" and not c.ppo.recompute_old_logprobs:
+    if c.rollout.precision != "float32" and c.base_model.precision == "float32" and not c.ppo.recompute_old_logprobs:
         yield (f"rollout.precision={c.rollout.precision} samples from another policy than the float32 one that is updated; "
                "set ppo.recompute_old_logprobs: true (and ppo.importance_cap: 2)")

@@ -210,6 +210,9 @@ class ExecutionConfig(Settings):
     """CPU threads of torch; null takes the cores there are. The last bits of results depend on it."""
     micro_batch_tokens: PositiveInt = 4096
     """The most tokens, padding included, in one forward or backward pass."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Which kernels of attention a language model uses; auto: those that transformers chooses. flash_attention_2 needs a
+    GPU, the package flash-attn, and `base_model.precision` bfloat16 or less."""
     gradient_checkpointing: bool = False
     """Whether an update computes each layer once more in the backward pass instead of keeping what it needs of it: less
     memory, and about a third more time; the same bytes."""

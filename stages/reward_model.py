@@ -39,7 +39,7 @@ def reward_model(
         trainer = RewardTrainer(
             model=start.module, train_dataset=Dataset.from_list(rows), processing_class=start.tokenizer,
             args=TRLConfig(output_dir=folder, center_rewards_coefficient=config.center_coef or None, **arguments))
-        loss, steps = run(trainer, "reward_model", "chosen_ids")
+        loss, steps = run(trainer, "reward_model", "chosen_ids", start.computing)
     start.module.eval()
     margins = np.subtract(*(sequence_scores(start, _tokens(start, heldout_pairs, which), "reward_model test")
                             for which in ("chosen", "rejected")))

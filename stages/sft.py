@@ -36,5 +36,5 @@ def sft(
         trainer = SFTTrainer(
             model=base.module, train_dataset=rows, processing_class=base.tokenizer,
             args=TRLConfig(output_dir=folder, completion_only_loss=config.completion_only, **arguments))
-        loss, steps = run(trainer, "sft", "input_ids")
+        loss, steps = run(trainer, "sft", "input_ids", base.computing)
     return SFTMetrics(loss=loss, steps=steps)

@@ -71,3 +71,42 @@ def change_weights(folder: Path, change) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_gguf(file: Path, model, tokenizer, *, quantized=False) -> Path:
+    """A Llama with its byte-level tokenizer as a GGUF file, in float32, or its matrices in 8 bits."""
+    import gguf
+
+    config, writer = model.config, gguf.GGUFWriter(file, "llama")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL if token in SPECIAL else gguf.TokenType.NORMAL for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(2)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp has a rotated pair's halves beside each other
+            tensor = tensor.unflatten(0, (config.num_attention_heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
+        there, kind = names.get_name(name, (".weight", ".bias")), gguf.GGMLQuantizationType.Q8_0
+        if quantized and tensor.dim() == 2 and tensor.shape[1] % 32 == 0:
+            writer.add_tensor(there, gguf.quantize(tensor.numpy(), kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(there, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file

@@ -81,7 +81,9 @@ def _model(
     if config.base_model.source is None:
         texts = (row["prompt"] + row["completion"] for row in rows["demonstrations"])
         return train_tokenizer(texts, config.base_model), config.base_model.context_length, {}
-    brought = check_model(setting_of("base_model"), files["base_model"][0].parent, config.lora)
+    place = files["base_model"][0] if config.base_model.is_gguf else files["base_model"][0].parent
+    brought = check_model(setting_of("base_model"), place, config.lora, config.base_model.precision,
+                          config.execution.attention)
     return brought.tokenizer, brought.context, {"base_model": brought.metrics}
 
 

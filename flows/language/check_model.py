@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from flows.language.model_files import check_model_files
-from flows.language.model_folders import SAFE, load_classifier, load_tokenizer, require_all_weights
+from flows.language.model_files import check_gguf, check_model_files
+from flows.language.model_folders import SAFE, load_classifier, load_gguf, load_tokenizer, require_all_weights, use_attention
 from schemas.errors import ConfigError
 from schemas.language import ComponentConfig, LoRAConfig
 from schemas.metrics import BroughtModelMetrics, BroughtScorerMetrics
@@ -20,6 +20,7 @@ from stages.ops.abilities import Abilities, abilities
 from stages.ops.brought_scorer import most_tokens, scored_text
 from stages.ops.language_model import context_length
 from stages.ops.lora import add_adapter, sharing
+from stages.ops.precision import hold
 
 log = logging.getLogger("baton")
 
@@ -33,25 +34,52 @@ class BroughtModel:
     metrics: BroughtModelMetrics
 
 
-def check_model(setting: str, place: Path, adapters: LoRAConfig | None = None) -> BroughtModel:
-    """A causal model, and whether it takes such adapters. Raises `ConfigError` with the setting and what failed."""
+def check_model(
+    setting: str, place: Path, adapters: LoRAConfig | None = None, precision: str = "float32", attention: str = "auto"
+) -> BroughtModel:
+    """A causal model, in a folder or GGUF file, whether it takes such adapters over weights of that precision, and has that
+    attention.
+
+    Raises `ConfigError` with the setting and what failed.
+    """
     with _named(setting, place):
-        check_model_files(place)
-        tokenizer = load_tokenizer(place)
-        module, report = AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE)
-        require_all_weights(place, report)
+        module, tokenizer = _from_folder(place) if place.is_dir() else _from_gguf(place)
         _require_tokens_fit(module, tokenizer)
         found = abilities(module.eval())
-    if adapters is not None:
-        add_adapter(sharing(module), adapters, seed=0)
     for line in [*_unknown_tokens(module, tokenizer), *_slower(found)]:
         log.warning("%s: %s: %s", setting, place, line)
     context = context_length(module.config)
-    return BroughtModel(tokenizer, context, BroughtModelMetrics(
+    brought = BroughtModel(tokenizer, context, BroughtModelMetrics(
         parameters=module.num_parameters(), vocab_size=len(tokenizer),
         embeddings=module.get_input_embeddings().num_embeddings, context_length=context, pads=found.pads,
         caches=found.caches, trims=found.trims, splits=found.splits))
+    use_attention(module, attention)
+    if adapters is not None:
+        _try_adapters(module, adapters, precision)
+    return brought
+
+
+def _try_adapters(module: PreTrainedModel, adapters: LoRAConfig, precision: str) -> None:
+    """Raises `ConfigError` naming the setting that the model does not take."""
+    try:
+        hold(module, precision)
+    except ConfigError as error:
+        raise ConfigError(f"base_model.precision: {error}") from None
+    add_adapter(sharing(module), adapters, seed=0)
+
+
+def _from_folder(place: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    check_model_files(place)
+    tokenizer = load_tokenizer(place)
+    module, report = AutoModelForCausalLM.from_pretrained(
+        place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE)
+    require_all_weights(place, report)
+    return module, tokenizer
+
+
+def _from_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    check_gguf(file)
+    return load_gguf(file)
 
 
 def check_scorer(

@@ -19,6 +19,7 @@ from flows.runs.run import Run
 from schemas.artifacts import ModelRef, TrainState
 from schemas.errors import ConfigError
 from stages.ops import lora
+from stages.ops.precision import QUANTIZED
 from stages.ops.scalar_head import ScalarHead
 
 ROLES = ("actor", "critic", "reward_model")
@@ -41,6 +42,10 @@ def export(run: Run, state: TrainState, role: str, folder: Path, *, merge: bool)
     base = base_of(source)
     if merge and base is None:
         raise ConfigError(f"--merge: the {role} is a whole model, and no adapter; leave it out")
+    precision = run.config.base_model.precision
+    if merge and precision in QUANTIZED:
+        raise ConfigError(f"--merge: the adapter was trained over a base in {precision}, and added to the base's weights in "
+                          "float32 it would be another model; leave it out, and load the base in that")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
         partial = Path(place) / "model"

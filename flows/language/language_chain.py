@@ -19,6 +19,7 @@ from stages.ops.kl import adapted_kl_coef
 from stages.ops.optim import learning_rate_factor
 
 READING = frozenset({"special_tokens_in_text"})  # settings of the base model that are about texts, beside the template
+NOT_OF_THE_NEW = READING | {"precision"}  # settings of the base model that do not decide what a new one is
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class LanguageChain:
     def prepare(self, perform: Perform) -> TrainState:
         """State 0: the starting actor, critic and reward model, and how the actor does before any PPO."""
         config, made = self.run.config, {}
-        if config.base_model.source is None:
+        if config.base_model.source is None or config.base_model.is_gguf:
             made |= perform(self.base_model())
         actor = self._base(made)
         if config.sft:
@@ -113,38 +114,42 @@ class LanguageChain:
     # --- what each stage is called with ---
 
     def base_model(self) -> StageCall:
-        return self.run.call("base_model", 0, settings_of(self.run.config.base_model, exclude=READING),
+        if self.run.config.base_model.is_gguf:
+            return self.run.call("base_model", 0, {}, gguf=self.run.inputs["base_model"])
+        return self.run.call("base_model", 0, settings_of(self.run.config.base_model, exclude=NOT_OF_THE_NEW),
                              seed=self.run.seed(0, "base_model"),
                              demonstrations=self.run.inputs["demonstrations"])
 
     def sft(self, base: ModelRef) -> StageCall:
-        return self.run.call("sft", 0, settings_of(self.run.config.sft) | self._template | self._lora,
+        settings = settings_of(self.run.config.sft) | self._template | self._lora | self._precision
+        return self.run.call("sft", 0, settings,
                              seed=self.run.seed(0, "sft"), base=base, demonstrations=self.run.inputs["demonstrations"])
 
     def reward_model(self, start: ModelRef) -> StageCall:
         return self.run.call(
-            "reward_model", 0, settings_of(self.run.config.reward_model) | self._template | self._lora,
+            "reward_model", 0, settings_of(self.run.config.reward_model) | self._template | self._lora | self._precision,
             seed=self.run.seed(0, "reward_model"), start=start, pairs=self.run.inputs["pairs"],
             heldout_pairs=self.run.inputs["heldout_pairs"])
 
     def reward_bias(self, tokenizer: ModelRef, reward_model: ModelRef | None) -> StageCall:
         return self.run.call(
-            "reward_bias", 0, _components(self.run.config.reward) | self._template, tokenizer=tokenizer,
+            "reward_bias", 0, _components(self.run.config.reward) | self._template | self._scoring, tokenizer=tokenizer,
             demonstrations=self.run.inputs["demonstrations"], **self._reward_inputs(reward_model))
 
     def rollout(self, iteration: int, actor: ModelRef) -> StageCall:
         order = {"order_seed": self.run.seed(0, "prompt_order"), "iteration": iteration}
-        return self.run.call("rollout", iteration, settings_of(self.run.config.rollout) | self._template | order,
+        settings = settings_of(self.run.config.rollout) | self._template | self._precision | order
+        return self.run.call("rollout", iteration, settings,
                              seed=self.run.seed(iteration, "rollout"), actor=actor, prompts=self.run.inputs["prompts"])
 
     def reference(self, iteration: int, reference_model: ModelRef, rollouts: ArtifactRef) -> StageCall:
-        return self.run.call("reference", iteration, {"temperature": self._temperature(rollouts)},
+        return self.run.call("reference", iteration, {"temperature": self._temperature(rollouts)} | self._precision,
                              reference_model=reference_model, rollouts=rollouts)
 
     def reward(self, iteration: int, tokenizer: ModelRef, reward_model: ModelRef | None, rollouts: ArtifactRef, bias: float,
                moments: Moments) -> StageCall:
         config = self.run.config.reward
-        settings = settings_of(config) | _components(config) | {
+        settings = settings_of(config) | _components(config) | self._scoring | {
             "bias": bias, "max_new_tokens": self._made_with(rollouts)["max_new_tokens"]}
         if config.normalize != "none":
             settings["moments"] = moments.model_dump(mode="json")
@@ -152,7 +157,7 @@ class LanguageChain:
                              tokenizer=tokenizer if config.special_tokens else None)
 
     def value(self, iteration: int, critic: ModelRef, rollouts: ArtifactRef) -> StageCall:
-        return self.run.call("value", iteration, {}, critic=critic, rollouts=rollouts)
+        return self.run.call("value", iteration, self._precision, critic=critic, rollouts=rollouts)
 
     def gae(self, iteration: int, rollouts: ArtifactRef, reference: ArtifactRef | None, rewards: ArtifactRef,
             values: ArtifactRef | None, kl_coef: float) -> StageCall:
@@ -167,7 +172,7 @@ class LanguageChain:
         config, kl = self.run.config.ppo, self.run.config.kl
         settings = settings_of(config, exclude=ITERATION_DECIDES) | {
             "temperature": self._temperature(rollouts), "learning_rate_factor": learning_rate_factor(iteration, config),
-            "train_actor": iteration > config.critic_warmup} | self._lora
+            "train_actor": iteration > config.critic_warmup} | self._lora | self._precision
         mixed = {}
         if kl.placement == "loss":
             settings |= {"kl_coef": kl_coef, "kl_estimator": kl.estimator}
@@ -185,8 +190,8 @@ class LanguageChain:
         settings = {"rollout": settings_of(config.rollout, exclude={"batch_size", "responses_per_prompt"}),
                     "reward": _components(config.reward), "bias": bias, "judge": config.evaluate.judge}
         return self.run.call(
-            "evaluate", iteration, settings | self._template, seed=self.run.seed(0, "evaluate"), actor=actor,
-            reference_model=reference_model, baseline=baseline, prompts=self.run.inputs["heldout_prompts"],
+            "evaluate", iteration, settings | self._template | self._precision, seed=self.run.seed(0, "evaluate"),
+            actor=actor, reference_model=reference_model, baseline=baseline, prompts=self.run.inputs["heldout_prompts"],
             judge=self.run.inputs["judge"] if config.evaluate.judge else None, **self._reward_inputs(reward_model))
 
     @property
@@ -200,6 +205,20 @@ class LanguageChain:
     def _lora(self) -> dict[str, Any]:
         """What is trained, if not all weights."""
         return {"lora": settings_of(self.run.config.lora)} if self.run.config.lora else {}
+
+    @property
+    def _precision(self) -> dict[str, Any]:
+        """What models compute in, and weights under adapters are held in, where that is not float32."""
+        precision = self.run.config.base_model.precision
+        if precision == "float32":
+            return {}
+        return {"compute": "bfloat16"} | ({"weights": precision} if self.run.config.lora else {})
+
+    @property
+    def _scoring(self) -> dict[str, Any]:
+        """The same where the reward model that is trained here may score."""
+        used = any(part.kind == "reward_model" for part in self.run.config.reward.components.values())
+        return self._precision if used else {}
 
     def _made_with(self, rollouts: ArtifactRef) -> dict[str, Any]:
         """Settings the rollouts were made with."""

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from flows.language.model_folders import load_causal, load_scalar, save_learner, save_model
+from flows.language.model_folders import load_causal, load_gguf, load_scalar, save_learner, save_model
 from flows.language.reward_tokens import token_for
 from flows.language.warm_models import Adapters, Reading, WarmModels
+from flows.runs.inputs import GGUF
 from flows.runs.produce import StageOutput
 from flows.runs.work import Task, Work
 from schemas.artifacts import ModelRef, Outputs
@@ -43,6 +44,7 @@ from stages.ops.guest import Patience
 from stages.ops.language_model import LanguageModel
 from stages.ops.learning_signal import cut_texts, of_advantages, of_components, of_policy
 from stages.ops.moments import updated_moments
+from stages.ops.precision import Precision
 from stages.ops.prompts import demonstrations_as_texts, pretraining_as_texts, prompt_order
 from stages.ops.reward_server import RewardServer
 from stages.ops.rewards import Scorer, function_scorer, model_scorer, seeing_special_tokens
@@ -53,21 +55,24 @@ from stages.ops.texts import Texts
 
 
 def base_model(work: Work[WarmModels]) -> StageOutput:
-    model = base_model_stage.base_model(list(work.rows("demonstrations")), work.settings(BaseModelConfig),
-                                        seed=work.call.seed)
+    if gguf := work.ref_if_given("gguf"):
+        model = LanguageModel(*load_gguf(work.store.file(gguf, GGUF)))
+    else:
+        model = base_model_stage.base_model(list(work.rows("demonstrations")), work.settings(BaseModelConfig),
+                                            seed=work.call.seed)
     save_model(work.attempt, "model", model)
     return StageOutput(base_model_stage.metrics(model))
 
 
 def sft(work: Work[WarmModels]) -> StageOutput:
-    model = work.warm.trainable(work.model("base"), load_causal, _reading(work), _adapters(work))
+    model = work.warm.trainable(work.model("base"), load_causal, _reading(work), _adapters(work), _precision(work))
     metrics = sft_stage.sft(model, list(work.rows("demonstrations")), work.settings(SFTConfig), seed=work.call.seed)
     save_model(work.attempt, "actor", model)
     return StageOutput(metrics)
 
 
 def reward_model(work: Work[WarmModels]) -> StageOutput:
-    model = work.warm.trainable(work.model("start"), load_scalar, _reading(work), _adapters(work))
+    model = work.warm.trainable(work.model("start"), load_scalar, _reading(work), _adapters(work), _precision(work))
     metrics = reward_model_stage.reward_model(model, list(work.rows("pairs")), list(work.rows("heldout_pairs")),
                                               work.settings(RewardModelConfig), seed=work.call.seed)
     save_model(work.attempt, "reward_model", model)
@@ -93,7 +98,7 @@ def rollout(work: Work[WarmModels]) -> StageOutput:
     k = config.responses_per_prompt
     ids = np.repeat(prompt_order(len(prompts), config.batch_size // k, seed=work.setting("order_seed"),
                                  iteration=work.setting("iteration")), k)
-    actor = work.warm.actor(work.model("actor"), _reading(work))
+    actor = work.warm.actor(work.model("actor"), _reading(work), _precision(work))
     rollouts = rollout_stage.rollout(ModelSampler(actor), [prompts[i]["prompt"] for i in ids], ids, config,
                                      seed=work.call.seed)
     work.attempt.table(rollouts)
@@ -102,7 +107,7 @@ def rollout(work: Work[WarmModels]) -> StageOutput:
 
 def reference(work: Work[WarmModels]) -> StageOutput:
     rollouts = work.table("rollouts", Rollouts)
-    model = work.warm.reference(work.model("reference_model"))
+    model = work.warm.reference(work.model("reference_model"), _precision(work))
     scored = reference_stage.reference(model, rollouts, temperature=work.setting("temperature"))
     work.attempt.table(scored)
     return StageOutput(reference_stage.metrics(scored), _tokens(rollouts))
@@ -124,7 +129,7 @@ def reward(work: Work[WarmModels]) -> StageOutput:
 
 def value(work: Work[WarmModels]) -> StageOutput:
     rollouts = work.table("rollouts", Rollouts)
-    values = value_stage.value(work.warm.critic(work.model("critic")), rollouts)
+    values = value_stage.value(work.warm.critic(work.model("critic"), _precision(work)), rollouts)
     work.attempt.table(values)
     return StageOutput(value_stage.metrics(values), _tokens(rollouts))
 
@@ -145,7 +150,7 @@ def gae(work: Work[WarmModels]) -> StageOutput:
 def ppo(work: Work[WarmModels]) -> StageOutput:
     config, rollouts = work.settings(PPOConfig), work.table("rollouts", Rollouts)
     learner = work.warm.take_learner(work.model("actor"), work.model_if_given("critic"), work.model_if_given("optimizer"),
-                                     config, work.setting("temperature"), _adapters(work))
+                                     config, work.setting("temperature"), _adapters(work), _precision(work))
     penalty = None
     if reference := work.table_if_given("reference", ReferenceLogprobs):
         penalty = ppo_stage.KLLoss(reference, work.setting("kl_coef"), work.setting("kl_estimator"))
@@ -162,9 +167,10 @@ def ppo(work: Work[WarmModels]) -> StageOutput:
 
 def evaluate(work: Work[WarmModels]) -> StageOutput:
     sampling, rewards = work.settings(RolloutConfig, "rollout"), work.settings(RewardConfig, "reward")
-    actor, scorers = work.warm.actor(work.model("actor"), _reading(work)), _scorers(work, rewards, "actor")
+    actor = work.warm.actor(work.model("actor"), _reading(work), _precision(work))
+    scorers = _scorers(work, rewards, "actor")
     samples = evaluate_stage.evaluate(
-        ModelSampler(actor), work.warm.reference(work.model("reference_model")),
+        ModelSampler(actor), work.warm.reference(work.model("reference_model"), _precision(work)),
         [row["prompt"] for row in work.rows("prompts")], scorers, _judge(work, rewards),
         work.table_if_given("baseline", Samples), sampling, rewards, bias=work.setting("bias"), seed=work.call.seed)
     work.attempt.table(samples)
@@ -186,6 +192,12 @@ def _tokens(rollouts: Rollouts | Texts) -> int:
 def _adapters(work: Work[WarmModels]) -> Adapters | None:
     """What is trained instead of all weights."""
     return Adapters(work.settings(LoRAConfig, "lora"), work.call.seed) if "lora" in work.call.settings else None
+
+
+def _precision(work: Work[WarmModels]) -> Precision:
+    """What models compute in, and weights that stay are held in."""
+    settings = work.call.settings
+    return Precision(**{name: settings[name] for name in ("compute", "weights") if name in settings})
 
 
 def _texts(work: Work[WarmModels], actor: LanguageModel) -> Texts:
@@ -222,7 +234,7 @@ def _scorer(work: Work[WarmModels], role: str, part: ComponentConfig, tokenizer:
     execution, source = work.call.execution, part.source
     match part.kind:
         case "reward_model":
-            return model_scorer(work.warm.reward_model(work.model("reward_model")))
+            return model_scorer(work.warm.reward_model(work.model("reward_model"), _precision(work)))
         case "model":
             return BroughtScorer(work.warm.scorer(work.model(role)), part)
         case "server":

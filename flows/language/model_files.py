@@ -1,7 +1,8 @@
-"""A model's folder before anything is loaded from it: whole weights, and not quantised ones."""
+"""A model's folder or GGUF file before anything is loaded from it: whole weights, and of a folder not quantised ones."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -26,6 +27,25 @@ def check_model_files(place: Path) -> None:
         if missing := sorted(name for name in named if not (place / name).is_file()):
             raise ConfigError(f"{index} names {len(missing)} files that are not there: {missing[0]}; "
                               "download the folder again")
+
+
+def check_gguf(file: Path) -> None:
+    """Raises `ConfigError` naming what is wrong with it, and the way on."""
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ConfigError(f"{file} is no GGUF file: it does not begin with GGUF; download it again")
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"{file}: reading GGUF needs the package gguf: pip install gguf")
+    from gguf import GGUFReader
+
+    try:
+        parts = GGUFReader(file).get_field("split.count")
+    except Exception as error:  # whatever NumPy makes of a file that ends early
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{file} was cut short or changed ({file.stat().st_size} bytes): {reason}; download it "
+                          "again") from None
+    if parts is not None and parts.contents() > 1:
+        raise ConfigError(f"{file} is one of {parts.contents()} parts: llama-gguf-split --merge joins them")
 
 
 def _require_whole(file: Path) -> None:

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from flows.store.store import Attempt
@@ -39,6 +42,31 @@ def load_causal(folder: Path) -> PreTrainedModel:
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **SAFE)
     require_all_weights(folder, report)
     return _own_memory(model)
+
+
+def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal model of a GGUF file, unpacked to float32, and its tokenizer.
+
+    Raises `ConfigError` if weights are missing.
+    """
+    where = {"gguf_file": file.name, "local_files_only": True}
+    model, report = AutoModelForCausalLM.from_pretrained(
+        file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), output_loading_info=True, **where)
+    require_all_weights(file, report)
+    tokenizer = _without_inventions(AutoTokenizer.from_pretrained(file.parent, **where), model.config.vocab_size)
+    return _own_memory(model), _padding(tokenizer)
+
+
+def _without_inventions(tokenizer: PreTrainedTokenizerBase, entries: int) -> PreTrainedTokenizerBase:
+    """Without special tokens beyond the file's own: transformers adds `<|endoftext|>` to whatever a GGUF file has."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    own = [token for token in state["added_tokens"] if token["id"] < entries]
+    if len(own) == len(state["added_tokens"]):
+        return tokenizer
+    backend = Tokenizer.from_str(json.dumps(state | {"added_tokens": own}))
+    names = {token["content"] for token in own} | set(state["model"]["vocab"])
+    special = {name: token for name, token in tokenizer.special_tokens_map.items() if token in names}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template, **special)
 
 
 def load_scalar(folder: Path) -> PreTrainedModel:
@@ -126,6 +154,20 @@ def _own_memory(module: PreTrainedModel) -> PreTrainedModel:
     return module
 
 
+def use_attention(module: PreTrainedModel, attention: str) -> None:
+    """Has the model use these kernels; see `ExecutionConfig`. Raises `ConfigError` where it, or this machine, has none."""
+    if attention == "auto":
+        return
+    try:
+        module.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"execution.attention={attention}: {reason}; auto takes what there is") from None
+    if module.config._attn_implementation != attention:
+        raise ConfigError(f"execution.attention={attention}: {type(module).__name__} has attention of its own, which "
+                          "cannot be chosen; leave it auto")
+
+
 def load_tokenizer(folder: Path, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
     """The folder's tokenizer; one without an EOS has the model's, and one without a padding token pads with EOS.
 
@@ -134,9 +176,14 @@ def load_tokenizer(folder: Path, *, needs_eos: bool = True) -> PreTrainedTokeniz
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if needs_eos and tokenizer.eos_token is None:
         tokenizer.eos_token = _eos_of_model(folder, tokenizer)
+    return _padding(tokenizer)
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """With a padding token, and without how it was loaded, which would be saved with it."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    for how_it_was_loaded in ("is_local", "local_files_only"):  # would be saved with it
+    for how_it_was_loaded in ("is_local", "local_files_only", "vocab_file"):
         tokenizer.init_kwargs.pop(how_it_was_loaded, None)
     return tokenizer
 

@@ -20,6 +20,7 @@ from flows.language.model_folders import (
     load_scalar,
     load_tokenizer,
     scalar_over,
+    use_attention,
 )
 from flows.store.store import Store
 from schemas.artifacts import ArtifactRef, ModelRef
@@ -31,6 +32,7 @@ from stages.ops.abilities import Abilities, abilities
 from stages.ops.device import Device
 from stages.ops.language_learner import LanguageModelLearner
 from stages.ops.language_model import LanguageModel
+from stages.ops.precision import FLOAT32, Precision, hold
 from stages.ops.texts import Texts
 
 NOT_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -46,11 +48,12 @@ class Adapters:
 
 
 @dataclass(frozen=True)
-class _Base:
-    """What adapters are over: a causal model or a classifier, and its tokenizer."""
+class _Whole:
+    """A model of a folder, without an adapter."""
 
     module: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    abilities: Abilities
 
 
 @dataclass(frozen=True)
@@ -82,38 +85,40 @@ class WarmModels:
     def __init__(self, store: Store, execution: ExecutionConfig) -> None:
         self.store, self.execution, self.loaded = store, execution, 0
         self._lock = threading.Lock()
-        self._warm: OrderedDict[tuple[str, ModelRef], LanguageModel] = OrderedDict()
+        self._warm: OrderedDict[tuple[str, ModelRef, Precision], LanguageModel] = OrderedDict()
         self._learners: dict[ArtifactRef, LanguageModelLearner] = {}
-        self._bases: dict[ModelRef, _Base] = {}
+        self._bases: dict[tuple[ModelRef, str], _Whole] = {}
         self._texts: tuple[object, Texts] | None = None
 
-    def actor(self, ref: ModelRef, reading: Reading) -> LanguageModel:
-        return reading.of(self._get("actor", ref, load_causal))
+    def actor(self, ref: ModelRef, reading: Reading, precision: Precision = FLOAT32) -> LanguageModel:
+        return reading.of(self._get("actor", ref, load_causal, precision))
 
-    def reference(self, ref: ModelRef) -> LanguageModel:
-        return self._get("reference", ref, load_causal)
+    def reference(self, ref: ModelRef, precision: Precision = FLOAT32) -> LanguageModel:
+        return self._get("reference", ref, load_causal, precision)
 
-    def critic(self, ref: ModelRef) -> LanguageModel:
-        return self._get("critic", ref, load_scalar)
+    def critic(self, ref: ModelRef, precision: Precision = FLOAT32) -> LanguageModel:
+        return self._get("critic", ref, load_scalar, precision)
 
-    def reward_model(self, ref: ModelRef) -> LanguageModel:
-        return self._get("reward_model", ref, load_scalar)
+    def reward_model(self, ref: ModelRef, precision: Precision = FLOAT32) -> LanguageModel:
+        return self._get("reward_model", ref, load_scalar, precision)
 
     def scorer(self, ref: ModelRef) -> LanguageModel:
         """A reward model that is brought."""
-        return self._get("scorer", ref, load_classifier)
+        return self._get("scorer", ref, load_classifier, FLOAT32)
 
     def own(self, ref: ModelRef, load: Load) -> LanguageModel:
-        """A model that is not kept."""
-        return self._load(ref, load)
+        """A model in float32 that is not kept."""
+        return self._load(ref, load, FLOAT32)
 
-    def trainable(self, ref: ModelRef, load: Load, reading: Reading, adapters: Adapters | None) -> LanguageModel:
+    def trainable(
+        self, ref: ModelRef, load: Load, reading: Reading, adapters: Adapters | None, precision: Precision
+    ) -> LanguageModel:
         """For a stage that trains it, or an adapter of it, and lets it go. Raises `ConfigError` where there can be none."""
-        return reading.of(self._trainable(ref, self._load(ref, load), adapters))
+        return reading.of(self._trainable(ref, self._load(ref, load, precision), adapters))
 
     def take_learner(
         self, actor: ModelRef, critic: ModelRef | None, optimizer: ModelRef | None, config: PPOConfig, temperature: float,
-        adapters: Adapters | None = None,
+        adapters: Adapters | None = None, precision: Precision = FLOAT32,
     ) -> LanguageModelLearner:
         """Actor, critic if there is one, and optimizers to train; they leave the cache, since training changes them.
 
@@ -122,8 +127,8 @@ class WarmModels:
         if adapters and optimizer and base_of(self.store.folder(actor.artifact, actor.folder)) is None:
             raise ConfigError("lora: what is trained on was trained in full; make another run with adapters")
         warm = self._learners.pop(optimizer.artifact, None) if optimizer else None
-        actor_model = self._trainable(actor, self._take("actor", actor, load_causal), adapters)
-        critic_model = critic and self._trainable(critic, self._take("critic", critic, load_scalar), adapters)
+        actor_model = self._trainable(actor, self._take("actor", actor, load_causal, precision), adapters)
+        critic_model = critic and self._trainable(critic, self._take("critic", critic, load_scalar, precision), adapters)
         if warm and (warm.config, warm.temperature) == (config, temperature):
             return warm
         learner = LanguageModelLearner(actor_model, critic_model, config, temperature)
@@ -149,7 +154,7 @@ class WarmModels:
         self._learners.pop(artifact, None)
         for key in [key for key in self._warm if key[1].artifact == artifact]:
             del self._warm[key]
-        self._bases = {ref: module for ref, module in self._bases.items() if ref.artifact != artifact}
+        self._bases = {key: base for key, base in self._bases.items() if key[0].artifact != artifact}
 
     def close(self) -> None:
         """Lets go of everything."""
@@ -171,82 +176,89 @@ class WarmModels:
         return frozenset((name, digest) for name, digest in files
                          if not name.endswith(".safetensors") and name not in NOT_TOKENIZER)
 
-    def _get(self, role: str, ref: ModelRef, load: Load) -> LanguageModel:
-        key = (role, ref)
+    def _get(self, role: str, ref: ModelRef, load: Load, precision: Precision) -> LanguageModel:
+        key = (role, ref, precision)
         with self._lock:
             if key not in self._warm:
                 self._make_room(self.execution.warm_models - 1)
-                self._warm[key] = self._load(ref, load)
+                self._warm[key] = self._load(ref, load, precision)
             self._warm.move_to_end(key)
             return self._warm[key]
 
-    def _take(self, role: str, ref: ModelRef, load: Load) -> LanguageModel:
-        return self._warm.pop((role, ref), None) or self._load(ref, load)
+    def _take(self, role: str, ref: ModelRef, load: Load, precision: Precision) -> LanguageModel:
+        return self._warm.pop((role, ref, precision), None) or self._load(ref, load, precision)
 
     def _put(self, role: str, ref: ModelRef, model: LanguageModel) -> None:
-        self._warm[role, ref] = model
+        self._warm[role, ref, model.precision] = model
         self._make_room(self.execution.warm_models)
 
     def _make_room(self, size: int) -> None:
         while len(self._warm) > size:
-            (_, ref), _ = self._warm.popitem(last=False)
+            (_, ref, _), _ = self._warm.popitem(last=False)
             self._learners.pop(ref.artifact, None)
 
-    def _load(self, ref: ModelRef, load: Load) -> LanguageModel:
+    def _load(self, ref: ModelRef, load: Load, precision: Precision) -> LanguageModel:
         """The model, in memory that is shared with whatever else is warm of it."""
         folder, execution = self.store.folder(ref.artifact, ref.folder), self.execution
         base = base_of(folder)
-        brought = load is load_classifier  # with a tokenizer of its own, perhaps not causal
         if base is None:
-            module, tokenizer = self._whole(ref, load, folder).eval(), load_tokenizer(folder, needs_eos=not brought)
+            whole = self._whole(ref, load, precision.weights)
         else:
-            over = self._base(base)
-            module, tokenizer = self._over(over.module, load), copy.deepcopy(over.tokenizer)
-            lora.load_adapter(module, folder)
-        module.config.pad_token_id = tokenizer.pad_token_id
-        return LanguageModel(module, tokenizer, micro_batch_tokens=execution.micro_batch_tokens,
-                             generation_batch_size=execution.generation_batch_size,
+            over = self._base(base, precision.weights)
+            whole = replace(over, module=self._over(over.module, load), tokenizer=copy.deepcopy(over.tokenizer))
+            lora.load_adapter(whole.module, folder)
+        whole.module.config.pad_token_id = whole.tokenizer.pad_token_id
+        return LanguageModel(whole.module, whole.tokenizer, micro_batch_tokens=execution.micro_batch_tokens,
+                             generation_batch_size=execution.generation_batch_size, precision=precision,
                              recompute=execution.gradient_checkpointing, base=base and _name(base),
-                             abilities=Abilities() if brought else abilities(module))
+                             abilities=whole.abilities)
 
-    def _base(self, ref: ModelRef) -> _Base:
+    def _base(self, ref: ModelRef, weights: str) -> _Whole:
         """What adapters are over, as it was saved; kept for all of them."""
-        if ref not in self._bases:
-            folder = self.store.folder(ref.artifact, ref.folder)
-            load = load_scalar if is_scorer(folder) else load_causal
-            self._bases[ref] = _Base(self._whole(ref, load, folder).eval(), load_tokenizer(folder))
-        return self._bases[ref]
+        if (ref, weights) not in self._bases:
+            load = load_scalar if is_scorer(self.store.folder(ref.artifact, ref.folder)) else load_causal
+            self._bases[ref, weights] = self._whole(ref, load, weights)
+        return self._bases[ref, weights]
 
     @staticmethod
     def _over(base: PreTrainedModel, load: Load) -> PreTrainedModel:
         """A model of its own in the memory of the base; a scorer also over a causal one."""
         return lora.sharing(base) if load is load_causal or hasattr(base, "score") else scalar_over(base).eval()
 
-    def _whole(self, ref: ModelRef, load: Load, folder: Path) -> PreTrainedModel:
+    def _whole(self, ref: ModelRef, load: Load, weights: str) -> _Whole:
         """Without an adapter: one that is warm, in its memory; else read from its folder."""
-        for module in self._warm_of(ref):
-            scores = hasattr(module, "score")
+        folder, brought = self.store.folder(ref.artifact, ref.folder), load is load_classifier
+        tokenizer = load_tokenizer(folder, needs_eos=not brought)  # one that is brought has its own
+        for warm in self._warm_of(ref, weights):
+            scores = hasattr(warm.module, "score")
             if scores == (load is not load_causal):
-                return lora.sharing(module)
+                return _Whole(lora.sharing(warm.module).eval(), tokenizer, warm.abilities)
             if load is load_scalar and not scores:
-                return scalar_over(module)
+                return _Whole(scalar_over(warm.module).eval(), tokenizer, warm.abilities)
         self.loaded += 1
-        return load(folder).to(Device(self.execution.device).torch)
+        module = load(folder).eval()
+        can = Abilities() if brought else abilities(module)  # in float32; one that is brought is perhaps not causal
+        if not brought:
+            use_attention(module, self.execution.attention)
+        hold(module, weights)
+        return _Whole(module.to(Device(self.execution.device).torch), tokenizer, can)
 
-    def _warm_of(self, ref: ModelRef) -> list[PreTrainedModel]:
-        found = [model.module for (_, warm), model in self._warm.items() if warm == ref and model.base is None]
-        return [*([self._bases[ref].module] if ref in self._bases else []), *found]
+    def _warm_of(self, ref: ModelRef, weights: str) -> list[_Whole | LanguageModel]:
+        found = [model for (_, warm, precision), model in self._warm.items()
+                 if warm == ref and precision.weights == weights and model.base is None]
+        return [*([self._bases[ref, weights]] if (ref, weights) in self._bases else []), *found]
 
     def _trainable(self, ref: ModelRef, model: LanguageModel, adapters: Adapters | None) -> LanguageModel:
         """The model with all weights its own, or frozen ones with an adapter of its own, new unless it has one."""
+        weights = model.precision.weights
         if adapters is None:
             if model.base is not None:
                 raise ConfigError("lora: what is trained on is an adapter, which is not trained in full; make another run")
-            return replace(model, module=copy.deepcopy(model.module)) if self._warm_of(ref) else model
+            return replace(model, module=copy.deepcopy(model.module)) if self._warm_of(ref, weights) else model
         if model.base is not None:
             lora.require_adapter(model.module, adapters.config)
             return model
-        module = self._over(self._base(ref).module, load_scalar if hasattr(model.module, "score") else load_causal)
+        module = self._over(self._base(ref, weights).module, load_scalar if hasattr(model.module, "score") else load_causal)
         lora.add_adapter(module, adapters.config, seed=adapters.seed + hasattr(module, "score"))
         return replace(model, module=module, base=_name(ref))
 

@@ -20,7 +20,7 @@ from flows.store.store import Attempt, Store, sha256_file
 from schemas.artifacts import ArtifactRef, Recipe
 from schemas.config import apply_settings, parse_config
 from schemas.errors import ConfigError
-from schemas.language import LanguageConfig
+from schemas.language import LanguageConfig, is_gguf
 from schemas.metrics import Metrics
 from schemas.settings import ExecutionConfig, RunConfig
 
@@ -30,6 +30,7 @@ COLUMNS = {
     "pretraining": ("text",),
 }
 ADAPTER = "adapter_config.json"
+GGUF = "model.gguf"  # as it is imported, whatever it was called
 OTHERS = {"value.start": ", nor reward_model or actor,"}  # what else a setting may be
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
                "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
@@ -190,7 +191,7 @@ def pinned(config: RunConfig, folder: Path, files: dict[str, list[Path]]) -> Run
     values = config.model_dump(mode="json")
     for role, source in config.models.items():
         snapshot = files[role][0].parent
-        if not (folder / source).is_dir() and snapshot.parent.name == "snapshots":
+        if not (folder / source).exists() and snapshot.parent.name == "snapshots":
             _name_model(values, role, f"{source.partition('@')[0]}@{snapshot.name}")
     return parse_config(values, "the config with its models' commits") if config.models else config
 
@@ -212,13 +213,15 @@ def setting_of(role: str) -> str:
 
 
 def model_files(setting: str, source: str, folder: Path) -> list[Path]:
-    """Config, tokenizer and safetensors of a model's folder, or of a model on the hub.
+    """Config, tokenizer and safetensors of a model's folder, or of a model on the hub; of a GGUF file itself.
 
     Raises `ConfigError` naming the setting.
     """
     place = folder / source
+    if is_gguf(source):
+        return [_gguf(setting, source, place)]
     if not place.is_dir():
-        place = _download(setting, source, place)
+        place = _download(setting, source, place, [*MODEL_FILES, ADAPTER])
     _require_no_adapter(setting, place)
     files = sorted({path for pattern in MODEL_FILES for path in place.glob(pattern)})
     for needed in ("config.json", "*.safetensors", "tokenizer*"):
@@ -248,14 +251,31 @@ def _require_no_adapter(setting: str, place: Path) -> None:
         f"the tokenizer beside it{f'; or remove {ADAPTER} if the weights beside it are what is meant' if beside else ''}")
 
 
-def _download(setting: str, source: str, place: Path) -> Path:
-    """The snapshot of a model on the hub, `org/name` or `org/name@revision`. Raises `ConfigError`."""
+def _gguf(setting: str, source: str, place: Path) -> Path:
+    """The GGUF file, here or on the hub. Raises `ConfigError`, also where the setting cannot be one."""
+    if setting != setting_of("base_model"):
+        raise ConfigError(f"{setting}: {source} is GGUF, which holds no classifier; name a folder with one that "
+                          "AutoModelForSequenceClassification has saved, or its name on the hub")
+    if place.is_file():
+        return place
+    name, _, revision = source.partition("@")
+    repository, _, file = name.rpartition("/")
+    if repository.count("/") != 1:
+        raise ConfigError(f"{setting}: no such file: {place}")
+    snapshot = _download(setting, f"{repository}@{revision}" if revision else repository, place, [file])
+    if not (snapshot / file).is_file():
+        raise ConfigError(f"{setting}: {repository} on the hub has no file {file}")
+    return snapshot / file
+
+
+def _download(setting: str, source: str, place: Path, patterns: Sequence[str]) -> Path:
+    """The snapshot of a model on the hub, `org/name` or `org/name@revision`; those files of it. Raises `ConfigError`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = source.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*MODEL_FILES, ADAPTER]))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{setting}: {source!r} is no folder ({place}){OTHERS.get(setting, '')} and the hub gave: {reason}"
@@ -278,6 +298,8 @@ def _inner(role: str, path: Path, paths: list[Path]) -> str:
     """The name of an imported file: `prompts.jsonl`, `model/config.json`, or as it lies beside a function's own."""
     if role in COLUMNS:
         return f"{role}.jsonl"
+    if is_gguf(paths[0].name):
+        return GGUF
     return f"model/{path.name}" if _is_model(paths) else path.relative_to(paths[0].parent).as_posix()
 
 

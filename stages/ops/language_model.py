@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import MethodType
 
@@ -17,6 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from schemas.tables import Rollouts
 from stages.ops.abilities import Abilities
 from stages.ops.device import Device
+from stages.ops.precision import FLOAT32, Precision
 from stages.ops.progress import progress_bar
 from stages.ops.sequences import Batch, by_length, make_batch, pad_left, split_by_tokens
 from stages.ops.texts import Texts
@@ -37,6 +38,7 @@ class LanguageModel:
     """What may be done with the network; found when it is loaded."""
     recompute: bool = False
     """Whether the backward pass computes each layer once more, instead of keeping what it needs of it."""
+    precision: Precision = FLOAT32
     base: str | None = None
     """Where the weights are that an adapter is over, if only that is trained and saved."""
 
@@ -44,15 +46,19 @@ class LanguageModel:
     def device(self) -> Device:
         return Device(str(self.module.device))
 
+    def computing(self, precision: str = "float32") -> AbstractContextManager:
+        """Inside it products are of the model's precision, or of this one if that is less."""
+        return self.device.autocast(precision if self.precision.compute == "float32" else self.precision.compute)
+
     def hidden(self, batch: Batch) -> Tensor:
         """(b, P + R, H): the body's last hidden states."""
-        with self._recomputed():
+        with self._recomputed(), self.computing():
             return self.module.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
                                           position_ids=batch.position_ids, use_cache=False).last_hidden_state
 
     def response_logits(self, batch: Batch) -> Tensor:
         """(b, R, V), at the positions that predict response tokens; the head runs nowhere else."""
-        with self._recomputed():
+        with self._recomputed(), self.computing():
             return self.module(
                 input_ids=batch.input_ids[:, :-1], attention_mask=batch.attention_mask[:, :-1],
                 position_ids=batch.position_ids[:, :-1], logits_to_keep=batch.response_ids.shape[1], use_cache=False,
@@ -80,7 +86,7 @@ class LanguageModel:
 
     def score(self, hidden: Tensor) -> Tensor:
         """(…, H) to (…,) float32: the scalar head."""
-        return self.module.score(hidden).squeeze(-1).float()
+        return self.module.score(hidden.float()).squeeze(-1)
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -149,8 +155,9 @@ def sequence_scores(model: LanguageModel, rows: Sequence[Sequence[int]], progres
     for group in progress_bar(groups, progress):
         ids, mask = (torch.from_numpy(x[:, ::-1].copy()).to(model.device.torch) for x in pad_left(
             [np.asarray(rows[i], np.int64)[::-1] for i in group], model.pad_id))
-        found = last_token_scores(model.module, ids, mask) if hasattr(model.module, "score") else model.module(
-            input_ids=ids, attention_mask=mask).logits
+        with model.computing():
+            found = last_token_scores(model.module, ids, mask) if hasattr(model.module, "score") else model.module(
+                input_ids=ids, attention_mask=mask).logits
         out[group] = found[:, 0].float().cpu().numpy()
     return out
 
@@ -163,7 +170,8 @@ def last_token_scores(classifier: PreTrainedModel, input_ids: Tensor, attention_
     """
     hidden = classifier.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     last = attention_mask.sum(1) - 1
-    return classifier.score(hidden)[torch.arange(len(last), device=last.device), last]
+    with torch.autocast(last.device.type, enabled=False):
+        return classifier.score(hidden.float())[torch.arange(len(last), device=last.device), last]
 
 
 def scores_at_last_token(classifier: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from schemas.errors import ConfigError
 from schemas.language import LoRAConfig
+from stages.ops.precision import packed_state
 from stages.ops.seeding import seeded
 
 if TYPE_CHECKING:  # its import takes a second
@@ -26,13 +27,14 @@ if TYPE_CHECKING:  # its import takes a second
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROOT = "base_model.model."  # what PEFT puts before the names of a model's tensors
 HEAD = "score.weight"
-LINEAR = ("Linear", "Conv1D")
+LINEAR = ("Linear", "Conv1D", "Linear8bitLt", "Linear4bit")
 
 
 def sharing(module: PreTrainedModel) -> PreTrainedModel:
     """A copy whose weights are the same memory. What is trained in the one must be frozen in the other."""
-    memo: dict[int, object] = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in module.parameters()}
-    return copy.deepcopy(module, memo | {id(b): b for b in module.buffers()})
+    memo: dict[int, object] = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) if p.is_floating_point() else p
+                               for p in module.parameters()}
+    return copy.deepcopy(module, memo | {id(same): same for same in (*module.buffers(), *packed_state(module))})
 
 
 def add_adapter(module: PreTrainedModel, config: LoRAConfig, *, seed: int) -> None:
@@ -143,6 +145,9 @@ def _inject(module: PreTrainedModel, config: peft.LoraConfig) -> None:
             inject_adapter_in_model(config, module.base_model)
     except ValueError as error:  # families in which PEFT cannot adapt some of them
         raise ConfigError(f"lora.target_modules: {' '.join(str(error).split())}") from None
+    for name, parameter in module.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()  # PEFT has them in what its layer's weights are in
     module.eval()  # new layers are in training mode
     if hasattr(module, "score"):
         module.score.weight.requires_grad_(True)

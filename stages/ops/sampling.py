@@ -157,8 +157,7 @@ def sample(
     batch = _Batch(np.arange(b), ids, mask, DynamicCache(config=model.module.config) if model.abilities.caches else None)
     open_rows = torch.ones(b, dtype=torch.bool, device=device)  # of the batch, not of the caller's list
     for step in range(steps):
-        with model.device.autocast(precision):
-            distribution = _next_logprobs(model, batch, temperature)
+        distribution = _next_logprobs(model, batch, temperature, precision)
         token = sample_tokens(distribution, draws[batch.rows, step])
         tokens[batch.rows, step] = token
         logprobs[batch.rows, step] = distribution.gather(-1, token[:, None]).squeeze(-1)
@@ -176,15 +175,16 @@ def sample(
     return _cut(tokens.cpu().numpy(), lengths), _cut(logprobs.cpu().numpy(), lengths)
 
 
-def _next_logprobs(model: LanguageModel, batch: _Batch, temperature: float) -> Tensor:
+def _next_logprobs(model: LanguageModel, batch: _Batch, temperature: float, precision: str) -> Tensor:
     """(b, V) logprobs of the next token; the cache, where there is one, then holds all that the mask covers."""
     ids = batch.token if batch.token.dim() == 2 else batch.token[:, None]
     if batch.begun:
         batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.mask), 1)], 1)
     batch.begun = True
-    out = model.module(
-        input_ids=ids, attention_mask=batch.mask, position_ids=positions(batch.mask)[:, -ids.shape[1] :],
-        past_key_values=batch.cache, use_cache=batch.cache is not None, logits_to_keep=1)
+    with model.computing(precision):
+        out = model.module(
+            input_ids=ids, attention_mask=batch.mask, position_ids=positions(batch.mask)[:, -ids.shape[1] :],
+            past_key_values=batch.cache, use_cache=batch.cache is not None, logits_to_keep=1)
     return (out.logits[:, -1].float() / temperature).log_softmax(-1)
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from schemas.tables import Ragged, Rollouts
 from stages.ops.finite import require_finite
@@ -27,22 +26,24 @@ def token_logprobs(
     model: LanguageModel, batch: Batch, temperature: float, entropy: Entropy = "none"
 ) -> tuple[Tensor, Tensor | None]:
     """log π(token) of the n response tokens, of the temperature-scaled logits, and H there if asked for: (n,) each, nats."""
-    ids, module = batch.response_ids, model.module
-    columns = max(1, MAX_LOGITS // (len(ids) * module.config.get_text_config().vocab_size))
+    ids = batch.response_ids
+    columns = max(1, MAX_LOGITS // (len(ids) * model.module.config.get_text_config().vocab_size))
     if columns >= ids.shape[1] or not model.abilities.splits:
         parts = [_measured(model.response_logits(batch), ids, temperature, entropy)]
     else:
         hidden = model.hidden(batch)[:, batch.prompt_width - 1 : -1]
-        parts = [checkpoint(_of_columns, module, hidden[:, i : i + columns], ids[:, i : i + columns], temperature, entropy,
+        parts = [checkpoint(_of_columns, model, hidden[:, i : i + columns], ids[:, i : i + columns], temperature, entropy,
                             use_reentrant=False, preserve_rng_state=False) for i in range(0, ids.shape[1], columns)]
     logprobs, spread = zip(*parts, strict=True)
     return batch.flat(torch.cat(logprobs, 1)), None if entropy == "none" else batch.flat(torch.cat(spread, 1))
 
 
 def _of_columns(
-    module: PreTrainedModel, hidden: Tensor, ids: Tensor, temperature: float, entropy: Entropy
+    model: LanguageModel, hidden: Tensor, ids: Tensor, temperature: float, entropy: Entropy
 ) -> tuple[Tensor, Tensor | None]:
-    return _measured(logits_of(module, hidden), ids, temperature, entropy)
+    with model.computing():
+        logits = logits_of(model.module, hidden)
+    return _measured(logits, ids, temperature, entropy)
 
 
 def _measured(logits: Tensor, ids: Tensor, temperature: float, entropy: Entropy) -> tuple[Tensor, Tensor | None]:

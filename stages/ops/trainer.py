@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,17 +26,20 @@ def common_arguments(config: SFTConfig | RewardModelConfig, seed: int, rows: int
     )
 
 
-def run(trainer: Trainer, name: str, tokens: str) -> tuple[float, int]:
+def run(
+    trainer: Trainer, name: str, tokens: str, computing: Callable[[], AbstractContextManager]
+) -> tuple[float, int]:
     """Trains; the mean loss of the last tenth of the steps, and the steps.
 
-    `tokens`: the dataset's column of token ids, by which a batch's rows are found again. Raises `NonFiniteError` with
-    the rows of the first loss that is not finite, or naming a weight that is not finite at the end.
+    `computing`: what its forward passes are inside of; `tokens`: the dataset's column of token ids, by which a batch's rows
+    are found again. Raises `NonFiniteError` with the rows of the first loss that is not finite, or naming a weight that is
+    not finite at the end.
     """
     progress = _Progress(name)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(progress)
-    _guard_loss(trainer, name, tokens)
+    _guard_loss(trainer, name, tokens, computing)
     trainer.train()
     for weight, values in trainer.model.named_parameters():
         if not torch.isfinite(values).all():
@@ -44,14 +49,15 @@ def run(trainer: Trainer, name: str, tokens: str) -> tuple[float, int]:
     return sum(last) / len(last), len(progress.losses)
 
 
-def _guard_loss(trainer: Trainer, name: str, tokens: str) -> None:
+def _guard_loss(trainer: Trainer, name: str, tokens: str, computing: Callable[[], AbstractContextManager]) -> None:
     """Has the trainer check each loss before its backward pass."""
     compute = trainer.compute_loss
 
     def compute_loss(model, inputs, *args, **kwargs):
         batch = {tuple(row[mask.bool()].tolist()) for row, mask in zip(inputs["input_ids"], inputs["attention_mask"],
                                                                        strict=True)}
-        out = compute(model, inputs, *args, **kwargs)
+        with computing():
+            out = compute(model, inputs, *args, **kwargs)
         loss = out[0] if isinstance(out, tuple) else out
         if not torch.isfinite(loss):
             rows = [i for i, row in enumerate(trainer.train_dataset[tokens]) if tuple(row) in batch]
