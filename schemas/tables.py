@@ -279,7 +279,7 @@ class Trajectories(Table):
     bootstrap: np.ndarray = column(pa.float32(), "V(o_R), the critic's; used where the row is not over")
     episode_return: np.ndarray = column(pa.float64(), "Σ of raw rewards from the episode's reset to the row's end")
 
-    def of_steps(self, rows: Ragged) -> np.ndarray:
+    def of_steps(self, rows: Ragged, tokens: TokenRewards | None = None) -> np.ndarray:
         """(n,) float64: the reward of each step."""
         return self.rewards.values.astype(np.float64)
 
@@ -313,11 +313,20 @@ class Rewards(Table):
     score: np.ndarray = column(pa.float32(), "what PPO is rewarded with: raw_score normalised, clipped, penalised")
     components: dict[str, np.ndarray] = column(NAMED, "each component as its source gave it, before its weight")
 
-    def of_steps(self, rows: Ragged) -> np.ndarray:
-        """(n,) float64: the score at the last token of each of B `rows`, 0 before."""
-        rewards = np.zeros(len(rows.values))
-        rewards[rows.offsets[1:] - 1] = self.score
+    def of_steps(self, rows: Ragged, tokens: TokenRewards | None = None) -> np.ndarray:
+        """(n,) float64, of B `rows`: what the tokens are rewarded with, and at the last one what the score has beyond it."""
+        rewards = np.zeros(len(rows.values)) if tokens is None else tokens.rewards.values.astype(np.float64)
+        rewards[rows.offsets[1:] - 1] += self.score if tokens is None else self.score - tokens.rewards.sums()
         return rewards
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRewards(Table):
+    """Written by `reward` beside the rewards where functions reward each token."""
+
+    file: ClassVar[str] = "token_rewards.parquet"
+    row_id: np.ndarray = column(pa.int64(), ROW_ID_DOC)
+    rewards: Ragged = column(FLOATS, "Σ of the components that reward tokens, weighted: paid at the token", "R")
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from schemas.tables import Rollouts, Samples
 from stages.ops.finite import require_finite
 from stages.ops.language_model import LanguageModel
 from stages.ops.moments import sample_std
-from stages.ops.rewards import Scorer, score_components, weighted_sum
+from stages.ops.rewards import Scorer, of_responses, score_components, weighted_sum
 from stages.ops.sampling import Sampler, respond
 from stages.ops.token_logprobs import score_tokens
 
@@ -36,7 +36,7 @@ def evaluate(
     gold = score = weighted_sum(score_components(scorers, responses), reward, bias)
     require_finite("the score", score, responses.row_id)
     if judge is not None:
-        gold = judge(responses)
+        gold = of_responses(judge(responses))
         require_finite("the judge's score", gold, responses.row_id)
     return Samples(
         row_id=responses.row_id, prompt=responses.prompt, response=responses.response,

@@ -1,7 +1,8 @@
 """GAE: KL, shaped rewards, advantages and returns per response token or step. No model, milliseconds.
 
 r_t = −β·kl_t + reward_t, where a response has its score at its last token (Ziegler et al. 2019,
-https://arxiv.org/abs/1909.08593, equation 2) and an episode its own rewards; then by `estimator`:
+https://arxiv.org/abs/1909.08593, equation 2), but for what functions pay its tokens, and an episode its own rewards; then
+by `estimator`:
 
 gae                   A_t = Σ_l (γλ)^l·δ_{t+l},  δ_t = r_t + γ·V_{t+1} − V_t,  returns = A + V
 reinforce++           A_t = G_t, the reward to go
@@ -26,6 +27,7 @@ from schemas.tables import (
     ReferenceLogprobs,
     Rewards,
     Rollouts,
+    TokenRewards,
     Trajectories,
     Values,
     require_aligned,
@@ -47,18 +49,20 @@ from stages.ops.kl import kl_estimate
 def gae(
     rollouts: Rollouts | Trajectories, reference: ReferenceLogprobs | None, rewards: Rewards | Trajectories,
     values: Values | Trajectories | None, config: GAEConfig, kl: KLConfig, *, kl_coef: float,
+    token_rewards: TokenRewards | None = None,
 ) -> Advantages:
     """`reference`: none for a KL of 0; `values`: only for the estimator `gae`; `kl_coef`: β, which is in r_t if
-    `kl.placement` is `reward`.
+    `kl.placement` is `reward`; `token_rewards`: the part of the rewards that is paid before the last token, if any is.
 
     Raises `TableError` if the tables' rows do not line up, `NonFiniteError` with the rows.
     """
-    for table in (reference, rewards, values if config.has_critic else None):
+    for table in (reference, rewards, token_rewards, values if config.has_critic else None):
         if table is not None:
             require_aligned(rollouts, table)
     divergence = _kl(rollouts, reference, kl.estimator)
     charged = kl_coef if kl.placement == "reward" else 0.0
-    shaped = rollouts.logprobs.with_values(rewards.of_steps(rollouts.logprobs) - charged * divergence)
+    steps = rewards.of_steps(rollouts.logprobs, token_rewards)
+    shaped = rollouts.logprobs.with_values(steps - charged * divergence)
     if config.whiten_rewards:
         shaped = shaped.with_values(whiten(shaped.values, shift=False, unbiased=config.whiten_unbiased))
     with np.errstate(invalid="ignore"):  # infinite values are refused below

@@ -1,4 +1,4 @@
-"""Reward: one score per response.
+"""Reward: one score per response, and where a function rewards tokens, which part of it is theirs.
 
 raw_score = Σ_k weight_k·component_k − bias, and from it
 score = normalised by the running moments → clipped to ±clip → missing-EOS rule → less the overlong penalty.
@@ -17,27 +17,29 @@ import numpy as np
 from schemas.artifacts import Moments
 from schemas.language import RewardConfig
 from schemas.metrics import RewardMetrics
-from schemas.tables import Rewards, Rollouts, ScoredTexts
+from schemas.tables import Rewards, Rollouts, ScoredTexts, TokenRewards
 from stages.ops.brought_scorer import BroughtScorer
 from stages.ops.finite import require_finite
 from stages.ops.moments import normalized, sample_std, updated_moments
-from stages.ops.rewards import Scorer, overlong_penalty, score_components, weighted_sum
+from stages.ops.rewards import Scorer, given_scores, of_responses, of_tokens, overlong_penalty, weighted_sum
 
 
 def reward(
     scorers: Mapping[str, Scorer], rollouts: Rollouts, config: RewardConfig, *, bias: float, moments: Moments,
     max_new_tokens: int,
-) -> Rewards:
+) -> tuple[Rewards, TokenRewards | None]:
     """`scorers`: one for each of `config.components`; `moments`: before this batch; `max_new_tokens`: of the rollouts.
 
     Raises `RewardError` and `NonFiniteError`.
     """
-    components = score_components(scorers, rollouts)
+    given = given_scores(scorers, rollouts)
+    components, tokens = {name: of_responses(values) for name, values in given.items()}, of_tokens(given, config)
     raw = weighted_sum(components, config, bias)
     require_finite("the score", raw, rollouts.row_id)
     score = normalized(raw, updated_moments(moments, raw), config.normalize)
-    return Rewards(row_id=rollouts.row_id, raw_score=raw, components=components,
-                   score=penalized(score, rollouts, config, max_new_tokens).astype(np.float32))
+    rewards = Rewards(row_id=rollouts.row_id, raw_score=raw, components=components,
+                      score=penalized(score, rollouts, config, max_new_tokens).astype(np.float32))
+    return rewards, tokens and TokenRewards(row_id=rollouts.row_id, rewards=tokens)
 
 
 def texts(scorers: Mapping[str, Scorer], rollouts: Rollouts) -> ScoredTexts | None:

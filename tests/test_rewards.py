@@ -46,7 +46,43 @@ def test_weights_then_clip_then_the_eos_rule(settings, expected):
 def scored(rollouts, parts, settings, bias=0.0, moments=Moments(), max_new_tokens=10):  # noqa: B008
     """What the stage makes of components that are known."""
     scorers = {name: lambda _, values=values: values for name, values in parts.items()}
-    return reward(scorers, rollouts, settings, bias=bias, moments=moments, max_new_tokens=max_new_tokens)
+    return reward(scorers, rollouts, settings, bias=bias, moments=moments, max_new_tokens=max_new_tokens)[0]
+
+
+def rows_of(*lengths):
+    """Responses of so many tokens that all ended."""
+    tokens = Ragged.from_rows([np.zeros(n, np.int32) for n in lengths], np.int32)
+    return Rollouts(row_id=np.arange(len(lengths)), prompt_id=np.arange(len(lengths)), prompt=("",) * len(lengths),
+                    response=("said",) * len(lengths), prompt_tokens=tokens, response_tokens=tokens,
+                    logprobs=tokens.with_values(np.zeros(sum(lengths), np.float32)), finish_reason=("eos",) * len(lengths))
+
+
+def test_a_function_may_reward_each_token():
+    """Components 2·(tokens: 1, −3 and 4) − (whole: 1 and 1), clipped to 5: the rest is paid at the last token."""
+    rollouts = rows_of(2, 1)
+    tokens = function_scorer("m:f", lambda prompts, responses: [np.array([1.0, -3.0]), [4]])
+    scorers = {"a": tokens, "b": lambda _: np.float32([1, 1])}
+    out, paid = reward(scorers, rollouts, config(clip=5), bias=0.0, moments=Moments(), max_new_tokens=10)
+    assert out.components["a"].tolist() == [-2, 4] and out.score.tolist() == [-5, 5]
+    assert paid.rewards.values.tolist() == [2, -6, 8]
+    assert out.of_steps(rollouts.logprobs, paid).tolist() == [2, -7, 5]
+
+
+@pytest.mark.parametrize(("given", "error", "message"), [
+    ([[1.0], [1.0]], RewardError, "gave 1 numbers for the 2 tokens of the response in row 0, 'said'; expected one for each"),
+    ([[1.0, 2.0], ["a"]], RewardError, "expected numbers"),
+    ([[1.0, float("nan")], [1.0]], NonFiniteError, "a token's reward is nan in row 0"),
+    ([[1.0, 2.0], 3.0], RewardError, "expected 2 numbers"),
+])
+def test_what_is_no_reward_of_each_token(given, error, message):
+    with pytest.raises(error, match=message):
+        function_scorer("m:f", lambda prompts, responses: given)(rows_of(2, 1))
+
+
+def test_rewards_of_tokens_are_not_normalised():
+    scorers = {"a": lambda rollouts: rollouts.logprobs, "b": lambda _: np.float32([1, 1])}
+    with pytest.raises(RewardError, match=r"it rewards each token, and reward.normalize=scale changes whole scores"):
+        reward(scorers, rows_of(2, 1), config(normalize="scale"), bias=0.0, moments=Moments(), max_new_tokens=10)
 
 
 def three(finish_reason):
@@ -135,7 +171,7 @@ def test_pretraining_text_is_the_response_to_its_first_token(tiny_model):
 def test_the_stage_keeps_each_component(rollouts):
     parts = RewardConfig(components={"length": ComponentConfig(source="m:f", weight=0.5),
                                      "one": ComponentConfig(source="m:g")})
-    out = reward({"length": lambda r: np.float32([len(text) for text in r.response]),
+    out, _ = reward({"length": lambda r: np.float32([len(text) for text in r.response]),
                   "one": lambda r: np.ones(len(r), np.float32)}, rollouts, parts, bias=0.0,
                  moments=Moments(), max_new_tokens=12)
     lengths = np.array([len(text) for text in rollouts.response])

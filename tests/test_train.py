@@ -100,10 +100,10 @@ def in_memory(folder, config, tmp_path):
         ids = np.repeat(prompt_order(len(prompts), size // k, seed=seed(0, "prompt_order"), iteration=i), k)
         batch = rollout(ModelSampler(actor), [prompts[j] for j in ids], ids, config.rollout, seed=seed(i, "rollout"))
         values = value(critic, batch) if critic else None
-        rewards = reward(scorers, batch, config.reward, bias=bias, moments=moments,
-                         max_new_tokens=config.rollout.max_new_tokens)
+        rewards, tokens = reward(scorers, batch, config.reward, bias=bias, moments=moments,
+                                 max_new_tokens=config.rollout.max_new_tokens)
         scored = reference(ref, batch, temperature=config.rollout.temperature)
-        advantages = gae(batch, scored, rewards, values, config.gae, config.kl, kl_coef=kl_coef)
+        advantages = gae(batch, scored, rewards, values, config.gae, config.kl, kl_coef=kl_coef, token_rewards=tokens)
         ppo(learner, batch, values, advantages, config.ppo, seed=seed(i, "ppo"),
             learning_rate_factor=learning_rate_factor(i, config.ppo), train_actor=i > config.ppo.critic_warmup,
             kl_loss=KLLoss(scored, kl_coef, config.kl.estimator) if config.kl.placement == "loss" else None,

@@ -27,7 +27,7 @@ from schemas.language import (
     SFTConfig,
 )
 from schemas.settings import GAEConfig, KLConfig, PPOConfig
-from schemas.tables import Advantages, ReferenceLogprobs, Rewards, Rollouts, Samples, Values
+from schemas.tables import Advantages, ReferenceLogprobs, Rewards, Rollouts, Samples, TokenRewards, Values
 from stages import base_model as base_model_stage
 from stages import evaluate as evaluate_stage
 from stages import gae as gae_stage
@@ -116,11 +116,11 @@ def reference(work: Work[WarmModels]) -> StageOutput:
 def reward(work: Work[WarmModels]) -> StageOutput:
     config, rollouts, before = work.settings(RewardConfig), work.table("rollouts", Rollouts), work.moments
     scorers = _scorers(work, config)
-    rewards = reward_stage.reward(scorers, rollouts, config, bias=work.setting("bias"), moments=before,
-                                  max_new_tokens=work.setting("max_new_tokens"))
-    work.attempt.table(rewards)
-    if texts := reward_stage.texts(scorers, rollouts):
-        work.attempt.table(texts)
+    rewards, tokens = reward_stage.reward(scorers, rollouts, config, bias=work.setting("bias"), moments=before,
+                                          max_new_tokens=work.setting("max_new_tokens"))
+    for table in (rewards, tokens, reward_stage.texts(scorers, rollouts)):
+        if table is not None:
+            work.attempt.table(table)
     work.warn([*of_components(rewards.components), *cut_texts(_cut(scorers), config, len(rollouts))])
     moments = updated_moments(before, rewards.raw_score) if config.normalize != "none" else None
     return StageOutput(reward_stage.metrics(rewards, config, before, _cut(scorers)),
@@ -139,7 +139,8 @@ def gae(work: Work[WarmModels]) -> StageOutput:
     kl = KLConfig(coef=kl_coef, estimator=work.setting("kl_estimator"), placement=work.setting("kl_placement"))
     rollouts, values = work.table("rollouts", Rollouts), work.table_if_given("values", Values)
     reference, rewards = work.table_if_given("reference", ReferenceLogprobs), work.table("rewards", Rewards)
-    advantages = gae_stage.gae(rollouts, reference, rewards, values, config, kl, kl_coef=kl_coef)
+    advantages = gae_stage.gae(rollouts, reference, rewards, values, config, kl, kl_coef=kl_coef,
+                               token_rewards=work.table_beside("rewards", TokenRewards))
     work.attempt.table(advantages)
     metrics = gae_stage.metrics(advantages, rollouts, values, config, kl_coef=kl_coef if reference else None,
                                 scores=rewards.score)

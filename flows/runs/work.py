@@ -86,6 +86,11 @@ class Work(Generic[W]):
         """The same, none if the call has none in that role."""
         return self.table(role, kind) if role in self.call.inputs else None
 
+    def table_beside(self, role: str, kind: type[T]) -> T | None:
+        """Another table of the artifact in that role, none if it has none."""
+        files = self.store.manifest(self.ref(role)).files
+        return self.table(role, kind) if any(file.path == kind.file for file in files) else None
+
     def rows(self, role: str) -> Rows:
         """The rows of an imported file."""
         return stored_rows(self.store, self.ref(role))

@@ -11,18 +11,21 @@ from transformers import PreTrainedTokenizerBase
 
 from schemas.errors import NonFiniteError, RewardError
 from schemas.language import RewardConfig
-from schemas.tables import Rollouts
+from schemas.tables import Ragged, Rollouts
 from stages.ops.finite import require_finite
 from stages.ops.guest import FOREVER, Patience, call_guest
 from stages.ops.language_model import LanguageModel, sequence_scores
 from stages.ops.prompts import response_texts
 from stages.ops.texts import Texts
 
-Scorer = Callable[[Rollouts | Texts], np.ndarray]
-"""B responses to (B,) scores."""
+Scores = np.ndarray | Ragged
+"""(B,) float32, one a response; or one for each of its R tokens."""
 
-UserFunction = Callable[[list[str], list[str]], Sequence[float]]
-"""(prompts, responses) to scores, one a response."""
+Scorer = Callable[[Rollouts | Texts], Scores]
+"""B responses to their scores."""
+
+UserFunction = Callable[[list[str], list[str]], Sequence[float] | Sequence[Sequence[float]]]
+"""(prompts, responses) to scores, one a response, or a list for each: one a token."""
 
 
 def model_scorer(model: LanguageModel) -> Scorer:
@@ -61,14 +64,16 @@ def seeing_special_tokens(scorer: Scorer, tokenizer: PreTrainedTokenizerBase) ->
     return score
 
 
-def as_scores(source: str, values: object, rollouts: Rollouts | Texts) -> np.ndarray:
-    """(B,) float32 of what a function or server gave: numbers, one a response; tensors count as numbers.
+def as_scores(source: str, values: object, rollouts: Rollouts | Texts) -> Scores:
+    """What a function or server gave: numbers, one a response or one a token; tensors count as numbers.
 
     Raises `RewardError`, and `NonFiniteError` naming row and prompt.
     """
     rows = len(rollouts)
     if torch.is_tensor(values):
         values = values.detach().cpu().tolist()
+    if isinstance(values, (list, tuple)) and len(values) == rows and all(np.ndim(value) == 1 for value in values):
+        return _of_tokens(source, values, rollouts)
     try:
         found = [value.item() if hasattr(value, "item") else value for value in values]
         if any(isinstance(value, (str, bytes)) for value in found):
@@ -89,12 +94,52 @@ def as_scores(source: str, values: object, rollouts: Rollouts | Texts) -> np.nda
     return scores
 
 
+def _of_tokens(source: str, values: Sequence[Sequence[float]], rollouts: Rollouts | Texts) -> Ragged:
+    """A list for each response, of as many numbers as it has tokens."""
+    expected = rollouts.response_tokens.lengths
+    for row, (value, tokens) in enumerate(zip(values, expected, strict=True)):
+        if len(value) != tokens:
+            raise RewardError(f"{source}: gave {len(value)} numbers for the {tokens} tokens of the response in row "
+                              f"{rollouts.row_id[row]}, {rollouts.response[row][:60]!r}; expected one for each, EOS "
+                              "included, or one for the response")
+    try:
+        with np.errstate(over="ignore"):
+            scores = Ragged.from_rows([np.asarray(value, np.float64) for value in values], np.float32)
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"{source}: expected numbers, found {str(values[0])[:80]}") from error
+    require_finite(f"{source}: a token's reward", scores, rollouts.row_id)
+    return scores
+
+
+def of_responses(scores: Scores) -> np.ndarray:
+    """(B,) float32: of tokens, their sum."""
+    with np.errstate(over="ignore"):
+        return scores.sums().astype(np.float32) if isinstance(scores, Ragged) else scores
+
+
+def of_tokens(scores: Mapping[str, Scores], config: RewardConfig) -> Ragged | None:
+    """Σ_k weight_k·reward_k of the components that reward tokens; none where none does. Raises `RewardError`."""
+    found = {name: values for name, values in scores.items() if isinstance(values, Ragged)}
+    if not found:
+        return None
+    if config.normalize != "none":
+        raise RewardError(f"reward {next(iter(found))}: it rewards each token, and reward.normalize={config.normalize} "
+                          "changes whole scores; set it to none")
+    total = sum(config.components[name].weight * values.values.astype(np.float64) for name, values in found.items())
+    return next(iter(found.values())).with_values(total.astype(np.float32))
+
+
+def given_scores(scorers: Mapping[str, Scorer], rollouts: Rollouts | Texts) -> dict[str, Scores]:
+    """Name → scores, each finite. Raises `NonFiniteError` with the rows, or `RewardError`."""
+    given = {name: scorer(rollouts) for name, scorer in scorers.items()}
+    for name, values in given.items():
+        require_finite(f"reward component {name!r}", of_responses(values), rollouts.row_id)
+    return given
+
+
 def score_components(scorers: Mapping[str, Scorer], rollouts: Rollouts | Texts) -> dict[str, np.ndarray]:
-    """Name → (B,) scores, each finite. Raises `NonFiniteError` with the rows, or `RewardError`."""
-    components = {name: scorer(rollouts) for name, scorer in scorers.items()}
-    for name, values in components.items():
-        require_finite(f"reward component {name!r}", values, rollouts.row_id)
-    return components
+    """Name → (B,) scores of the responses, as `given_scores`."""
+    return {name: of_responses(values) for name, values in given_scores(scorers, rollouts).items()}
 
 
 def weighted_sum(components: Mapping[str, np.ndarray], config: RewardConfig, bias: float) -> np.ndarray:
