@@ -36,7 +36,11 @@ def command(*arguments):
 @pytest.mark.parametrize("name, stage", [("tiny", "rollout"), *((name, "ppo") for name in RUNS)])
 def test_kill_9_anywhere_then_the_same_command(trained, controlled, tmp_path, name, stage):
     """In a control task episodes are open at every kill, and every start has to bring its environments there."""
-    folder, reference = trained if name == "tiny" else (controlled[0] / name, controlled[1])
+    kill_anywhere(*(trained if name == "tiny" else (controlled[0] / name, controlled[1])), name, stage, tmp_path)
+
+
+def kill_anywhere(folder, reference, name, stage, tmp_path):
+    """The example's run, killed before each of its commits and within that stage, against the run in the other store."""
     faults = Faults(folder, tmp_path)
     try:
         commits = {point.label: point for point in faults.record() if point.name == "link"}  # of each the last

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,22 +10,41 @@ import torch
 from brought import PROMPTS, make_model, write_brought
 from conftest import assert_same_bytes
 from peft import AutoPeftModelForCausalLM, PeftModel
+from test_kill import kill_anywhere
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from flows.cli.main import run_command
+from flows.language.model_folders import load_causal, load_tokenizer, save_learner, scalar_over
 from flows.language.warm_models import Adapters, Reading, WarmModels
 from flows.runs.run import open_run
-from flows.store.store import Store
+from flows.store.local import LocalFiles
+from flows.store.store import Attempt, Store
+from schemas.artifacts import Moments, derive_seed
 from schemas.errors import ConfigError
 from schemas.language import LoRAConfig
+from schemas.tables import Rollouts, Samples
+from stages.evaluate import evaluate
+from stages.gae import gae
 from stages.ops import lora
+from stages.ops.language_learner import LanguageModelLearner
+from stages.ops.language_model import LanguageModel
+from stages.ops.prompts import prompt_order
+from stages.ops.rewards import function_scorer, model_scorer
+from stages.ops.sampling import ModelSampler
+from stages.ppo import ppo
+from stages.reference import reference
+from stages.reward import reward
+from stages.reward_model import reward_model
+from stages.rollout import rollout
+from stages.sft import sft
+from stages.value import value
 
 IDS = torch.tensor([[5, 9, 200, 31, 4, 77]])
 FAMILIES = {"llama": {}, "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4}, "gpt_neox": {}, "bloom": {}, "qwen2": {},
             "granite": {}, "gemma2": {"head_dim": 8}}
 KINDS = {"plain": {}, "dora": {"dora": True}, "rslora": {"rslora": True, "alpha": 3.0},
          "some": {"target_modules": ["q_proj", "v_proj"]}}
-READING = Reading(False, True)
+READING = Reading(False, False)
 
 
 def moved(module):
@@ -199,10 +219,66 @@ def test_iteration_by_iteration_is_the_whole_run(trained, tmp_path, name):
     assert_same_bytes(open_run(store, name), open_run(Store(other), name))
 
 
+def test_kill_9_anywhere_then_the_same_command(trained, tmp_path):
+    kill_anywhere(trained[0] / "all", trained[1].uri, "all", "ppo", tmp_path)
+
+
+def test_the_flow_through_storage_equals_the_loop_in_memory(trained, tmp_path):
+    """Every file of the last checkpoint, and the last samples, of the run and of its stages in a plain loop."""
+    place, store = trained
+    run = open_run(store, "all")
+    torch.set_num_threads(run.config.execution.threads)
+    learner, samples = in_memory(place / "all", run, tmp_path)
+    state = run.last()
+    attempt = Attempt(state.actor.artifact, tmp_path / "memory", LocalFiles(tmp_path))
+    save_learner(attempt, learner)
+    assert {entry.path: entry.sha256 for entry in attempt.seal()} == store.manifest(state.actor.artifact).digests()
+    assert store.table(state.artifacts["evaluate"], Samples).to_arrow().equals(samples.to_arrow())
+
+
+def in_memory(folder, run, tmp_path):
+    """Adapters over one base: no store, no Prefect. The learner after the last iteration, and its samples."""
+    config, name = run.config, f"{run.inputs['base_model']}/model"
+    base, tokenizer = load_causal(folder / "model").eval(), READING.tokenizer(load_tokenizer(folder / "model"))
+    base.config.pad_token_id = tokenizer.pad_token_id
+    seed = partial(derive_seed, config.seed)
+
+    def over_the_base(over, adapter=None):
+        module = over(base).eval()
+        if adapter is None:
+            lora.add_adapter(module, config.lora, seed=seed(0, "sft"))
+        else:
+            lora.save_adapter(adapter.module, tmp_path / "adapter", name)
+            lora.load_adapter(module, tmp_path / "adapter")
+        return LanguageModel(module, tokenizer, base=name, micro_batch_tokens=config.execution.micro_batch_tokens)
+
+    started = over_the_base(lora.sharing)
+    sft(started, ROWS, config.sft, seed=seed(0, "sft"))
+    trained = over_the_base(scalar_over, started)
+    reward_model(trained, ROWS, ROWS, config.reward_model, seed=seed(0, "reward_model"))
+    actor, ref = (over_the_base(lora.sharing, started) for _ in range(2))
+    critic, scored_by = (over_the_base(scalar_over, trained) for _ in range(2))
+    scorers = {"rm": model_scorer(scored_by),
+               "length": function_scorer("f", lambda prompts, responses: [float(len(text) % 7) for text in responses])}
+    learner = LanguageModelLearner(actor, critic, config.ppo, config.rollout.temperature)
+
+    def samples(baseline=None):
+        return evaluate(ModelSampler(actor), ref, PROMPTS[:3], scorers, None, baseline, config.rollout, config.reward,
+                        bias=0.0, seed=seed(0, "evaluate"))
+
+    baseline, size = samples(), config.rollout.batch_size
+    for i in range(1, config.iterations + 1):
+        ids = prompt_order(len(PROMPTS), size, seed=seed(0, "prompt_order"), iteration=i)
+        batch = rollout(ModelSampler(actor), [PROMPTS[j] for j in ids], ids, config.rollout, seed=seed(i, "rollout"))
+        values, divergence = value(critic, batch), reference(ref, batch, temperature=config.rollout.temperature)
+        rewards, _ = reward(scorers, batch, config.reward, bias=0.0, moments=Moments(), max_new_tokens=8)
+        advantages = gae(batch, divergence, rewards, values, config.gae, config.kl, kl_coef=config.kl.coef)
+        ppo(learner, batch, values, advantages, config.ppo, seed=seed(i, "ppo"))
+    return learner, samples(baseline)
+
+
 def test_the_trained_adapter_over_its_base_is_what_sampled(trained):
     """Logprobs of the second rollout by plain PEFT over the brought folder."""
-    from schemas.tables import Rollouts
-
     place, store = trained
     run = open_run(store, "plain")
     folder = run.store.folder(run.state(1).actor.artifact, "actor")
