@@ -9,6 +9,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -221,6 +222,13 @@ class ValueConfig(Settings):
     """What the critic's weights are before the first iteration: `reward_model`, the one trained here; `actor`, with a head
     that starts at 0; or a sequence classifier with one label and the base model's tokenizer, as a folder or a name on the
     hub."""
+
+    @field_validator("start")
+    @classmethod
+    def _named(cls, start: str) -> str:
+        if not start.strip():
+            raise ValueError("is empty; name reward_model, actor, or a model")
+        return start
 
     @property
     def brought(self) -> bool:

@@ -240,15 +240,20 @@ def test_a_critic_of_ours_can_be_brought_back(tmp_path):
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def test_a_model_on_the_hub_is_recorded_with_its_commit(tmp_path, monkeypatch):
-    """From the hub's cache, which is all that there is of it without a network; exported adapters name it."""
-    cached = tmp_path / "hub" / "models--org--base"
-    folder = write_brought(tmp_path / "case", base_model={"source": "org/base"}, lora={"rank": 2})
+def on_hub(tmp_path, monkeypatch, name, folder):
+    """Has the hub's cache hold that folder as `org/name`."""
+    cached = tmp_path / "hub" / f"models--org--{name}"
     (cached / "snapshots").mkdir(parents=True)
-    (folder / "model").rename(cached / "snapshots" / COMMIT)
+    folder.rename(cached / "snapshots" / COMMIT)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(COMMIT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_a_model_on_the_hub_is_recorded_with_its_commit(tmp_path, prefect_server, monkeypatch):
+    """From the hub's cache, which is all that there is of it without a network; exported adapters name it."""
+    folder = write_brought(tmp_path / "case", base_model={"source": "org/base"}, lora={"rank": 2})
+    on_hub(tmp_path, monkeypatch, "base", folder / "model")
     store = str(tmp_path / "store")
     for _ in range(2):  # it is found again
         assert run_command(["train", str(folder), "--store", store, "--quiet"]) == 0
@@ -270,6 +275,25 @@ def test_a_commit_is_put_where_the_model_is_named(tmp_path):
                                       for role, source in config.models.items()})
     assert found.models == {"base_model": f"org/base@{COMMIT}", "critic": f"org/critic@{COMMIT}",
                             "reward.a.b": f"org/rm@{COMMIT}", "reward.c": "rm"}
+
+
+def test_a_fork_names_the_commit_of_a_model_that_is_new(tmp_path, prefect_server, monkeypatch):
+    folder, store = write_brought(tmp_path / "case", evaluate={"judge": "rewards.py:score"}), str(tmp_path / "store")
+    assert run_command(["train", str(folder), "--store", store, "--quiet"]) == 0
+    write_scorer(tmp_path / "rm")
+    on_hub(tmp_path, monkeypatch, "rm", tmp_path / "rm")
+    assert run_command(["fork", "case", "--at", "1", "--run", "from-hub", "--store", store, "--quiet", "--set",
+                        "reward.components={new: {source: org/rm}}"]) == 0
+    assert open_run(Store(store), "from-hub").config.models["reward.new"] == f"org/rm@{COMMIT}"
+
+
+def test_what_the_critic_began_as_is_not_changed_afterwards(scored, capsys):
+    _, run = scored
+    arguments = ["stage", "value", run.name, "--iteration", "1", "--store", run.store.uri, "--set"]
+    assert run_command([*arguments, "value.start=somewhere"]) == 2
+    assert "value.start: it was decided before the first iteration" in capsys.readouterr().err
+    assert run_command([*arguments, "value.start="]) == 2
+    assert "value.start" in capsys.readouterr().err
 
 
 def test_a_model_that_is_nowhere(tmp_path, capsys):

@@ -7,6 +7,7 @@ import gguf
 import pytest
 import torch
 from brought import make_model, make_tokenizer, write_brought, write_gguf
+from test_brought_scorer import COMMIT, on_hub
 
 from flows.cli.main import run_command
 from flows.language.model_folders import load_gguf
@@ -52,6 +53,19 @@ def test_a_quantised_one_is_unpacked_as_its_own_package_does(tmp_path):
     weight = model.state_dict()[name]
     expected = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind))
     assert torch.equal(load_gguf(file)[0].state_dict()[name], expected) and not torch.equal(expected, weight)
+
+
+def test_one_on_the_hub_is_recorded_with_its_commit(example, tmp_path, prefect_server, monkeypatch, capsys):
+    (tmp_path / "repository").mkdir()
+    (example / "tiny.gguf").rename(tmp_path / "repository" / "tiny.gguf")
+    on_hub(tmp_path, monkeypatch, "base", tmp_path / "repository")
+    source = ["--set", "base_model.source=org/base/tiny.gguf"]
+    assert train(example, tmp_path / "store", *source) == 0
+    config = open_run(Store(str(tmp_path / "store")), "example").config
+    assert config.base_model.source == f"org/base/tiny.gguf@{COMMIT}" and config.base_model.is_gguf
+    assert train(example, tmp_path / "store", "--iterations", "2", *source) == 0
+    assert train(example, tmp_path / "store", "--run", "b", "--set", "base_model.source=org/base/other.gguf") == 2
+    assert "org/base on the hub has no file other.gguf" in capsys.readouterr().err
 
 
 def cut_short(file):

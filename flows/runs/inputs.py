@@ -187,13 +187,13 @@ def input_files(config: RunConfig, folder: Path) -> dict[str, list[Path]]:
 
 
 def pinned(config: RunConfig, folder: Path, files: dict[str, list[Path]]) -> RunConfig:
-    """The config, its models on the hub named with the commit that was got: `org/name@commit`."""
-    values = config.model_dump(mode="json")
-    for role, source in config.models.items():
+    """The config, those of its models whose files these are named with the commit that the hub gave: `org/name@commit`."""
+    values, models = config.model_dump(mode="json"), {role: config.models[role] for role in config.models if role in files}
+    for role, source in models.items():
         snapshot = files[role][0].parent
         if not (folder / source).exists() and snapshot.parent.name == "snapshots":
             _name_model(values, role, f"{source.partition('@')[0]}@{snapshot.name}")
-    return parse_config(values, "the config with its models' commits") if config.models else config
+    return parse_config(values, "the config with its models' commits") if models else config
 
 
 def _name_model(values: dict[str, Any], role: str, source: str) -> None:

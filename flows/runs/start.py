@@ -118,12 +118,14 @@ def with_new_inputs(run: Run, recorded: Run, check_new: Callable[[RunConfig, Fil
     files = {role: function_files(source, Path.cwd()) for role, source in run.config.functions.items()
              if recorded.config.functions.get(role) != source}
     models = {role: source for role, source in run.config.models.items() if recorded.config.models.get(role) != source}
-    if "critic" in models:
+    start, was = (getattr(getattr(config, "value", None), "start", None) for config in (run.config, recorded.config))
+    if start and was and start != was:
         raise ConfigError("--set value.start: it was decided before the first iteration; make another run with it")
     files |= {role: model_files(setting_of(role), source, Path.cwd()) for role, source in models.items()}
     check_new(run.config, files)
     imported = import_files(run.store, run.config.execution, files, recipes_of(files))
-    return replace(run, record=run.record.model_copy(update={"inputs": run.inputs | imported}))
+    return replace(run, config=pinned(run.config, Path.cwd(), files),
+                   record=run.record.model_copy(update={"inputs": run.inputs | imported}))
 
 
 def _overrides(config: RunConfig, overrides: Overrides) -> Overrides:
