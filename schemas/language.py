@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -39,7 +40,7 @@ class DataConfig(Settings):
 
 def is_gguf(source: str | None) -> bool:
     """Whether a model's source names a GGUF file, perhaps at a revision."""
-    return source is not None and source.partition("@")[0].lower().endswith(".gguf")
+    return source is not None and re.search(r"\.gguf(@[^/]+)?$", source, re.IGNORECASE) is not None
 
 
 class BaseModelConfig(Settings):
@@ -384,6 +385,9 @@ def _meaningless(c: LanguageConfig):
         yield "reward.center_on_demonstrations needs data.demonstrations"
     if c.ppo.ptx_coef and not (c.data.pretraining or c.data.demonstrations):
         yield "ppo.ptx_coef needs data.pretraining or data.demonstrations to learn from"
-    if c.rollout.precision != "float32" and c.base_model.precision == "float32" and not c.ppo.recompute_old_logprobs:
+    if c.rollout.precision != "float32" and c.base_model.precision != "float32":
+        yield (f"rollout.precision={c.rollout.precision} is about models that compute in float32, and "
+               f"base_model.precision={c.base_model.precision}; leave it out")
+    elif c.rollout.precision != "float32" and not c.ppo.recompute_old_logprobs:
         yield (f"rollout.precision={c.rollout.precision} samples from another policy than the float32 one that is updated; "
                "set ppo.recompute_old_logprobs: true (and ppo.importance_cap: 2)")

@@ -18,6 +18,7 @@ from schemas.language import ComponentConfig, LanguageConfig
 from schemas.tables import Rewards, ScoredTexts
 from stages.ops.brought_scorer import BroughtScorer
 from stages.ops.language_model import LanguageModel
+from stages.ops.scalar_head import ScalarHead
 from stages.ops.texts import Texts
 
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>{% endfor %}"
@@ -235,6 +236,22 @@ def test_a_critic_of_ours_can_be_brought_back(tmp_path):
     assert again.state(0).critic.artifact == again.inputs["critic"]
     assert again.store.manifest(again.inputs["critic"]).digests()["model/model.safetensors"] == (
         first.store.manifest(first.state(1).critic.artifact).digests()["critic/model.safetensors"])
+
+
+def test_a_model_that_scores_and_is_the_critic_too(tmp_path, prefect_server, capsys):
+    """A scorer is read as it is; what may be done with a critic is tried, and its attention chosen, whoever was first."""
+    folder = write_brought(tmp_path / "case", make_model("rwkv"), value={"start": "both"}, execution={"warm_models": 9},
+                           reward={"components": {"rm": {"source": "both", "chat_template": False}}})
+    body = make_model("rwkv")
+    scorer = ScalarHead(body.config, body.base_model)
+    torch.nn.init.normal_(scorer.score.weight, generator=torch.Generator().manual_seed(0))
+    scorer.save(folder / "both")
+    make_tokenizer().save_pretrained(folder / "both")
+    store = str(tmp_path / "store")
+    assert run_command(["train", str(folder), "--store", store, "--quiet"]) == 0
+    capsys.readouterr()
+    assert run_command(["stage", "value", "case", "--iteration", "1", "--store", store, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == "same"
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -13,6 +13,7 @@ from flows.cli.main import run_command
 from flows.language.model_folders import load_gguf
 from flows.runs.run import open_run
 from flows.store.store import Store
+from schemas.language import is_gguf
 
 
 @pytest.fixture
@@ -96,6 +97,20 @@ def test_broken_files_are_refused_in_a_line(example, tmp_path, capsys, damage, m
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and message in said[0] and said[0].startswith("baton: base_model.source: "), said
     assert not (tmp_path / "store" / "artifacts").exists()
+
+
+def test_one_without_an_eos_is_refused(example, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gguf.GGUFWriter, "add_eos_token_id", lambda writer, token: None)
+    tokenizer = make_tokenizer()
+    write_gguf(example / "tiny.gguf", make_model(tokenizer=tokenizer), tokenizer)
+    assert train(example, tmp_path / "store") == 2
+    assert "names no EOS, so that no response would end" in capsys.readouterr().err
+
+
+def test_what_a_source_may_look_like():
+    names = {"me@work/model.gguf": True, "org/name/model.gguf@main": True, "org/name/sub/M.GGUF": True, "org/gguf": False,
+             "model.gguf/folder": False}
+    assert {name: is_gguf(name) for name in names} == names
 
 
 def test_without_the_package_the_call_that_installs_it_is_said(example, tmp_path, capsys, monkeypatch):

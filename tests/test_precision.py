@@ -3,36 +3,49 @@
 
 import json
 import sys
+from contextlib import closing
 
 import bitsandbytes
 import numpy as np
 import pytest
 import torch
-from brought import make_model, write_brought
+from brought import PROMPTS, make_model, write_brought
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flows.cli.main import run_command
+from flows.language.model_folders import load_causal
+from flows.language.warm_models import WarmModels
 from flows.runs.run import open_run
 from flows.store.store import Store
 from schemas.errors import ConfigError
 from schemas.language import LoRAConfig
 from schemas.tables import ReferenceLogprobs, Rollouts
 from stages.ops import lora
-from stages.ops.precision import hold
+from stages.ops.precision import Precision, hold
 
 PRECISIONS = ("bfloat16", "int8", "nf4")
 
 
+ROWS = [{"prompt": prompt, "completion": " is warm .", "chosen": " is warm .", "rejected": " x x"} for prompt in PROMPTS]
+WITH_ALL_STAGES = {
+    "sft": {"epochs": 1, "batch_size": 4}, "reward_model": {"epochs": 1, "batch_size": 4},
+    "value": {"start": "reward_model"},
+    "reward": {"components": {"rm": {"source": "reward_model"}, "length": {"source": "rewards.py:score"}}},
+    "data": {"demonstrations": "rows.jsonl", "pairs": "rows.jsonl", "heldout_pairs": "rows.jsonl"}}
+RUNS = {**{name: {"lora": {"rank": 4}} for name in PRECISIONS}, "full": {},
+        **{f"{name}-all": {"lora": {"rank": 4}, **WITH_ALL_STAGES} for name in ("bfloat16", "nf4")}}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, prefect_server):
-    """Two iterations in each precision: with adapters, and in full where weights can be trained in it."""
+    """Two iterations in each precision: with adapters, with all stages, and in full where weights can be trained in it."""
     place = tmp_path_factory.mktemp("precision")
-    for name in (*PRECISIONS, "float32", "full"):
-        precision = "bfloat16" if name == "full" else name
-        sections = {} if name == "full" else {"lora": {"rank": 4}}
+    for name, sections in RUNS.items():
+        precision = "bfloat16" if name == "full" else name.partition("-")[0]
         folder = write_brought(place / name, make_model(hidden_size=64), iterations=2, **sections,
                                base_model={"source": "model", "precision": precision})
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         assert run_command(["train", str(folder), "--store", str(place / "store"), "--quiet"]) == 0
     return Store(str(place / "store"))
 
@@ -40,8 +53,7 @@ def trained(tmp_path_factory, prefect_server):
 def loaded_by_transformers(folder, precision):
     if precision == "bfloat16":
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    config = BitsAndBytesConfig(load_in_8bit=True) if precision == "int8" else BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config, device_map="cpu")
 
 
@@ -55,17 +67,34 @@ def logprobs_of_rows(model, rollouts):
     return np.concatenate(rows)
 
 
-@pytest.mark.parametrize(("precision", "nearer"), [("bfloat16", 2), ("int8", 0.8), ("nf4", 2)])
-def test_the_reference_is_what_transformers_loads_in_that_precision(trained, precision, nearer):
-    """By how much nearer to theirs than float32 is; what 8 bits round is no more than what products in bfloat16 do."""
+@pytest.mark.parametrize("precision", ["bfloat16", "nf4"])
+def test_the_reference_is_what_transformers_loads_in_that_precision(trained, precision):
+    """Nearer to it than a model in float32 is, and than one in bfloat16. What 8 bits round is below what bfloat16 does: of
+    them the weights are compared, below."""
     run = open_run(trained, precision)
     made, base = run.state(1).artifacts, run.state(0).actor
     rollouts, found = trained.table(made["rollout"], Rollouts), trained.table(made["reference"], ReferenceLogprobs)
     folder = trained.folder(base.artifact, base.folder)
     theirs = logprobs_of_rows(loaded_by_transformers(folder, precision), rollouts)
-    exact = logprobs_of_rows(AutoModelForCausalLM.from_pretrained(folder), rollouts)
-    error, of_precision = np.abs(found.logprobs.values - theirs).mean(), np.abs(exact - theirs).mean()
-    assert of_precision > 1e-4 and error < of_precision / nearer
+    others = [logprobs_of_rows(AutoModelForCausalLM.from_pretrained(folder), rollouts)]
+    if precision != "bfloat16":
+        others.append(logprobs_of_rows(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), rollouts))
+    error = np.abs(found.logprobs.values - theirs).mean()
+    distances = [np.abs(other - theirs).mean() for other in others]
+    assert min(distances) > 1e-4 and error < 0.8 * min(distances)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_row_does_not_depend_on_those_beside_it(precision):
+    """How much is computed at once is no part of an identity."""
+    model = make_model(hidden_size=64)
+    with torch.no_grad():
+        model.model.layers[0].post_attention_layernorm.weight[3] = 40  # a feature that stands out
+    hold(model, precision)
+    rows = torch.stack([torch.arange(4, 12), torch.arange(100, 108)])
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        together, alone = model(rows).logits[0], model(rows[:1]).logits[0]
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-2 * float(alone.abs().max()))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -100,21 +129,54 @@ def unpacked(layer, precision):
     return layer.weight.data.float()
 
 
-@pytest.mark.parametrize("name", [*PRECISIONS, "full"])
-def test_it_learns_and_each_stage_is_reproduced(trained, name, capsys):
-    run, first = open_run(trained, name), open_run(trained, "float32").state(1).metrics
-    metrics = run.state(2).metrics
-    assert metrics["ppo/policy_loss"] != 0 and metrics["gae/kl"] != 0
-    assert run.state(1).metrics["ppo/approx_kl"] == pytest.approx(first["ppo/approx_kl"], abs=2e-2)
-    for stage in ("rollout", "reference", "value", "ppo"):
-        assert run_command(["stage", stage, name, "--iteration", "2", "--store", trained.uri, "--json"]) == 0
+@pytest.mark.parametrize("name", RUNS)
+def test_the_actor_is_moved_and_each_stage_is_reproduced(trained, name, capsys):
+    run = open_run(trained, name)
+    assert run.state(2).metrics["ppo/grad_norm_actor"] > 0 and run.state(2).metrics["ppo/ratio_max"] > 1
+    stages = {"rollout": 2, "reference": 2, "value": 2, "ppo": 2, "evaluate": 2}
+    if name.endswith("-all"):
+        stages |= {"sft": 0, "reward_model": 0, "reward": 2}
+    for stage, iteration in stages.items():
+        assert run_command(["stage", stage, name, "--iteration", str(iteration), "--store", trained.uri, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["verdict"] == "same", stage
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_card_loads_what_was_trained(trained, tmp_path, precision):
+    """The adapter over a base that is held as in training, and merged where that can be."""
+    folder, run = tmp_path / "out", open_run(trained, precision)
+    assert run_command(["export", precision, str(folder), "--store", trained.uri, "--quiet"]) == 0
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    there: dict = {"folder": folder}
+    exec(code, there)
+    rollouts = trained.table(run.state(2).artifacts["rollout"], Rollouts)
+    with closing(WarmModels(trained, run.config.execution)) as warm:
+        ours = [warm.own(run.state(1).actor, load_causal, Precision(weights=weights)).module
+                for weights in (precision, "float32")]
+    assert run_command(["export", precision, str(tmp_path / "first"), "--iteration", "1", "--store", trained.uri]) == 0
+    exec(code, there | {"folder": tmp_path / "first"}, loaded := {})
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, held, exact = (logprobs_of_rows(model.eval(), rollouts) for model in (loaded["model"], *ours))
+    layer = loaded["model"].base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    assert layer.dtype == {"bfloat16": torch.bfloat16, "int8": torch.int8, "nf4": torch.uint8}[precision]
+    assert np.abs(theirs - held).mean() < {"int8": 1.2}.get(precision, 0.8) * np.abs(theirs - exact).mean()
+
+
+def test_merged_it_is_the_adapter_over_the_base_that_it_was_trained_over(trained, tmp_path):
+    run = open_run(trained, "bfloat16")
+    assert run_command(["export", "bfloat16", str(tmp_path / "out"), "--store", trained.uri, "--merge", "--quiet"]) == 0
+    ids = torch.arange(4, 30)[None]
+    with closing(WarmModels(trained, run.config.execution)) as warm:
+        module = warm.own(run.state(2).actor, load_causal, Precision(weights="bfloat16")).module.float()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, module(ids).logits, rtol=0, atol=1e-4)
 
 
 def test_what_is_trained_is_float32(trained):
     from safetensors.torch import load_file
 
-    for name in (*PRECISIONS, "full"):
+    for name in RUNS:
         state = open_run(trained, name).state(2)
         for part in (state.actor, state.critic):
             folder = trained.folder(part.artifact, part.folder)
@@ -159,6 +221,11 @@ def refused(tmp_path, capsys, *settings, run="refused"):
     return line
 
 
+def test_two_settings_of_precision_are_one_too_many(tmp_path, capsys):
+    assert "rollout.precision=bfloat16 is about models that compute in float32" in refused(
+        tmp_path, capsys, "rollout.precision=bfloat16", "base_model.precision=bfloat16")
+
+
 def test_few_bits_need_adapters_and_the_package(tmp_path, capsys, monkeypatch):
     assert "weights in so few bits are not trained, adapters over them are; add a lora section" in refused(
         tmp_path, capsys, "base_model.precision=nf4")
@@ -171,7 +238,6 @@ def test_an_adapter_over_few_bits_is_not_merged(trained, tmp_path, capsys):
     assert run_command(["export", "nf4", str(tmp_path / "out"), "--store", trained.uri, "--merge"]) == 2
     assert "--merge: the adapter was trained over a base in nf4" in capsys.readouterr().err
     assert run_command(["export", "nf4", str(tmp_path / "out"), "--store", trained.uri]) == 0
-    assert run_command(["export", "bfloat16", str(tmp_path / "merged"), "--store", trained.uri, "--merge"]) == 0
 
 
 

@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,13 +71,28 @@ def test_a_function_may_reward_each_token():
 
 @pytest.mark.parametrize(("given", "error", "message"), [
     ([[1.0], [1.0]], RewardError, "gave 1 numbers for the 2 tokens of the response in row 0, 'said'; expected one for each"),
-    ([[1.0, 2.0], ["a"]], RewardError, "expected numbers"),
+    ([[1.0, 2.0], ["a"]], RewardError, r"expected numbers for the tokens of the response in row 1, 'said', found \['a'\]"),
+    ([[1, [2, 3]], [1]], RewardError, r"expected numbers for the tokens of the response in row 0, 'said', found \[1, \[2"),
+    ([["1", "2"], ["3"]], RewardError, "expected numbers for the tokens"),
     ([[1.0, float("nan")], [1.0]], NonFiniteError, "a token's reward is nan in row 0"),
     ([[1.0, 2.0], 3.0], RewardError, "expected 2 numbers"),
 ])
 def test_what_is_no_reward_of_each_token(given, error, message):
     with pytest.raises(error, match=message):
         function_scorer("m:f", lambda prompts, responses: given)(rows_of(2, 1))
+
+
+@pytest.mark.parametrize("given", [
+    [torch.tensor([0.5]), torch.tensor([0.2])], [np.array([0.5]), np.array([0.2])],
+    [torch.tensor([0.5], requires_grad=True), torch.tensor(0.2)]])
+def test_an_array_of_one_number_is_the_score_of_a_response(given):
+    found = function_scorer("m:f", lambda prompts, responses: given)(rows_of(2, 1))
+    assert found.tolist() == pytest.approx([0.5, 0.2])
+
+
+def test_tensors_reward_tokens_with_a_gradient_too():
+    given = [torch.tensor([1.0, 2.0], requires_grad=True), [3]]
+    assert function_scorer("m:f", lambda prompts, responses: given)(rows_of(2, 1)).values.tolist() == [1, 2, 3]
 
 
 def test_rewards_of_tokens_are_not_normalised():

@@ -90,7 +90,6 @@ def configure_output(as_json: bool, quiet: bool, verbose: bool) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         warnings.simplefilter("ignore", FutureWarning)
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is installed
     if quiet or as_json:
         os.environ["TQDM_DISABLE"] = "1"
     handler = logging.StreamHandler(sys.stderr if as_json else sys.stdout)

@@ -19,7 +19,7 @@ from flows.runs.run import Run
 from schemas.artifacts import ModelRef, TrainState
 from schemas.errors import ConfigError
 from stages.ops import lora
-from stages.ops.precision import QUANTIZED
+from stages.ops.precision import FLOAT32, QUANTIZED, Precision
 from stages.ops.scalar_head import ScalarHead
 
 ROLES = ("actor", "critic", "reward_model")
@@ -67,13 +67,18 @@ def export(run: Run, state: TrainState, role: str, folder: Path, *, merge: bool)
 def _write_model(run: Run, ref: ModelRef, role: str, folder: Path) -> None:
     """The whole model, an adapter added to its base."""
     with closing(WarmModels(run.store, run.config.execution)) as warm:
-        model = warm.own(ref, load_causal if role == "actor" else load_scalar)
-        whole = lora.merged(model.module) if model.base else model.module
+        model = warm.own(ref, load_causal if role == "actor" else load_scalar, _held(run))
+        whole = lora.merged(model.module.float()) if model.base else model.module
         if isinstance(whole, ScalarHead):
             whole.save(folder)
         else:
             whole.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
+
+
+def _held(run: Run) -> Precision:
+    """As the weights under adapters were held in training."""
+    return Precision(weights=run.config.base_model.precision) if run.config.lora else FLOAT32
 
 
 def _write_adapter(run: Run, source: Path, base: ModelRef, folder: Path) -> None:

@@ -19,7 +19,7 @@ from stages.ops.kl import adapted_kl_coef
 from stages.ops.optim import learning_rate_factor
 
 READING = frozenset({"special_tokens_in_text"})  # settings of the base model that are about texts, beside the template
-NOT_OF_THE_NEW = READING | {"precision"}  # settings of the base model that do not decide what a new one is
+HOW_IT_IS_USED = READING | {"precision"}  # settings of the base model that do not decide what a new one is
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class LanguageChain:
     def base_model(self) -> StageCall:
         if self.run.config.base_model.is_gguf:
             return self.run.call("base_model", 0, {}, gguf=self.run.inputs["base_model"])
-        return self.run.call("base_model", 0, settings_of(self.run.config.base_model, exclude=NOT_OF_THE_NEW),
+        return self.run.call("base_model", 0, settings_of(self.run.config.base_model, exclude=HOW_IT_IS_USED),
                              seed=self.run.seed(0, "base_model"),
                              demonstrations=self.run.inputs["demonstrations"])
 

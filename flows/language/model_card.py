@@ -19,8 +19,14 @@ SHOWN = {  # metric → what it is, for people
 LOADING = {
     "model": "AutoModelForCausalLM.from_pretrained(folder)",
     "scorer": "AutoModelForSequenceClassification.from_pretrained(folder)",
-    "adapter": "AutoPeftModelForCausalLM.from_pretrained(folder)",
-    "scoring adapter": "AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)",
+    "adapter": "AutoPeftModelForCausalLM.from_pretrained(folder{held})",
+    "scoring adapter": "AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1{held})",
+}
+HELD = {  # precision → how transformers is told to hold a base in it
+    "float32": "", "bfloat16": "dtype=torch.bfloat16",
+    "int8": "quantization_config=BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)",
+    "nf4": 'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+           "bnb_4bit_compute_dtype=torch.bfloat16)",
 }
 
 
@@ -37,7 +43,7 @@ def model_card(run: Run, state: TrainState, role: str, *, base: str | None, alon
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {run.name}: {role.replace('_', ' ')} after iteration {state.iteration}",
         f"Trained with PPO by Baton ({_made(run, state)}).",
-        "## Load it", _loading(kind, alone),
+        "## Load it", _loading(kind, alone, run.config.base_model.precision),
         "## Scores", _scores(run, state),
         "## Data", "\n".join(f"- {name}: `{ref}`" for name, ref in sorted(run.inputs.items())),
         "## Lineage", _lineage(run, getattr(state, role).artifact),
@@ -51,14 +57,17 @@ def _made(run: Run, state: TrainState) -> str:
     return f"run `{run.name}`{parent}, made {made}, iteration {state.iteration} of {run.config.iterations}"
 
 
-def _loading(kind: str, alone: bool) -> str:
+def _loading(kind: str, alone: bool, precision: str) -> str:
     if not alone:
         return ("A scalar head over a body that transformers has no classifier of: "
                 "`flows.language.model_folders.load_scalar(folder)` of Baton loads it.")
-    library = "peft" if "adapter" in kind else "transformers"
-    call = LOADING[kind]
-    return (f"```python\nfrom {library} import {call.partition('.')[0]}\nfrom transformers import AutoTokenizer\n\n"
-            f"model, tokenizer = {call}, AutoTokenizer.from_pretrained(folder)\n```")
+    held = HELD[precision] if "adapter" in kind else ""
+    call = LOADING[kind].format(held=f", {held}" if held else "")
+    theirs = {"transformers": ["AutoTokenizer", *(["BitsAndBytesConfig"] if "BitsAndBytes" in held else [])]}
+    theirs.setdefault("peft" if "adapter" in kind else "transformers", []).append(call.partition(".")[0])
+    imports = [f"from {library} import {', '.join(sorted(names))}" for library, names in sorted(theirs.items())]
+    return "\n".join(["```python", *(["import torch"] if "torch." in held else []), *imports, "", f"model = {call}",
+                      "tokenizer = AutoTokenizer.from_pretrained(folder)", "```"])
 
 
 def _scores(run: Run, state: TrainState) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import (
@@ -17,7 +19,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,6 +35,7 @@ from stages.ops.optim import load_state_tensors, state_tensors
 from stages.ops.progress import progress_bar
 from stages.ops.scalar_head import ScalarHead
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each product in 8 bits
 SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
 
 
@@ -47,13 +49,20 @@ def load_causal(folder: Path) -> PreTrainedModel:
 def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal model of a GGUF file, unpacked to float32, and its tokenizer.
 
-    Raises `ConfigError` if weights are missing.
+    Raises `ConfigError` if weights are missing, or an EOS, or what reads it.
     """
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        raise ConfigError(f"transformers {transformers.__version__} does not unpack GGUF; 5.22 does") from None
+
     where = {"gguf_file": file.name, "local_files_only": True}
     model, report = AutoModelForCausalLM.from_pretrained(
         file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), output_loading_info=True, **where)
     require_all_weights(file, report)
     tokenizer = _without_inventions(AutoTokenizer.from_pretrained(file.parent, **where), model.config.vocab_size)
+    if tokenizer.eos_token is None:
+        raise ConfigError(f"{file} names no EOS, so that no response would end: tokenizer.ggml.eos_token_id is not set")
     return _own_memory(model), _padding(tokenizer)
 
 

@@ -32,7 +32,7 @@ from stages.ops.abilities import Abilities, abilities
 from stages.ops.device import Device
 from stages.ops.language_learner import LanguageModelLearner
 from stages.ops.language_model import LanguageModel
-from stages.ops.precision import FLOAT32, Precision, hold
+from stages.ops.precision import FLOAT32, Precision, hold, to_device
 from stages.ops.texts import Texts
 
 NOT_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -106,9 +106,9 @@ class WarmModels:
         """A reward model that is brought."""
         return self._get("scorer", ref, load_classifier, FLOAT32)
 
-    def own(self, ref: ModelRef, load: Load) -> LanguageModel:
-        """A model in float32 that is not kept."""
-        return self._load(ref, load, FLOAT32)
+    def own(self, ref: ModelRef, load: Load, precision: Precision = FLOAT32) -> LanguageModel:
+        """A model that is not kept."""
+        return self._load(ref, load, precision)
 
     def trainable(
         self, ref: ModelRef, load: Load, reading: Reading, adapters: Adapters | None, precision: Precision
@@ -229,24 +229,27 @@ class WarmModels:
         """Without an adapter: one that is warm, in its memory; else read from its folder."""
         folder, brought = self.store.folder(ref.artifact, ref.folder), load is load_classifier
         tokenizer = load_tokenizer(folder, needs_eos=not brought)  # one that is brought has its own
-        for warm in self._warm_of(ref, weights):
+        for warm in self._warm_of(ref, weights, brought):
             scores = hasattr(warm.module, "score")
             if scores == (load is not load_causal):
                 return _Whole(lora.sharing(warm.module).eval(), tokenizer, warm.abilities)
             if load is load_scalar and not scores:
                 return _Whole(scalar_over(warm.module).eval(), tokenizer, warm.abilities)
         self.loaded += 1
-        module = load(folder).eval()
-        can = Abilities() if brought else abilities(module)  # in float32; one that is brought is perhaps not causal
-        if not brought:
+        module, device, can = load(folder).eval(), Device(self.execution.device).torch, Abilities()
+        if weights == "float32":
+            module.to(device)
+        if not brought:  # one that is brought is perhaps not causal, and read as it is
+            can = abilities(module)  # in float32
             use_attention(module, self.execution.attention)
         hold(module, weights)
-        return _Whole(module.to(Device(self.execution.device).torch), tokenizer, can)
+        return _Whole(to_device(module, device), tokenizer, can)
 
-    def _warm_of(self, ref: ModelRef, weights: str) -> list[_Whole | LanguageModel]:
-        found = [model for (_, warm, precision), model in self._warm.items()
-                 if warm == ref and precision.weights == weights and model.base is None]
-        return [*([self._bases[ref, weights]] if (ref, weights) in self._bases else []), *found]
+    def _warm_of(self, ref: ModelRef, weights: str, brought: bool = False) -> list[_Whole | LanguageModel]:
+        """What is warm of it without an adapter; reward models that are brought have memory of their own."""
+        found = [model for (role, warm, precision), model in self._warm.items()
+                 if warm == ref and precision.weights == weights and model.base is None and (role == "scorer") == brought]
+        return [*([self._bases[ref, weights]] if (ref, weights) in self._bases and not brought else []), *found]
 
     def _trainable(self, ref: ModelRef, model: LanguageModel, adapters: Adapters | None) -> LanguageModel:
         """The model with all weights its own, or frozen ones with an adapter of its own, new unless it has one."""

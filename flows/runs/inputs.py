@@ -190,9 +190,9 @@ def pinned(config: RunConfig, folder: Path, files: dict[str, list[Path]]) -> Run
     """The config, those of its models whose files these are named with the commit that the hub gave: `org/name@commit`."""
     values, models = config.model_dump(mode="json"), {role: config.models[role] for role in config.models if role in files}
     for role, source in models.items():
-        snapshot = files[role][0].parent
-        if not (folder / source).exists() and snapshot.parent.name == "snapshots":
-            _name_model(values, role, f"{source.partition('@')[0]}@{snapshot.name}")
+        commits = [place.name for place in files[role][0].parents if place.parent.name == "snapshots"]
+        if commits and not (folder / source).exists():
+            _name_model(values, role, f"{source.partition('@')[0]}@{commits[0]}")
     return parse_config(values, "the config with its models' commits") if models else config
 
 
@@ -259,9 +259,10 @@ def _gguf(setting: str, source: str, place: Path) -> Path:
     if place.is_file():
         return place
     name, _, revision = source.partition("@")
-    repository, _, file = name.rpartition("/")
-    if repository.count("/") != 1:
-        raise ConfigError(f"{setting}: no such file: {place}")
+    parts = name.split("/", 2)
+    if len(parts) < 3 or source.startswith((".", "/", "~")):
+        raise ConfigError(f"{setting}: no such file: {place} (on the hub: org/name/file.gguf)")
+    repository, file = "/".join(parts[:2]), parts[2]
     snapshot = _download(setting, f"{repository}@{revision}" if revision else repository, place, [file])
     if not (snapshot / file).is_file():
         raise ConfigError(f"{setting}: {repository} on the hub has no file {file}")

@@ -8,7 +8,6 @@ https://arxiv.org/abs/1710.03740, by torch's autocast). Weights under adapters m
 from __future__ import annotations
 
 import importlib.util
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +52,6 @@ def _quantize(module: PreTrainedModel, weights: str) -> None:
     """The linear layers of the body."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"{weights} needs the package bitsandbytes: pip install bitsandbytes")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each product in 8 bits
     body = module.base_model
     linear = [name for name, part in body.named_modules() if type(part) is nn.Linear]
     if not linear:
@@ -65,13 +63,22 @@ def _quantize(module: PreTrainedModel, weights: str) -> None:
     setattr(body, "is_loaded_in_8bit" if weights == "int8" else "is_loaded_in_4bit", True)  # PEFT asks for it
 
 
+def to_device(module: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The module there, with what 8-bit layers hold beside their weights, which only their own `to` moves."""
+    module.to(device)
+    for part in module.modules():
+        if type(part).__name__ == "Linear8bitLt":
+            part.to(device)
+    return module
+
+
 def _packed(layer: nn.Linear, weights: str) -> nn.Module:
     import bitsandbytes
 
     shape, bias = (layer.in_features, layer.out_features), layer.bias is not None
     with torch.device("meta"):
-        if weights == "int8":
-            packed = bitsandbytes.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=6.0)
+        if weights == "int8":  # no column apart as an outlier of the batch: a row would depend on those beside it
+            packed = bitsandbytes.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=0.0)
         else:
             packed = bitsandbytes.nn.Linear4bit(*shape, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4")
             packed.support_avx512bf16_for_cpu = False  # a layout that has no gradients

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def as_scores(source: str, values: object, rollouts: Rollouts | Texts) -> Scores
     rows = len(rollouts)
     if torch.is_tensor(values):
         values = values.detach().cpu().tolist()
-    if isinstance(values, (list, tuple)) and len(values) == rows and all(np.ndim(value) == 1 for value in values):
+    if isinstance(values, (list, tuple)) and len(values) == rows and all(map(_is_row, values)):
         return _of_tokens(source, values, rollouts)
     try:
         found = [value.item() if hasattr(value, "item") else value for value in values]
@@ -94,19 +95,25 @@ def as_scores(source: str, values: object, rollouts: Rollouts | Texts) -> Scores
     return scores
 
 
+def _is_row(value: object) -> bool:
+    """A list of numbers, or an array or tensor of one dimension that is no single number."""
+    return isinstance(value, (list, tuple)) or (getattr(value, "ndim", 0) == 1 and len(value) != 1)
+
+
 def _of_tokens(source: str, values: Sequence[Sequence[float]], rollouts: Rollouts | Texts) -> Ragged:
     """A list for each response, of as many numbers as it has tokens."""
-    expected = rollouts.response_tokens.lengths
-    for row, (value, tokens) in enumerate(zip(values, expected, strict=True)):
-        if len(value) != tokens:
-            raise RewardError(f"{source}: gave {len(value)} numbers for the {tokens} tokens of the response in row "
-                              f"{rollouts.row_id[row]}, {rollouts.response[row][:60]!r}; expected one for each, EOS "
-                              "included, or one for the response")
-    try:
-        with np.errstate(over="ignore"):
-            scores = Ragged.from_rows([np.asarray(value, np.float64) for value in values], np.float32)
-    except (TypeError, ValueError) as error:
-        raise RewardError(f"{source}: expected numbers, found {str(values[0])[:80]}") from error
+    found = []
+    for row, (value, tokens) in enumerate(zip(values, rollouts.response_tokens.lengths, strict=True)):
+        where = f"the response in row {rollouts.row_id[row]}, {rollouts.response[row][:60]!r}"
+        numbers = value.tolist() if hasattr(value, "tolist") else list(value)
+        if len(numbers) != tokens:
+            raise RewardError(f"{source}: gave {len(numbers)} numbers for the {tokens} tokens of {where}; expected one for "
+                              "each, EOS included, or one for the response")
+        if not all(isinstance(number, Real) for number in numbers):
+            raise RewardError(f"{source}: expected numbers for the tokens of {where}, found {str(numbers)[:80]}")
+        found.append(np.array(numbers, np.float64))
+    with np.errstate(over="ignore"):
+        scores = Ragged.from_rows(found, np.float32)
     require_finite(f"{source}: a token's reward", scores, rollouts.row_id)
     return scores
 

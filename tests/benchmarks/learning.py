@@ -8,6 +8,8 @@
 | reviews | data/reviews, 3 seeds | gold rises by 1 σ of the starting samples, KL < 20 nats, 85% of held-out pairs |
 | bandit | one token out of 10, reward for one of them, β = ½ | its probability within 0.02 of e²/(e² + 9) |
 | walks | data/randomwalks, 3 seeds, 2,560 episodes | mean optimality of 400 sampled walks ≥ 0.95 |
+| digits | data/digits, 3 seeds; draws its picture | mean reward of the last ten iterations > 0.2 |
+| reverse | data/reverse, 2 seeds | twice the reward that `sft` has on held-out prompts |
 | adaptive | data/reviews with kl.target | mean KL of the last 24 of 80 iterations within 10% of it |
 | presets | data/reviews with each preset, 2 seeds | gold rises |
 | estimators | data/reviews with each estimator that has no critic | gold rises |
@@ -37,7 +39,7 @@ import numpy as np
 import yaml
 
 ROOT = Path(__file__).parents[2]
-REVIEWS, WALKS = ROOT / "data/reviews", ROOT / "data/randomwalks"
+REVIEWS, WALKS, DIGITS = (ROOT / "data" / name for name in ("reviews", "randomwalks", "digits"))
 Check = Iterator[tuple[bool, str]]
 """For each run: whether it held, and its line."""
 
@@ -146,6 +148,44 @@ def walks(store: Path, folder: Path) -> Check:
         before, after = states[0]["evaluate/gold"], states[-1]["evaluate/gold"]
         yield after >= 0.95, (f"seed {seed}: optimality {before:.3f} → {after:.3f}  "
                               f"{(len(states) - 1) * 128:,} episodes  {states[-1]['seconds']:.0f} s")
+
+
+def digits(store: Path, folder: Path) -> Check:
+    subprocess.run([sys.executable, DIGITS / "make_inputs.py"], check=True)
+    curves = {}
+    for seed in (1, 2, 3):
+        states = train(store, DIGITS, f"digits-{seed}", f"seed={seed}")
+        rewards = curves[f"seed {seed}"] = np.array([state["reward/score"] for state in states[1:]])
+        last, solved = rewards[-10:].mean(), states[-1]["evaluate/gold"]
+        passed = int((rewards > 0.2).argmax()) + 1
+        yield last > 0.2, (f"seed {seed}: reward {rewards[0]:.3f} → {last:.3f}, above 0.2 in iteration {passed}  "
+                           f"solved {solved:.3f}  {states[-1]['seconds']:.0f} s")
+    plot_rewards(curves)
+
+
+def plot_rewards(curves: dict[str, np.ndarray]) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3), constrained_layout=True)
+    for name, rewards in curves.items():
+        axes.plot(np.arange(1, len(rewards) + 1), rewards, label=name, linewidth=1)
+    axes.axhline(0.2, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("mean reward of 800 responses")
+    axes.legend()
+    figure.savefig(DIGITS / "rewards.png", dpi=80)
+
+
+def reverse(store: Path, folder: Path) -> Check:
+    subprocess.run([sys.executable, ROOT / "data/smollm2/get_model.py"], check=True)
+    for seed in (1, 2):
+        states = train(store, ROOT / "data/reverse", f"reverse-{seed}", f"seed={seed}")
+        before, after = (state["evaluate/score"] for state in (states[0], states[-1]))
+        first, last = (state["evaluate/gold"] for state in (states[0], states[-1]))
+        yield after >= 2 * before, (f"seed {seed}: reward {before:.3f} → {after:.3f}  solved {first:.2f} → {last:.2f}  "
+                                    f"KL {states[-1]['evaluate/kl']:.1f} nats  {states[-1]['seconds']:.0f} s")
 
 
 # --- variants of reviews ---
@@ -292,7 +332,7 @@ def mujoco(store: Path, folder: Path) -> Check:
 
 
 CHECKS = {check.__name__: check for check in (
-    reviews, bandit, walks, adaptive, presets, estimators, overoptimization, classic, pendulum, mujoco)}
+    reviews, bandit, walks, digits, reverse, adaptive, presets, estimators, overoptimization, classic, pendulum, mujoco)}
 
 
 def main() -> int:
