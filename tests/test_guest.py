@@ -35,10 +35,10 @@ def scorer(tmp_path, body, **patience):
     ("return map(lambda r: 1 / 0, responses)", r"raised ZeroDivisionError: .* \(rewards.py, line 7, in <lambda>"),
     ("return (sys.exit(0) for _ in responses)", r"called sys.exit\(0\)"), ("return [10**400] * 9", "expected 9 numbers"),
     ("return ['1'] * 9", "expected 9 numbers"), ("return '123456789'", "expected 9 numbers"),
-    ("return [torch.zeros(2)] * 9", "expected 9 numbers"),
+    ("return [torch.zeros(2)] * 9", "gave 2 numbers for the 12 tokens"),
     ("return None", "expected 9 numbers, found None"), ("return 'abc'", "expected 9 numbers, found abc"),
     ("return [1.0]", r"expected 9 numbers, one a response, found shape \(1,\)"),
-    ("return {'a': 1}", "expected 9 numbers"), ("return [[1.0]] * 9", "found shape"),
+    ("return {'a': 1}", "expected 9 numbers"), ("return [[1.0]] * 9", "gave 1 numbers for the 12 tokens"),
     ("raise KeyboardInterrupt", None)])
 def test_what_goes_wrong_names_the_function_and_its_line(tmp_path, rollouts, body, message):
     if message is None:  # a person's, not an error

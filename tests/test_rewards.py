@@ -74,6 +74,7 @@ def test_a_function_may_reward_each_token():
     ([[1.0, 2.0], ["a"]], RewardError, r"expected numbers for the tokens of the response in row 1, 'said', found \['a'\]"),
     ([[1, [2, 3]], [1]], RewardError, r"expected numbers for the tokens of the response in row 0, 'said', found \[1, \[2"),
     ([["1", "2"], ["3"]], RewardError, "expected numbers for the tokens"),
+    ([[10**400, 1], [1]], RewardError, "expected numbers for the tokens"),
     ([[1.0, float("nan")], [1.0]], NonFiniteError, "a token's reward is nan in row 0"),
     ([[1.0, 2.0], 3.0], RewardError, "expected 2 numbers"),
 ])
@@ -90,9 +91,16 @@ def test_an_array_of_one_number_is_the_score_of_a_response(given):
     assert found.tolist() == pytest.approx([0.5, 0.2])
 
 
-def test_tensors_reward_tokens_with_a_gradient_too():
-    given = [torch.tensor([1.0, 2.0], requires_grad=True), [3]]
+@pytest.mark.parametrize("given", [
+    [torch.tensor([1.0, 2.0], requires_grad=True), [3]], [np.array([1.0, 2.0]), np.array([3.0])],
+    [[torch.tensor(1.0), np.float32(2)], [3]]])
+def test_arrays_reward_tokens_too_also_of_a_response_of_one(given):
     assert function_scorer("m:f", lambda prompts, responses: given)(rows_of(2, 1)).values.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("given", [np.array([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1, 2], [3, 4]])])
+def test_one_array_rewards_the_tokens_of_responses_of_one_length(given):
+    assert function_scorer("m:f", lambda prompts, responses: given)(rows_of(2, 2)).values.tolist() == [1, 2, 3, 4]
 
 
 def test_rewards_of_tokens_are_not_normalised():

@@ -71,9 +71,9 @@ def as_scores(source: str, values: object, rollouts: Rollouts | Texts) -> Scores
     Raises `RewardError`, and `NonFiniteError` naming row and prompt.
     """
     rows = len(rollouts)
-    if torch.is_tensor(values):
-        values = values.detach().cpu().tolist()
-    if isinstance(values, (list, tuple)) and len(values) == rows and all(map(_is_row, values)):
+    if torch.is_tensor(values) or isinstance(values, np.ndarray):
+        values = values.tolist()
+    if isinstance(values, (list, tuple)) and len(values) == rows and _are_rows(values):
         return _of_tokens(source, values, rollouts)
     try:
         found = [value.item() if hasattr(value, "item") else value for value in values]
@@ -95,9 +95,17 @@ def as_scores(source: str, values: object, rollouts: Rollouts | Texts) -> Scores
     return scores
 
 
-def _is_row(value: object) -> bool:
-    """A list of numbers, or an array or tensor of one dimension that is no single number."""
-    return isinstance(value, (list, tuple)) or (getattr(value, "ndim", 0) == 1 and len(value) != 1)
+def _are_rows(values: Sequence[object]) -> bool:
+    """Whether each is a list, or an array or tensor of one dimension; arrays of one number alone are scores of responses."""
+    lists = [isinstance(value, (list, tuple)) for value in values]
+    return all(is_list or getattr(value, "ndim", 0) == 1 for is_list, value in zip(lists, values, strict=True)) and any(
+        is_list or len(value) != 1 for is_list, value in zip(lists, values, strict=True))
+
+
+def _as_float(number: object) -> float:
+    if not isinstance(number, Real):
+        raise TypeError
+    return float(number)
 
 
 def _of_tokens(source: str, values: Sequence[Sequence[float]], rollouts: Rollouts | Texts) -> Ragged:
@@ -109,9 +117,11 @@ def _of_tokens(source: str, values: Sequence[Sequence[float]], rollouts: Rollout
         if len(numbers) != tokens:
             raise RewardError(f"{source}: gave {len(numbers)} numbers for the {tokens} tokens of {where}; expected one for "
                               "each, EOS included, or one for the response")
-        if not all(isinstance(number, Real) for number in numbers):
-            raise RewardError(f"{source}: expected numbers for the tokens of {where}, found {str(numbers)[:80]}")
-        found.append(np.array(numbers, np.float64))
+        numbers = [number.item() if hasattr(number, "item") else number for number in numbers]
+        try:
+            found.append(np.array([_as_float(number) for number in numbers]))
+        except (TypeError, OverflowError):
+            raise RewardError(f"{source}: expected numbers for the tokens of {where}, found {str(numbers)[:80]}") from None
     with np.errstate(over="ignore"):
         scores = Ragged.from_rows(found, np.float32)
     require_finite(f"{source}: a token's reward", scores, rollouts.row_id)
