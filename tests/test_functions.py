@@ -134,6 +134,15 @@ def test_modules_beside_a_file_travel_with_it(with_helpers, monkeypatch):
         load_function("rewards.py:score", files)
 
 
+def test_checking_a_function_of_another_module_leaves_that_imported(tmp_path):
+    import statistics
+
+    (tmp_path / "rewards.py").write_text("from statistics import correlation as score\n")
+    before = set(sys.modules)
+    check_function("rewards.py:score", [tmp_path / "rewards.py"])
+    assert sys.modules.get("statistics") is statistics and set(sys.modules) == before
+
+
 def test_two_versions_of_a_helper_in_one_process(with_helpers, tmp_path):
     old = load_function("rewards.py:score", function_files("rewards.py:score", with_helpers))
     (with_helpers / "helper.py").write_text("scale = -1.0\n")

@@ -106,7 +106,8 @@ def check_function(source: str, files: list[Path]) -> None:
         for path, copy in zip(files, copies, strict=True):
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
-        sys.modules.pop(load_function(source, copies).__module__ if source.rpartition(":")[0].endswith(".py") else "", None)
+        load_function(source, copies)
+        sys.modules.pop(_module_name(copies), None)
 
 
 def stored_function(store: Store, ref: ArtifactRef, source: str) -> Callable:
@@ -119,8 +120,8 @@ def stored_function(store: Store, ref: ArtifactRef, source: str) -> Callable:
 
 
 def _module_of(files: list[Path]) -> ModuleType:
-    """The first file as a module, under a name made from their contents, so that a process can hold several versions."""
-    name = f"baton_user_{hashlib.sha256(''.join(map(sha256_file, files)).encode()).hexdigest()[:16]}"
+    """The first file as a module."""
+    name = _module_name(files)
     if (module := sys.modules.get(name)) is None:
         spec = importlib.util.spec_from_file_location(name, files[0])
         module = importlib.util.module_from_spec(spec)
@@ -133,6 +134,11 @@ def _module_of(files: list[Path]) -> ModuleType:
             del sys.modules[name]
             raise
     return module
+
+
+def _module_name(files: list[Path]) -> str:
+    """Made from their contents, so that a process can hold several versions."""
+    return f"baton_user_{hashlib.sha256(''.join(map(sha256_file, files)).encode()).hexdigest()[:16]}"
 
 
 @contextmanager
