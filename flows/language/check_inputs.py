@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from flows.language.check_model import check_model, check_scorer
 from flows.runs.functions import check_function
-from flows.runs.inputs import COLUMNS, read_lines, setting_of
+from flows.runs.inputs import COLUMNS, Rows, read_lines, setting_of
 from schemas.errors import ConfigError
 from schemas.language import LanguageConfig
 from schemas.metrics import BroughtModelMetrics, BroughtScorerMetrics, Metrics
 from stages.base_model import train_tokenizer
 from stages.ops.prompts import render, require_fit, require_no_clock, tokenize
+from stages.ops.reward_function import NAMES, asked, taken_for_texts
 
 
 def check(config: LanguageConfig, files: dict[str, list[Path]]) -> dict[str, Metrics]:
@@ -22,9 +24,9 @@ def check(config: LanguageConfig, files: dict[str, list[Path]]) -> dict[str, Met
 
     Raises `ConfigError` naming the function, or file and lines, that cannot be used.
     """
-    for role, source in config.functions.items():
-        check_function(source, files[role])
     rows = {role: read_lines(paths[0], role) for role, paths in files.items() if role in COLUMNS}
+    for role, source in config.functions.items():
+        check_function(source, files[role], partial(_require_columns, _prompt_files(config, role, files)))
     tokenizer, context, found = _model(config, files, rows)
     template = config.base_model.chat_template
     tokenizer.split_special_tokens = not config.base_model.special_tokens_in_text
@@ -49,13 +51,42 @@ def check(config: LanguageConfig, files: dict[str, list[Path]]) -> dict[str, Met
     return found | scorers
 
 
+def _prompt_files(config: LanguageConfig, role: str, files: dict[str, list[Path]]) -> dict[str, Path]:
+    """The files whose prompts the function in that role is given."""
+    roles = ["heldout_prompts"] if role == "judge" else ["prompts", "heldout_prompts"]
+    if role != "judge" and config.reward.center_on_demonstrations:
+        roles.append("demonstrations")
+    return {role: files[role][0] for role in roles if role in files}
+
+
+def _require_columns(prompt_files: dict[str, Path], function: Callable) -> None:
+    """Raises `ConfigError` where it names what a file does not have, or takes for a text what is a column."""
+    wanted, texts = asked(function), taken_for_texts(function)
+    for role, path in prompt_files.items():
+        rows = Rows(path, role, imported=True)  # they are checked
+        own = (*NAMES, *rows.columns)
+        if named := [name for name in texts if name in rows.whole(0) and name not in own]:
+            raise ConfigError(f"its parameters {' and '.join(texts)} are prompts and responses, by position, and "
+                              f"{named[0]!r} is a column of data.{role} ({path}) too; name the response first, as in "
+                              f"f(responses, {named[0]})")
+        for name in wanted.columns:
+            missing = next((row for row in range(len(rows)) if name not in rows.whole(row)), None)
+            if missing is not None:
+                there = ", ".join(column for column in rows.whole(missing))
+                raise ConfigError(f"its parameter {name!r} is none of {', '.join(NAMES)}, and data.{role} has no such "
+                                  f"column in line {missing + 1} ({path}; it has {there})")
+
+
 def check_new(config: LanguageConfig, files: dict[str, list[Path]]) -> None:
-    """Reward models and functions that a run did not have when it was made. Raises `ConfigError`."""
+    """Reward models and functions that a run did not have when it was made, beside the files that it has.
+
+    Raises `ConfigError`.
+    """
     for role, paths in files.items():
         if role in config.models:
             check_scorer(setting_of(role), paths[0].parent, config.reward.components[role.removeprefix("reward.")])
-        else:
-            check_function(config.functions[role], paths)
+        elif role in config.functions:
+            check_function(config.functions[role], paths, partial(_require_columns, _prompt_files(config, role, files)))
 
 
 def _scorers(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from flows.runs.functions import stored_function
 from flows.runs.kind import ITERATION_DECIDES, Perform, made_in, require, settings_of
 from flows.runs.run import Run
 from schemas.artifacts import ArtifactRef, ModelRef, Moments, Produced, StageCall, TrainState
@@ -17,6 +19,7 @@ from schemas.errors import ConfigError
 from schemas.language import RewardConfig, by_content
 from stages.ops.kl import adapted_kl_coef
 from stages.ops.optim import learning_rate_factor
+from stages.ops.reward_function import asked
 
 READING = frozenset({"special_tokens_in_text"})  # settings of the base model that are about texts, beside the template
 HOW_IT_IS_USED = READING | {"precision"}  # settings of the base model that do not decide what a new one is
@@ -151,9 +154,11 @@ class LanguageChain:
         config = self.run.config.reward
         settings = settings_of(config) | _components(config) | self._scoring | {
             "bias": bias, "max_new_tokens": self._made_with(rollouts)["max_new_tokens"]}
+        prompts = self.run.inputs["prompts"] if self._reads_columns else None
         if config.normalize != "none":
             settings["moments"] = moments.model_dump(mode="json")
-        return self.run.call("reward", iteration, settings, rollouts=rollouts, **self._reward_inputs(reward_model),
+        return self.run.call("reward", iteration, settings, rollouts=rollouts, prompts=prompts,
+                             **self._reward_inputs(reward_model),
                              tokenizer=tokenizer if config.special_tokens else None)
 
     def value(self, iteration: int, critic: ModelRef, rollouts: ArtifactRef) -> StageCall:
@@ -227,6 +232,12 @@ class LanguageChain:
     def _temperature(self, rollouts: ArtifactRef) -> float:
         """At which the rollouts were sampled, so that their tokens are scored at no other."""
         return self._made_with(rollouts)["temperature"]
+
+    @cached_property
+    def _reads_columns(self) -> bool:
+        """Whether a reward function names columns of the prompt file beside the prompts."""
+        return any(asked(stored_function(self.run.store, self.run.inputs[role], source)).columns
+                   for role, source in self.run.config.functions.items() if role != "judge")
 
     def _reward_inputs(self, reward_model: ModelRef | None) -> dict[str, ArtifactRef | ModelRef | None]:
         """Artifacts that the reward's components are, by role."""

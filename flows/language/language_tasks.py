@@ -5,6 +5,8 @@ All that decides a result is in the call, whose settings are those of the recipe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from flows.language.model_folders import load_causal, load_gguf, load_scalar, save_learner, save_model
 from flows.language.reward_tokens import token_for
 from flows.language.warm_models import Adapters, Reading, WarmModels
-from flows.runs.inputs import GGUF
+from flows.runs.inputs import GGUF, Rows
 from flows.runs.produce import StageOutput
 from flows.runs.work import Task, Work
 from schemas.artifacts import ModelRef, Outputs
@@ -242,8 +244,27 @@ def _scorer(work: Work[WarmModels], role: str, part: ComponentConfig, tokenizer:
             scorer = RewardServer(source, token_for(source), execution.server_timeout, execution.server_tries)
         case "function":
             patience = Patience(execution.function_patience, execution.function_timeout)
-            scorer = function_scorer(source, work.function(role, source), patience)
+            scorer = function_scorer(source, work.function(role, source), patience, _columns(work))
     return scorer if tokenizer is None else seeing_special_tokens(scorer, _tokenizer(work, tokenizer))
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """An imported file of prompts."""
+
+    rows: Rows
+
+    def of(self, rollouts: Rollouts | Texts, names: Sequence[str]) -> dict[str, list[Any]]:
+        """B values of each, None where a row has none."""
+        ids = rollouts.prompt_id if isinstance(rollouts, Rollouts) else rollouts.row_id
+        rows = [self.rows.whole(int(i)) for i in ids]
+        return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _columns(work: Work[WarmModels]) -> _Columns | None:
+    """Those of the file that this call's prompts are of, if it reads it."""
+    role = next((role for role in ("prompts", "demonstrations") if role in work.call.inputs), None)
+    return role and _Columns(work.rows(role))
 
 
 def _cut(scorers: dict[str, Scorer]) -> dict[str, int]:

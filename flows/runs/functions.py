@@ -11,12 +11,14 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import redirect_stdout
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
@@ -99,15 +101,24 @@ def load_function(source: str, files: list[Path]) -> Callable:
     return function if len(files) == 1 else _with_its_modules(function, module, files)
 
 
-def check_function(source: str, files: list[Path]) -> None:
-    """Loads the function from copies of its files alone, as it will be from the store. Raises `ConfigError`."""
+def check_function(
+    source: str, files: list[Path], look: Callable[[Callable], object] = lambda function: None
+) -> None:
+    """Loads the function from copies of its files alone, as it will be from the store, and looks at it.
+
+    Raises `ConfigError`.
+    """
     with tempfile.TemporaryDirectory() as alone:
         copies = [Path(alone) / path.relative_to(files[0].parent) for path in files]
         for path, copy in zip(files, copies, strict=True):
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
-        load_function(source, copies)
+        function = load_function(source, copies)
         sys.modules.pop(_module_name(copies), None)
+        try:
+            look(function)
+        except ConfigError as error:
+            raise ConfigError(f"function {source!r}: {error}") from None
 
 
 def stored_function(store: Store, ref: ArtifactRef, source: str) -> Callable:
@@ -128,7 +139,7 @@ def _module_of(files: list[Path]) -> ModuleType:
         sys.modules[name] = module  # dataclasses look their module up there
         module.__baton_modules__ = {}
         try:
-            with _importable(files, module.__baton_modules__):
+            with _Importable(files, module.__baton_modules__):
                 spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[name]
@@ -141,35 +152,51 @@ def _module_name(files: list[Path]) -> str:
     return f"baton_user_{hashlib.sha256(''.join(map(sha256_file, files)).encode()).hexdigest()[:16]}"
 
 
-@contextmanager
-def _importable(files: list[Path], own: dict[str, ModuleType]) -> Iterator[None]:
+class _Importable:
     """Inside it `import` finds the modules beside the first file before all others, and nothing of them stays imported.
 
-    `own`: those that were imported, by name.
+    Entered by several calls that are awaited side by side, it lasts until the last has left.
     """
-    names = {path.relative_to(files[0].parent).parts[0].removesuffix(".py") for path in files[1:]}
 
-    def taken() -> dict[str, ModuleType]:
-        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in names}
+    def __init__(self, files: list[Path], own: dict[str, ModuleType]) -> None:
+        """`own`: those that were imported, by name."""
+        self.folder, self.own, self.others, self.inside = str(files[0].parent), own, {}, 0
+        self.names = {path.relative_to(files[0].parent).parts[0].removesuffix(".py") for path in files[1:]}
+        self.lock = threading.Lock()
 
-    others, folder = taken(), str(files[0].parent)
-    sys.modules.update(own)
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-        own.update(taken())
-        sys.modules.update(others)
+    def __enter__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                self.others = self._taken()
+                sys.modules.update(self.own)
+                sys.path.insert(0, self.folder)
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                sys.path.remove(self.folder)
+                self.own.update(self._taken())
+                sys.modules.update(self.others)
+
+    def _taken(self) -> dict[str, ModuleType]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in self.names}
 
 
 def _with_its_modules(function: Callable, module: ModuleType, files: list[Path]) -> Callable:
-    """The function, which may import the modules beside its file when it is called, too."""
+    """The function, which may import the modules beside its file when it is called, or awaited, too."""
+    importable = _Importable(files, module.__baton_modules__)
+
+    async def awaited(value: Awaitable[object]) -> object:
+        with importable:
+            return await value
 
     @functools.wraps(function)
     def called(*arguments: object, **more: object) -> object:
-        with _importable(files, module.__baton_modules__):
-            return function(*arguments, **more)
+        with importable:
+            value = function(*arguments, **more)
+        return awaited(value) if inspect.isawaitable(value) else value
 
     return called
 

@@ -91,6 +91,11 @@ class Rows(Sequence[dict[str, str]]):
                     None if self.imported else _no_key_twice)
 
 
+    def whole(self, row: int) -> dict[str, Any]:
+        """With all its columns, whatever JSON they hold."""
+        return json.loads(self.data[self.begins[row] : self.ends[row]])
+
+
 def read_lines(path: Path, role: str) -> list[dict[str, str]]:
     """All rows of a JSON-lines file. Raises `ConfigError` naming file, line and column."""
     return list(Rows(path, role))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flows.runs.best import check_best
 from flows.runs.functions import function_files
-from flows.runs.inputs import import_files, input_files, model_files, pinned, read_config, recipes_of, setting_of
+from flows.runs.inputs import COLUMNS, import_files, input_files, model_files, pinned, read_config, recipes_of, setting_of
 from flows.runs.run import Run, changed, create, find_run, lease_key, open_run, require_same
 from flows.store.lease import working_on
 from flows.store.store import Store
@@ -122,7 +122,8 @@ def with_new_inputs(run: Run, recorded: Run, check_new: Callable[[RunConfig, Fil
     if start and was and start != was:
         raise ConfigError("--set value.start: it was decided before the first iteration; make another run with it")
     files |= {role: model_files(setting_of(role), source, Path.cwd()) for role, source in models.items()}
-    check_new(run.config, files)
+    data = {role: [run.store.file(ref, f"{role}.jsonl")] for role, ref in run.inputs.items() if role in COLUMNS}
+    check_new(run.config, data | files)
     imported = import_files(run.store, run.config.execution, files, recipes_of(files))
     return replace(run, config=pinned(run.config, Path.cwd(), files),
                    record=run.record.model_copy(update={"inputs": run.inputs | imported}))

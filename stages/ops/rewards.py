@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from schemas.errors import NonFiniteError, RewardError
+from schemas.errors import ConfigError, NonFiniteError, RewardError
 from schemas.language import RewardConfig
 from schemas.tables import Ragged, Rollouts
 from stages.ops.finite import require_finite
 from stages.ops.guest import FOREVER, Patience, call_guest
 from stages.ops.language_model import LanguageModel, sequence_scores
 from stages.ops.prompts import response_texts
+from stages.ops.reward_function import Columns, UserFunction, asked, called
 from stages.ops.texts import Texts
 
 Scores = np.ndarray | Ragged
@@ -25,8 +26,6 @@ Scores = np.ndarray | Ragged
 Scorer = Callable[[Rollouts | Texts], Scores]
 """B responses to their scores."""
 
-UserFunction = Callable[[list[str], list[str]], Sequence[float] | Sequence[Sequence[float]]]
-"""(prompts, responses) to scores, one a response, or a list for each: one a token."""
 
 
 def model_scorer(model: LanguageModel) -> Scorer:
@@ -39,12 +38,21 @@ def model_scorer(model: LanguageModel) -> Scorer:
     return score
 
 
-def function_scorer(name: str, function: UserFunction, patience: Patience = FOREVER) -> Scorer:
-    """Scores by a user's function of (prompts, responses)."""
+def function_scorer(
+    name: str, function: UserFunction, patience: Patience = FOREVER, columns: Columns | None = None
+) -> Scorer:
+    """Scores by a user's function, which gives one number a response, or a list for each: one a token."""
 
-    def score(rollouts: Rollouts | Texts) -> np.ndarray:
-        values = call_guest(f"reward {name}: the function", lambda *texts: _at_hand(function(*texts)), list(rollouts.prompt),
-                            list(rollouts.response), error=RewardError, patience=patience)
+    def score(rollouts: Rollouts | Texts) -> Scores:
+        try:
+            wanted = asked(function)
+        except ConfigError as error:
+            raise RewardError(f"reward {name}: {error}") from None
+        if wanted.columns and columns is None:
+            raise RewardError(f"reward {name}: its parameter {wanted.columns[0]!r} is a column of a prompt file, and this "
+                              "call reads none")
+        values = call_guest(f"reward {name}: the function", lambda: _at_hand(called(function, rollouts, columns, wanted)),
+                            error=RewardError, patience=patience)
         return as_scores(f"reward {name}", values, rollouts)
 
     return score
