@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import httpx
 import numpy as np
@@ -118,6 +120,14 @@ def assert_same_bytes(ours, theirs) -> None:
         assert mine.model_copy(update={"seconds": 0}) == other.model_copy(update={"seconds": 0})
         for ref in mine.artifacts.values():
             assert ours.store.manifest(ref).digests() == theirs.store.manifest(ref).digests()
+
+
+def module_of(file: Path) -> ModuleType:
+    """An example's Python file, run as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"{file.parent.name}_{file.stem}_in_tests", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def rewrite(path: Path, change) -> None:

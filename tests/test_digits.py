@@ -1,6 +1,5 @@
 """The example of arithmetic sequences: its rewards by hand, and what is paid at which token."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import module_of
 
 from flows.cli.main import run_command
 from flows.runs.run import open_run
@@ -20,10 +20,7 @@ FOLDER = Path(__file__).parents[1] / "data" / "digits"
 
 @pytest.fixture(scope="module")
 def digits():
-    spec = importlib.util.spec_from_file_location("digits", FOLDER / "rewards.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(FOLDER / "rewards.py")
 
 
 @pytest.fixture(scope="module")

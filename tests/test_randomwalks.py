@@ -1,6 +1,5 @@
 """The example of random walks: its graph, its score, and that its files are what the script writes."""
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -8,16 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import module_of
 
 FOLDER = Path(__file__).parents[1] / "data" / "randomwalks"
 
 
 @pytest.fixture(scope="module")
 def walks():
-    spec = importlib.util.spec_from_file_location("walks", FOLDER / "walks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(FOLDER / "walks.py")
 
 
 def test_the_graph_is_as_described(walks):

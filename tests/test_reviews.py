@@ -1,22 +1,17 @@
 """The embedded example: its files are what its grammar writes, and gold scores by hand."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import module_of
 
 FOLDER = Path(__file__).parents[1] / "data" / "reviews"
 
 
 @pytest.fixture(scope="module")
 def grammar():
-    spec = importlib.util.spec_from_file_location("reviews_grammar", FOLDER / "grammar.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reviews_grammar"] = module
-    spec.loader.exec_module(module)
-    return module
+    return module_of(FOLDER / "grammar.py")
 
 
 def test_the_files_are_what_the_grammar_writes(grammar):

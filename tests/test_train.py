@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import VARIANTS, rewrite
+from conftest import VARIANTS, module_of, rewrite
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.again import call_again
@@ -59,13 +59,7 @@ def copy_of(model, tmp_path, name, load):
 
 def in_memory(folder, config, tmp_path):
     """The stages in a plain loop: no store, no Prefect. The learner after the last iteration, and its samples."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("grammar_in_memory", folder / "grammar.py")
-    grammar = importlib.util.module_from_spec(spec)
-    import sys
-    sys.modules["grammar_in_memory"] = grammar
-    spec.loader.exec_module(grammar)
+    grammar = module_of(folder / "grammar.py")
     seed = lambda iteration, stage: derive_seed(config.seed, iteration, stage)  # noqa: E731
 
     start = base_model(rows(folder, "demonstrations"), config.base_model, seed=seed(0, "base_model"))

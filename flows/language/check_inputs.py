@@ -16,7 +16,7 @@ from schemas.language import LanguageConfig
 from schemas.metrics import BroughtModelMetrics, BroughtScorerMetrics, Metrics
 from stages.base_model import train_tokenizer
 from stages.ops.prompts import render, require_fit, require_no_clock, tokenize
-from stages.ops.reward_function import NAMES, asked, taken_for_texts
+from stages.ops.reward_function import NAMES, asked
 
 
 def check(config: LanguageConfig, files: dict[str, list[Path]]) -> dict[str, Metrics]:
@@ -61,7 +61,8 @@ def _prompt_files(config: LanguageConfig, role: str, files: dict[str, list[Path]
 
 def _require_columns(prompt_files: dict[str, Path], function: Callable) -> None:
     """Raises `ConfigError` where it names what a file does not have, or takes for a text what is a column."""
-    wanted, texts = asked(function), taken_for_texts(function)
+    wanted = asked(function)
+    texts = wanted.by_position if wanted.as_texts else ()
     for role, path in prompt_files.items():
         rows = Rows(path, role, imported=True)  # they are checked
         own = (*NAMES, *rows.columns)

@@ -222,8 +222,11 @@ class LanguageChain:
     @property
     def _scoring(self) -> dict[str, Any]:
         """The same where the reward model that is trained here may score."""
-        used = any(part.kind == "reward_model" for part in self.run.config.reward.components.values())
-        return self._precision if used else {}
+        return self._precision if self._scored_by_own else {}
+
+    @property
+    def _scored_by_own(self) -> bool:
+        return any(part.kind == "reward_model" for part in self.run.config.reward.components.values())
 
     def _made_with(self, rollouts: ArtifactRef) -> dict[str, Any]:
         """Settings the rollouts were made with."""
@@ -241,10 +244,9 @@ class LanguageChain:
 
     def _reward_inputs(self, reward_model: ModelRef | None) -> dict[str, ArtifactRef | ModelRef | None]:
         """Artifacts that the reward's components are, by role."""
-        used = any(part.kind == "reward_model" for part in self.run.config.reward.components.values())
         functions = {role: self.run.inputs[role] for role in self.run.config.functions if role != "judge"}
         brought = {role: self._brought(role) for role in self.run.config.models if role.startswith("reward.")}
-        return functions | brought | ({"reward_model": reward_model} if used else {})
+        return functions | brought | ({"reward_model": reward_model} if self._scored_by_own else {})
 
     # --- one stage again ---
 

@@ -122,6 +122,8 @@ def with_new_inputs(run: Run, recorded: Run, check_new: Callable[[RunConfig, Fil
     if start and was and start != was:
         raise ConfigError("--set value.start: it was decided before the first iteration; make another run with it")
     files |= {role: model_files(setting_of(role), source, Path.cwd()) for role, source in models.items()}
+    if not files:  # nothing is fetched for a check of nothing
+        return run
     data = {role: [run.store.file(ref, f"{role}.jsonl")] for role, ref in run.inputs.items() if role in COLUMNS}
     check_new(run.config, data | files)
     imported = import_files(run.store, run.config.execution, files, recipes_of(files))

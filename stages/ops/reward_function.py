@@ -51,7 +51,7 @@ class Asked:
     by_position: tuple[str, ...]
     by_name: tuple[str, ...] = ()
     as_texts: bool = False
-    """Whether it is prompts and responses, whatever its parameters are called."""
+    """Whether it is prompts and responses, whatever the first two of its parameters are called."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,20 +68,17 @@ class Asked:
         return () if self.as_texts else tuple(name for name in self.names if name not in NAMES)
 
 
-TEXTS = Asked(("prompts", "responses"), as_texts=True)
-
-
 def asked(function: UserFunction) -> Asked:
     """By its signature alone. Raises `ConfigError` where it asks for all responses and for one."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # some that are written in C
-        return TEXTS
+        parameters = []
     required = [p for p in parameters if p.default is p.empty]
     places = [p.name for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     named = [p.name for p in required if p.kind is p.KEYWORD_ONLY]
     if not {*places, *named} & OF_RESPONSES or (not named and _are_texts(places) and not _is_async(function, places)):
-        return TEXTS
+        return Asked(tuple(p.name for p in parameters[:2]), as_texts=True)
     named += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty and p.name in NAMES]
     names = [*places, *named]
     many, one = [name for name in names if name in MANY], [name for name in names if name in MANY.values()]
@@ -98,14 +95,6 @@ def _are_texts(places: list[str]) -> bool:
 def _is_async(function: UserFunction, places: list[str]) -> bool:
     """Whether it is awaited, and for one response."""
     return places == ["prompt", "response"] and inspect.iscoroutinefunction(inspect.unwrap(function))
-
-
-def taken_for_texts(function: UserFunction) -> tuple[str, ...]:
-    """Its first two parameters, if they are prompts and responses whatever they are called."""
-    try:
-        return tuple(inspect.signature(function).parameters)[:2] if asked(function).as_texts else ()
-    except (TypeError, ValueError):
-        return ()
 
 
 def called(function: UserFunction, rollouts: Rollouts | Texts, columns: Columns | None, wanted: Asked) -> Any:

@@ -27,7 +27,6 @@ Scorer = Callable[[Rollouts | Texts], Scores]
 """B responses to their scores."""
 
 
-
 def model_scorer(model: LanguageModel) -> Scorer:
     """Scores prompt and response by a sequence-classification model, which reads its last token that is not padding."""
 
