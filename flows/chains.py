@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 
+from flows.runs.inputs import Checked, Files
 from flows.runs.kind import Chain, KindOfRun, Warm
+from flows.runs.rows import Rows
 from flows.runs.run import Run
 from flows.store.store import Store
-from schemas.metrics import Metrics
 from schemas.settings import ExecutionConfig, RunConfig
 from schemas.stages import Kind
 
@@ -33,11 +34,11 @@ def warm_of(kind: Kind, store: Store, execution: ExecutionConfig) -> Warm:
     return kind_of(kind).warm(store, execution)
 
 
-def check_new(config: RunConfig, files: dict[str, list[Path]]) -> None:
+def check_new(config: RunConfig, files: Files, data: Mapping[str, Rows]) -> None:
     """Reads functions and models that settings name which the run was not made with. Raises `ConfigError`."""
-    kind_of(config.kind).check_new(config, files)
+    kind_of(config.kind).check_new(config, files, data)
 
 
-def check_inputs(config: RunConfig, files: dict[str, list[Path]]) -> dict[str, Metrics]:
-    """Reads all that a new run is made of before it is imported; what was found out, by role. Raises `ConfigError`."""
+def check_inputs(config: RunConfig, files: Files) -> Checked:
+    """Reads all that a new run is made of before it is imported. Raises `ConfigError`."""
     return kind_of(config.kind).check(config, files)

@@ -10,32 +10,18 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
+    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
 )
 
 from schemas.addresses import Address
+from schemas.data import DataConfig
 from schemas.presets import PRESETS, merged
+from schemas.reward_options import BUILTINS, Builtin
 from schemas.settings import KLConfig, Later, Name, RunConfig, Settings
 from schemas.stages import Kind
-
-
-class DataConfig(Settings):
-    """The input files, JSON lines, relative to the config file. They enter the store by their content."""
-
-    prompts: str
-    """Training prompts: `{"prompt": …}` a line."""
-    heldout_prompts: str
-    """Prompts for `evaluate`, never trained on: `{"prompt": …}` a line."""
-    demonstrations: str | None = None
-    """What `sft` learns from: `{"prompt": …, "completion": …}` a line."""
-    pairs: str | None = None
-    """What `reward_model` learns from: `{"prompt": …, "chosen": …, "rejected": …}` a line."""
-    heldout_pairs: str | None = None
-    """Pairs the reward model is only tested on."""
-    pretraining: str | None = None
-    """What `ppo.ptx_coef` mixes in instead of the demonstrations: `{"text": …}` a line."""
 
 
 def is_gguf(source: str | None) -> bool:
@@ -49,8 +35,9 @@ class BaseModelConfig(Settings):
     source: str | None = None
     """A folder in Hugging Face format, relative to the config file, or the name of a model on the hub (`org/name`,
     `org/name@revision`); or a GGUF file, there (`model.gguf`) or on the hub (`org/name/model.gguf`)."""
-    chat_template: bool = False
-    """Whether a prompt is put to the models as a user's turn in the tokenizer's chat template."""
+    chat_template: bool | dict[str, Any] = False
+    """Whether a prompt is put to the models in the tokenizer's chat template, a text as a user's turn; or what else the
+    template is given, such as {enable_thinking: false}."""
     special_tokens_in_text: Annotated[bool, Later(before=True)] = False
     """Whether a special token that is written in a prompt or completion, such as `<|im_end|>`, is that token; else it stays
     text, as anything that a user may write. Those of a chat template are special tokens always."""
@@ -127,6 +114,19 @@ class RewardModelConfig(Settings):
     """Weight of (r_chosen + r_rejected)², which keeps rewards near 0 (Eisenstein et al. 2023)."""
 
 
+class TurnsOfRollout(Settings):
+    """A partner in conversation: a tool, a game, a grader."""
+
+    function: str
+    """`file.py:function` beside the config or `package.module:function`: given what its parameters name, as a reward
+    function is (of `response` the last turn's), it returns its reply, a text or a message {role, content}, or None to
+    end."""
+    max_turns: int = Field(4, ge=2)
+    """The most turns of the model; `max_new_tokens` is of all of them together."""
+    max_reply_tokens: PositiveInt = 256
+    """The most tokens of a reply, with what the chat template puts around it."""
+
+
 class RolloutConfig(Settings):
     """Sampling responses from the actor."""
 
@@ -141,18 +141,42 @@ class RolloutConfig(Settings):
     precision: Literal["float32", "bfloat16"] = "float32"
     """What sampling computes in, where the models compute in float32. With bfloat16 the update needs
     `ppo.recompute_old_logprobs`."""
+    stop: Annotated[tuple[str, ...], Later(before=())] = ()
+    """Texts that end a response, such as </answer>; it keeps them."""
+    stop_tokens: Annotated[tuple[str | int, ...], Later(before=())] = ()
+    """Tokens that end a response beside EOS, as they are written or by their ids."""
+    suppress_tokens: Annotated[tuple[str | int, ...], Later(before=())] = ()
+    """Tokens that are never sampled. They have no part in the distribution, in rollout, reference and update alike."""
+    min_new_tokens: Annotated[int, Field(ge=0), Later(before=0)] = 0
+    """The fewest response tokens: before that EOS and `stop_tokens` have no part in the distribution, and `stop` ends
+    nothing."""
+    turns: Annotated[TurnsOfRollout | None, Later(before=None)] = None
+    """Who answers the model, so that a response is a conversation of several turns; null: it is one turn."""
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}; "
+                             "lower it")
+        if "" in self.stop:
+            raise ValueError("stop: an empty text would end every response at once; take it out")
+        if self.turns and self.min_new_tokens:
+            raise ValueError("min_new_tokens is about a response of one turn; leave it 0 with turns")
+        return self
 
 
-OF_A_MODEL = {"chat_template", "max_tokens", "truncation"}  # settings of a component that is a model brought from elsewhere
+OF_KIND = {  # settings of components of one kind alone
+    "model": frozenset({"chat_template", "max_tokens", "truncation"}), "builtin": frozenset({"options"}),
+    "server": frozenset({"columns"})}
 
 
 class ComponentConfig(Settings):
     """One part of the reward."""
 
     source: Address
-    """`reward_model`, the one trained here; a sequence classifier with one label, as a folder or a name on the hub
-    (`org/name`, `org/name@revision`); `file.py:function` beside the config; `package.module:function`; or an `http://…`
-    server."""
+    """`reward_model`, the one trained here; the name of a built-in reward, such as `numeric` (schemas/reward_options.py); a
+    sequence classifier with one label, as a folder or a name on the hub (`org/name`, `org/name@revision`);
+    `file.py:function` beside the config; `package.module:function`; or an `http://…` server."""
     weight: float = 1.0
     """What its value is multiplied with in the sum."""
     chat_template: bool | None = None
@@ -162,12 +186,18 @@ class ComponentConfig(Settings):
     """A model that is brought: the most tokens that it is given; null: as many as it takes."""
     truncation: Literal["left", "right"] = "left"
     """A model that is brought: the side at which a longer text is cut."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """A built-in reward: its settings."""
+    columns: tuple[str, ...] = ()
+    """A server: columns of the prompts that it is sent too."""
 
     @property
-    def kind(self) -> Literal["reward_model", "model", "server", "function"]:
-        """What the source is: the reward model trained here, one that is brought, a server, a function."""
+    def kind(self) -> Literal["reward_model", "builtin", "model", "server", "function"]:
+        """What the source is: the reward model trained here, a built-in, a model that is brought, a server, a function."""
         if self.source == "reward_model":
             return "reward_model"
+        if self.source in BUILTINS:
+            return "builtin"
         if self.source.startswith(("http://", "https://")):
             return "server"
         return "function" if ":" in self.source or self.source.endswith(".py") else "model"
@@ -176,14 +206,44 @@ class ComponentConfig(Settings):
     def _of_its_kind(self) -> Self:
         if not self.source.strip():
             raise ValueError("source is empty; name reward_model, a model, file.py:function, or a server")
-        if self.kind != "model" and (set_ := sorted(self.model_fields_set & OF_A_MODEL)):
-            raise ValueError(f"{set_[0]} is about a model that is brought, and source={self.source!r} is none; remove it")
+        for kind, names in OF_KIND.items():
+            if self.kind != kind and (set_ := sorted(self.model_fields_set & names)):
+                raise ValueError(f"{set_[0]} is about {A[kind]}, and source={self.source!r} is none; remove it")
+        if self.kind == "builtin":
+            _ = self.builtin
         return self
+
+    @property
+    def builtin(self) -> Builtin:
+        """The settings of a built-in reward. Raises `ValueError`."""
+        try:
+            return BUILTINS[self.source].model_validate(self.options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key, what = ".".join(map(str, ("options", *first["loc"]))), first["msg"].removeprefix("Value error, ")
+            known = f"; {self.source} has {', '.join(_names(BUILTINS[self.source])) or 'none'}"
+            raise ValueError(f"{key}: {what}{known if first['type'] == 'extra_forbidden' else ''}") from None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Columns of the prompts that a built-in or a server is given; what a function reads is in its signature."""
+        if self.kind == "builtin":
+            return (self.builtin.column,) if self.builtin.column else ()
+        return self.columns
 
     @model_serializer(mode="wrap")
     def _without_the_rest(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What concerns models alone is left out of what others are made from."""
-        return {name: value for name, value in dump(self).items() if self.kind == "model" or name not in OF_A_MODEL}
+        """What concerns one kind alone is left out of what others are made from; and columns that are none."""
+        others = {name for kind, names in OF_KIND.items() if kind != self.kind for name in names}
+        others |= set() if self.columns else {"columns"}
+        return {name: value for name, value in dump(self).items() if name not in others}
+
+
+A = {"model": "a model that is brought", "builtin": "a built-in reward", "server": "a reward server"}
+
+
+def _names(settings: type[Settings]) -> list[str]:
+    return [field.alias or name for name, field in settings.model_fields.items()]
 
 
 class RewardConfig(Settings):
@@ -194,6 +254,10 @@ class RewardConfig(Settings):
     """Name → component; the names are those of the `components` column and of the metrics."""
     center_on_demonstrations: bool = False
     """Whether the demonstrations' mean is taken off, so that they score 0 on average (Stiennon et al. 2020)."""
+    normalize_components: Annotated[Literal["none", "batch", "group"], Later(before="none")] = "none"
+    """Whether each component is brought to mean 0 and variance 1 before the weighted sum, over the batch, or over the
+    responses to one prompt (Liu et al. 2026, GDPO), so that none outweighs others by its scale; for the score alone,
+    raw_score stays the sum of what is given."""
     normalize: Literal["none", "scale", "standardize"] = "none"
     """By the moments of all scores so far, this batch's included: divided by σ, or (score − μ)/σ."""
     clip: PositiveFloat | None = None
@@ -213,6 +277,12 @@ class RewardConfig(Settings):
     def _some_component(self) -> Self:
         if not self.components:
             raise ValueError("components is empty; name at least one, for example {reward_model: {source: reward_model}}")
+        if self.normalize_components != "none" and self.normalize != "none":
+            raise ValueError(f"normalize={self.normalize} with normalize_components={self.normalize_components}: scores "
+                             "would be normalised twice; set one of them to none")
+        if self.normalize_components != "none" and self.center_on_demonstrations:
+            raise ValueError("center_on_demonstrations takes a constant off, which normalize_components would take off "
+                             "again; set one of them back")
         return self
 
 
@@ -290,7 +360,8 @@ class LanguageConfig(RunConfig):
     @property
     def functions(self) -> dict[str, str]:
         named = {f"reward.{name}": part.source for name, part in self.reward.components.items() if part.kind == "function"}
-        return named | ({"judge": self.evaluate.judge} if self.evaluate.judge else {})
+        partner = {"turns": self.rollout.turns.function} if self.rollout.turns else {}
+        return named | ({"judge": self.evaluate.judge} if self.evaluate.judge else {}) | partner
 
     @property
     def models(self) -> dict[str, str]:
@@ -341,8 +412,12 @@ def _inconsistencies(c: LanguageConfig):
         yield "base_model.chat_template: a new model's tokenizer has no chat template; leave it false"
     if (new_model or c.sft) and not c.data.demonstrations:
         yield "data.demonstrations is missing; sft learns from it"
-    if c.reward_model and not (c.data.pairs and c.data.heldout_pairs):
-        yield "data.pairs and data.heldout_pairs are needed; reward_model learns from the one and is tested on the other"
+    if c.reward_model and not (c.data.pairs and c.data.source("heldout_pairs")):
+        yield ("data.pairs and data.heldout_pairs are needed; reward_model learns from the one and is tested on the other; "
+               "data.heldout: {rows: 64} cuts the latter off")
+    if new_model and c.data.too_long != "refuse":
+        yield (f"data.too_long={c.data.too_long}: the tokenizer of a new model is made from the demonstrations, so "
+               "that what is too long is known only with it; leave it refuse")
     if "reward_model" in kinds and not c.reward_model:
         yield "reward.components uses the reward model, but there is no reward_model section; add it or another source"
     if c.value and c.value.start == "reward_model" and not c.reward_model:
@@ -377,6 +452,11 @@ def _meaningless(c: LanguageConfig):
                "could bring kl.coef to 0 or below; make it longer than a fifth of the batch, better many batches")
     if c.reward.normalize != "none" and c.rollout.batch_size == 1:
         yield "reward.normalize with rollout.batch_size=1: the first score has no spread; raise the batch size"
+    if c.reward.normalize_components == "group" and k == 1:
+        yield ("reward.normalize_components=group compares the responses to one prompt, and rollout.responses_per_prompt is "
+               "1: every score would be 0; set it to 2 or more, or take batch")
+    if c.reward.normalize_components == "batch" and c.rollout.batch_size == 1:
+        yield "reward.normalize_components=batch with rollout.batch_size=1: every score would be 0; raise the batch size"
     if not c.gae.has_critic and c.ppo.critic_warmup:
         yield f"ppo.critic_warmup={c.ppo.critic_warmup}, but gae.estimator={estimator} has no critic; set it to 0"
     if (buffer := c.reward.overlong_buffer) and buffer > c.rollout.max_new_tokens:

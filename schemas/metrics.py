@@ -33,6 +33,19 @@ class BaseModelMetrics(Metrics):
     """V, entries of the tokenizer."""
 
 
+class DataMetrics(Metrics):
+    """What became of a source of data when it was imported; kept in the manifest of the input."""
+
+    rows: int
+    """Rows that are there."""
+    ties: int
+    """Pairs that were dropped, since neither response was preferred (`ties`)."""
+    too_long: int
+    """Rows that were dropped, since they were too long (`data.too_long`)."""
+    cut: int
+    """Prompts that lost their beginning, since they were too long."""
+
+
 class BroughtModelMetrics(Metrics):
     """What the check at the start found out about a model that is brought; kept in the manifest of the input."""
 
@@ -87,13 +100,15 @@ class RewardModelMetrics(Metrics):
 
 class RolloutMetrics(Metrics):
     response_length: float
-    """R, mean."""
+    """R, mean; of several turns the sampled tokens."""
     response_length_max: int
     """R of the longest response."""
     eos_fraction: float
-    """Fraction of the responses that ended with EOS."""
+    """Fraction of the responses that ended by themselves: with EOS, or at a stop string or token."""
     logprob: float
     """log π_old of a sampled token, nats, mean; its negative estimates the entropy."""
+    turns: float | None = None
+    """Assistant's turns of a conversation, mean; none where there is but one."""
 
 
 class ReferenceMetrics(Metrics):

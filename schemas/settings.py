@@ -232,6 +232,10 @@ class ExecutionConfig(Settings):
     server_tries: PositiveInt = 4
     """How often a reward server is asked that does not answer, or answers 429, 500, 502, 503 or 504; in between it is waited
     as long as `Retry-After` says, else 2, 10 and 30 seconds."""
+    server_batch_size: PositiveInt | None = None
+    """The most responses that a reward server is asked about at once; null: all of a batch."""
+    server_concurrency: PositiveInt = 1
+    """How many such requests are under way side by side."""
     environments: Literal["sync", "async"] = "sync"
     """Control tasks: environments are stepped one after another in this process, or each in a process of its own."""
     environment_timeout: PositiveFloat = 60.0

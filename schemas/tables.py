@@ -7,7 +7,7 @@ tasks the R steps of a row. Rows are ragged: no padding, no masks. Tables of one
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import cache
 from typing import ClassVar, Self
 
@@ -60,6 +60,7 @@ class Ragged:
         return np.bincount(self.row_of_value, weights=self.values, minlength=len(self))
 
 
+FLAGS = pa.list_(pa.field("item", pa.bool_(), nullable=False))
 TOKENS = pa.list_(pa.field("item", pa.int32(), nullable=False))
 FLOATS = pa.list_(pa.field("item", pa.float32(), nullable=False))
 VECTOR = FLOATS  # a row's one vector: (B, D) in memory
@@ -68,9 +69,11 @@ NAMED = pa.map_(pa.string(), pa.float32())
 NAMED_TEXTS = pa.map_(pa.string(), pa.string())
 
 
-def column(type_: pa.DataType, doc: str, length: str = "") -> np.ndarray:
-    """A column's Parquet type, what it holds, and the letter of its row length if it is ragged."""
-    return field(metadata={"type": type_, "doc": doc, "length": length})
+def column(type_: pa.DataType, doc: str, length: str = "", *, optional: bool = False) -> np.ndarray:
+    """A column's Parquet type, what it holds, and the letter of its row length if it is ragged; an `optional` one is
+    left out of tables that have none of it."""
+    metadata = {"type": type_, "doc": doc, "length": length, "optional": optional}
+    return field(default=None, metadata=metadata) if optional else field(metadata=metadata)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +84,7 @@ class Table:
 
     def __post_init__(self) -> None:
         self._check_lengths()
-        for f in fields(self):
+        for f in self._filled():
             _make_read_only(getattr(self, f.name))
 
     def __len__(self) -> int:
@@ -89,42 +92,57 @@ class Table:
 
     @classmethod
     @cache
-    def schema(cls) -> pa.Schema:
-        """The Parquet schema; each field carries its `doc` and `length` as metadata."""
+    def schema(cls, optional: frozenset[str] = frozenset()) -> pa.Schema:
+        """The Parquet schema, with those of the optional columns; each field has its `doc` and `length` as metadata."""
         return pa.schema([
             pa.field(f.name, f.metadata["type"], nullable=False,
                      metadata={key: f.metadata[key] for key in ("doc", "length")})
-            for f in fields(cls)
+            for f in fields(cls) if f.name in optional or not f.metadata["optional"]
         ])
+
+    def _filled(self) -> list[Field]:
+        """The columns that it has."""
+        return [f for f in fields(self) if getattr(self, f.name) is not None]
 
     def to_arrow(self) -> pa.Table:
         """The table as it is written."""
-        columns = [_to_arrow(getattr(self, f.name), f.type) for f in self.schema()]
-        return pa.Table.from_arrays(columns, schema=self.schema())
+        schema = self.schema(frozenset(f.name for f in self._filled() if f.metadata["optional"]))
+        return pa.Table.from_arrays([_to_arrow(getattr(self, f.name), f.type) for f in schema], schema=schema)
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> Self:
         """Raises `TableError`, naming the column, if names, types, nulls or lengths are not as declared."""
-        cls.check_schema(table.schema)
+        schema = cls.check_schema(table.schema)
         for name in table.column_names:
             if table[name].null_count:
                 raise TableError(f"column {name!r}: {table[name].null_count} nulls, expected none")
-        return cls(**{f.name: _from_arrow(f, table[f.name].combine_chunks()) for f in cls.schema()})
+        return cls(**{f.name: _from_arrow(f, table[f.name].combine_chunks()) for f in schema})
 
     @classmethod
-    def check_schema(cls, found: pa.Schema) -> None:
-        """Raises `TableError` naming the first column that differs."""
-        expected = cls.schema()
+    def check_schema(cls, found: pa.Schema) -> pa.Schema:
+        """The schema that it has. Raises `TableError` naming the first column that differs."""
+        expected = cls.schema(frozenset(f.name for f in fields(cls) if f.metadata["optional"]) & frozenset(found.names))
         if found.names != expected.names:
             raise TableError(f"columns: expected {expected.names}, found {found.names}")
         for want, have in zip(expected, found, strict=True):
             if want.type != have.type:
                 raise TableError(f"column {want.name!r}: expected {want.type}, found {have.type}")
+        return expected
+
+    def only(self, rows: np.ndarray, row_id: np.ndarray) -> Self:
+        """Those of its rows, (b,) positions, with these ids."""
+        return replace(self, **{f.name: _taken(getattr(self, f.name), rows) for f in self._filled()} | {"row_id": row_id})
+
+    def sampled_alone(self, sampled: Ragged) -> Self:
+        """Without what it holds of tokens that were not sampled; `sampled`: of bool, R a row."""
+        offsets = np.append(0, np.cumsum(sampled.sums())).astype(np.int64)
+        return replace(self, **{f.name: Ragged(getattr(self, f.name).values[sampled.values], offsets)
+                                for f in self._filled() if f.metadata["length"] == "R"})
 
     def _check_lengths(self) -> None:
         """All columns have B rows; ragged columns that share a letter have equal lengths row by row."""
         seen: dict[str, tuple[str, Ragged]] = {}
-        for f in fields(self):
+        for f in self._filled():
             value, letter = getattr(self, f.name), f.metadata["length"]
             for rows in value.values() if isinstance(value, dict) else (value,):
                 if len(rows) != len(self):
@@ -143,6 +161,15 @@ def _make_read_only(column: np.ndarray | Ragged | tuple[str, ...] | dict[str, np
     elif isinstance(column, dict):
         for values in column.values():
             _make_read_only(values)
+
+
+def _taken(column: np.ndarray | Ragged | tuple[str, ...] | dict[str, np.ndarray | tuple[str, ...]], rows: np.ndarray):
+    """Those rows of a column."""
+    if isinstance(column, Ragged):
+        return Ragged.from_rows([column[i] for i in rows], column.values.dtype)
+    if isinstance(column, dict):
+        return {name: _taken(values, rows) for name, values in column.items()}
+    return column[rows] if isinstance(column, np.ndarray) else tuple(column[i] for i in rows)
 
 
 def _to_arrow(value, type_: pa.DataType) -> pa.Array:
@@ -206,7 +233,7 @@ def require_aligned(rollouts: Rollouts | Trajectories, other: Table) -> None:
     if not np.array_equal(rollouts.row_id, other.row_id):
         raise TableError(f"{name}.row_id does not match the rollouts: expected {len(rollouts)} rows "
                          f"{_ends(rollouts.row_id)}, found {len(other)} {_ends(other.row_id)}")
-    for f in fields(other):
+    for f in other._filled():
         if f.metadata["length"] == "R":
             _require_same_lengths(rollouts.row_id, f"{type(rollouts).__name__}.logprobs", rollouts.logprobs,
                                   f"{name}.{f.name}", getattr(other, f.name))
@@ -231,19 +258,30 @@ class Rollouts(Table):
     prompt_tokens: Ragged = column(TOKENS, "token ids given to the actor, chat template applied", "P")
     response_tokens: Ragged = column(TOKENS, "token ids sampled, EOS included where it was sampled", "R")
     logprobs: Ragged = column(FLOATS, "nats: log π_old(token) of the temperature-scaled logits", "R")
-    finish_reason: tuple[str, ...] = column(pa.string(), "`eos`, or `length` where the limit cut the response")
+    finish_reason: tuple[str, ...] = column(
+        pa.string(), "`eos`; `stop` at a stop string or token; `length` where the limit cut the response")
+    sampled: Ragged | None = column(
+        FLAGS, "several turns: whether the token was sampled, rather than part of a reply, where logprobs are 0", "R",
+        optional=True)
+    turns: tuple[str, ...] | None = column(
+        pa.string(), "several turns: JSON of the messages since the prompt, {role, content} each", optional=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (empty := np.flatnonzero(self.response_tokens.lengths == 0)).size:
             raise TableError(f"column 'response_tokens', row {self.row_id[empty[0]]}: empty, expected a token at least")
-        if unknown := set(self.finish_reason) - {"eos", "length"}:
-            raise TableError(f"column 'finish_reason': expected 'eos' or 'length', found {sorted(unknown)[0]!r}")
+        if unknown := set(self.finish_reason) - {"eos", "stop", "length"}:
+            raise TableError(f"column 'finish_reason': expected 'eos', 'stop' or 'length', found {sorted(unknown)[0]!r}")
 
     @property
     def terminated(self) -> np.ndarray:
         """(B,) bool: the response ended by itself."""
-        return np.array(self.finish_reason) == "eos"
+        return np.array(self.finish_reason) != "length"
+
+    @property
+    def sampled_lengths(self) -> np.ndarray:
+        """(B,) int64: the tokens of each response that were sampled."""
+        return self.response_tokens.lengths if self.sampled is None else self.sampled.sums().astype(np.int64)
 
     @property
     def truncated(self) -> np.ndarray:
@@ -278,6 +316,9 @@ class Trajectories(Table):
     final_observation: np.ndarray = column(VECTOR, "o_R, after the row's last action and before any reset")
     bootstrap: np.ndarray = column(pa.float32(), "V(o_R), the critic's; used where the row is not over")
     episode_return: np.ndarray = column(pa.float64(), "Σ of raw rewards from the episode's reset to the row's end")
+
+    sampled: ClassVar[None] = None
+    """Every step's action was."""
 
     def of_steps(self, rows: Ragged, tokens: TokenRewards | None = None) -> np.ndarray:
         """(n,) float64: the reward of each step."""
@@ -370,7 +411,7 @@ class Samples(Table):
     prompt: tuple[str, ...] = column(pa.string(), "the prompt as it stands in the file")
     response: tuple[str, ...] = column(pa.string(), "the response decoded, special tokens left out")
     response_length: np.ndarray = column(pa.int64(), "R, EOS included")
-    finish_reason: tuple[str, ...] = column(pa.string(), "`eos` or `length`")
+    finish_reason: tuple[str, ...] = column(pa.string(), "`eos`, `stop` or `length`")
     score: np.ndarray = column(pa.float32(), "the reward's raw_score")
     gold: np.ndarray = column(pa.float32(), "the judge's score, never trained on; the reward where no judge is set")
     kl: np.ndarray = column(pa.float32(), "nats a response: Σ_t log π(token) − log π_ref(token)")

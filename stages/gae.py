@@ -16,6 +16,8 @@ where a limit cut it; where only the batch cut it, V_R is the critic's. All in f
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -59,6 +61,8 @@ def gae(
     for table in (reference, rewards, token_rewards, values if config.has_critic else None):
         if table is not None:
             require_aligned(rollouts, table)
+    if rollouts.sampled is not None:
+        return _of_sampled(rollouts, reference, rewards, values, config, kl, kl_coef, token_rewards)
     divergence = _kl(rollouts, reference, kl.estimator)
     charged = kl_coef if kl.placement == "reward" else 0.0
     steps = rewards.of_steps(rollouts.logprobs, token_rewards)
@@ -73,6 +77,22 @@ def gae(
         row_id=rollouts.row_id, kl=_float32(shaped, divergence), rewards=_float32(shaped, shaped.values),
         raw_advantages=_float32(shaped, advantages.values), advantages=_float32(shaped, white),
         returns=_float32(shaped, returns.values))
+
+
+def _of_sampled(
+    rollouts: Rollouts, reference: ReferenceLogprobs | None, rewards: Rewards, values: Values | None, config: GAEConfig,
+    kl: KLConfig, kl_coef: float, token_rewards: TokenRewards | None,
+) -> Advantages:
+    """Of responses of several turns: what others said is between two steps, and everything is 0 there."""
+    sampled = rollouts.sampled
+    alone = [table and table.sampled_alone(sampled) for table in (reference, values, token_rewards)]
+    steps = gae(replace(rollouts.sampled_alone(sampled), sampled=None), alone[0], rewards, alone[1], config, kl,
+    kl_coef=kl_coef, token_rewards=alone[2])
+    columns = {}
+    for name in ("kl", "rewards", "raw_advantages", "advantages", "returns"):
+        columns[name] = sampled.with_values(np.zeros(len(sampled.values), np.float32))
+        columns[name].values[sampled.values] = getattr(steps, name).values
+    return Advantages(row_id=rollouts.row_id, **columns)
 
 
 def mean_kl(advantages: Advantages) -> float:
@@ -128,6 +148,8 @@ def metrics(
 
     `kl_coef`: none where there is no reference; `scores`: (B,) of the responses, where they are compared.
     """
+    if rollouts.sampled is not None:
+        advantages, values = (table and table.sampled_alone(rollouts.sampled) for table in (advantages, values))
     raw, returns = (x.values.astype(np.float64) for x in (advantages.raw_advantages, advantages.returns))
     errors, variance = returns - values.values.values if values else None, returns.var()
     measured = kl_coef is not None

@@ -58,7 +58,7 @@ def ppo(
     columns = _Columns(
         learner.device, old_logprobs=old, advantages=advantages.advantages, returns=advantages.returns,
         importance=importance, old_values=values and values.values, reference=kl_loss and kl_loss.reference.logprobs,
-        per_response=old.with_values(np.repeat(1 / units.lengths, units.lengths)) if per_response else None)
+        per_response=old.with_values((1 / units.lengths)[units.of_token]) if per_response else None)
     update = _Update(learner, units, rollouts, columns, config, learning_rate_factor, train_actor, kl_loss,
                      learner.units(texts) if texts else None)
     order, tally = np.random.Generator(np.random.Philox(seed)), Tally()
@@ -69,8 +69,8 @@ def ppo(
                 update.step(minibatch, mixed, tally, _hint(epoch, i, config))
                 bar.update()
                 if config.target_kl is not None and tally.approx_kl() > config.target_kl:
-                    return tally.metrics(learning_rate_factor, _measured(importance, config))
-    return tally.metrics(learning_rate_factor, _measured(importance, config))
+                    return tally.metrics(learning_rate_factor, _measured(importance, rollouts.sampled, config))
+    return tally.metrics(learning_rate_factor, _measured(importance, rollouts.sampled, config))
 
 
 class _Columns:
@@ -96,7 +96,7 @@ def _old_logprobs(
     sampling, https://fengyao.notion.site/off-policy-rl)."""
     if not config.recompute_old_logprobs:
         return rollouts.logprobs, None
-    flat = np.empty_like(rollouts.logprobs.values)
+    flat = np.zeros_like(rollouts.logprobs.values)
     with torch.inference_mode():
         for batch in units.micro_batches(np.arange(len(units.lengths))):
             flat[batch.token_index] = learner.predict(batch, critic=False).logprobs.cpu().numpy()
@@ -106,11 +106,12 @@ def _old_logprobs(
     return old, old.with_values(np.exp(moved))
 
 
-def _measured(importance: Ragged | None, config: PPOConfig) -> dict[str, float]:
+def _measured(importance: Ragged | None, sampled: Ragged | None, config: PPOConfig) -> dict[str, float]:
     """Metrics of the importance weights."""
     if importance is None:
         return {}
     weights, cap = importance.values.astype(np.float64), config.importance_cap or np.inf
+    weights = weights if sampled is None else weights[sampled.values]
     return {"importance_weight": np.minimum(weights, cap).mean(), "importance_weight_max": weights.max(),
             "importance_cap_fraction": (weights > cap).mean()}
 

@@ -1,7 +1,8 @@
 """Reward: one score per response, and where a function rewards tokens, which part of it is theirs.
 
 raw_score = Σ_k weight_k·component_k − bias, and from it
-score = normalised by the running moments → clipped to ±clip → missing-EOS rule → less the overlong penalty.
+score = normalised by the running moments, or the sum of normalised components → clipped to ±clip → missing-EOS rule → less
+the overlong penalty.
 
 The missing-EOS rule: `subtract` takes a penalty off responses without EOS, `replace` puts −penalty in the place of their
 score (Huang et al. 2024, https://arxiv.org/abs/2403.17031). The moments are those of all raw scores so far with this
@@ -21,7 +22,15 @@ from schemas.tables import Rewards, Rollouts, ScoredTexts, TokenRewards
 from stages.ops.brought_scorer import BroughtScorer
 from stages.ops.finite import require_finite
 from stages.ops.moments import normalized, sample_std, updated_moments
-from stages.ops.rewards import Scorer, given_scores, of_responses, of_tokens, overlong_penalty, weighted_sum
+from stages.ops.rewards import (
+    Scorer,
+    given_scores,
+    normalized_components,
+    of_responses,
+    of_tokens,
+    overlong_penalty,
+    weighted_sum,
+)
 
 
 def reward(
@@ -37,6 +46,9 @@ def reward(
     raw = weighted_sum(components, config, bias)
     require_finite("the score", raw, rollouts.row_id)
     score = normalized(raw, updated_moments(moments, raw), config.normalize)
+    if config.normalize_components != "none":
+        equalized = normalized_components(components, rollouts.prompt_id, config.normalize_components)
+        score = weighted_sum(equalized, config, bias=0.0).astype(np.float64)
     rewards = Rewards(row_id=rollouts.row_id, raw_score=raw, components=components,
                       score=penalized(score, rollouts, config, max_new_tokens).astype(np.float32))
     return rewards, tokens and TokenRewards(row_id=rollouts.row_id, rewards=tokens)
@@ -52,13 +64,13 @@ def penalized(score: np.ndarray, rollouts: Rollouts, config: RewardConfig, max_n
     """(B,) scores after the clip, the missing-EOS rule and the overlong penalty."""
     if config.clip is not None:
         score = np.clip(score, -config.clip, config.clip)
-    missing = np.array(rollouts.finish_reason) != "eos"
+    missing = ~rollouts.terminated
     if config.missing_eos == "subtract":
         score = score - config.missing_eos_penalty * missing
     if config.missing_eos == "replace":
         score = np.where(missing, -config.missing_eos_penalty, score)
     if config.overlong_buffer is not None:
-        over = overlong_penalty(rollouts.response_tokens.lengths, max_new_tokens, config.overlong_buffer)
+        over = overlong_penalty(rollouts.sampled_lengths, max_new_tokens, config.overlong_buffer)
         score = score - config.overlong_penalty * over
     return score
 

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from schemas.language import RewardModelConfig
 from schemas.metrics import RewardModelMetrics
+from stages.ops.conversations import prompt_of
 from stages.ops.language_model import LanguageModel, scores_at_last_token, sequence_scores
 from stages.ops.prompts import completed
 from stages.ops.seeding import seeded
 
-Pairs = list[Mapping[str, str]]
+Pairs = list[Mapping[str, Any]]
 
 
 def reward_model(
     start: LanguageModel, pairs: Pairs, heldout_pairs: Pairs, config: RewardModelConfig, *, seed: int
 ) -> RewardModelMetrics:
-    """Trains `start`, a sequence classifier with one label, in place. Pairs: `prompt`, `chosen` and `rejected` each."""
+    """Trains `start`, a sequence classifier with one label, in place. Pairs: a prompt, `chosen` and `rejected` each."""
     from datasets import Dataset
     from trl import RewardConfig as TRLConfig
     from trl import RewardTrainer
@@ -49,6 +51,6 @@ def reward_model(
 
 def _tokens(model: LanguageModel, pairs: Pairs, which: str) -> list[list[int]]:
     """Prompt, response and EOS of each pair, as tokens."""
-    wholes, _ = completed(model.tokenizer, [row["prompt"] for row in pairs], [row[which] for row in pairs],
+    wholes, _ = completed(model.tokenizer, [prompt_of(row) for row in pairs], [row[which] for row in pairs],
                           model.chat_template)
     return [whole.tolist() for whole in wholes]

@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from typing import Any
 
 from schemas.language import SFTConfig
 from schemas.metrics import SFTMetrics
+from stages.ops.conversations import prompt_of
 from stages.ops.language_model import LanguageModel
 from stages.ops.prompts import completed
 from stages.ops.seeding import seeded
 
 
 def sft(
-    base: LanguageModel, demonstrations: list[Mapping[str, str]], config: SFTConfig, *, seed: int
+    base: LanguageModel, demonstrations: list[Mapping[str, Any]], config: SFTConfig, *, seed: int
 ) -> SFTMetrics:
-    """Trains `base` in place. `demonstrations`: `prompt` and `completion` each. Raises `NonFiniteError`."""
+    """Trains `base` in place. `demonstrations`: a prompt (`prompt_of`) and `completion` each. Raises `NonFiniteError`."""
     from datasets import Dataset
     from trl import SFTConfig as TRLConfig
     from trl import SFTTrainer
 
     from stages.ops.trainer import common_arguments, run  # datasets: not in every process that imports stages
 
-    wholes, cuts = completed(base.tokenizer, [row["prompt"] for row in demonstrations],
+    wholes, cuts = completed(base.tokenizer, [prompt_of(row) for row in demonstrations],
                              [row["completion"] for row in demonstrations], base.chat_template)
     rows = Dataset.from_list([{"input_ids": whole.tolist(), "completion_mask": [0] * cut + [1] * (len(whole) - cut)}
                               for whole, cut in zip(wholes, cuts, strict=True)])

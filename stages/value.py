@@ -14,12 +14,11 @@ from stages.ops.language_model import LanguageModel, state_values, tracked_batch
 @torch.inference_mode()
 def value(critic: LanguageModel, rollouts: Rollouts) -> Values:
     """Raises `NonFiniteError` with the rows."""
-    flat, bootstrap = np.empty(len(rollouts.logprobs.values), np.float32), np.empty(len(rollouts), np.float32)
+    flat, bootstrap = np.zeros(len(rollouts.logprobs.values), np.float32), np.empty(len(rollouts), np.float32)
     for batch in tracked_batches(rollouts, critic, "value"):
         states = state_values(critic, batch)  # (b, R + 1)
         flat[batch.token_index] = batch.flat(states[:, :-1]).cpu().numpy()
-        last = batch.response_mask.sum(1, keepdim=True)
-        bootstrap[batch.rows] = states.gather(1, last).squeeze(1).cpu().numpy()
+        bootstrap[batch.rows] = states.gather(1, batch.response_lengths).squeeze(1).cpu().numpy()
     values = rollouts.logprobs.with_values(flat)
     require_finite("the critic's value", values, rollouts.row_id)
     require_finite("the critic's value after the last token", bootstrap, rollouts.row_id)

@@ -44,6 +44,14 @@ def make_model(family="llama", kind=AutoModelForCausalLM, *, tokenizer=None, **m
         return kind.from_config(AutoConfig.for_model(family, **{**ids, **SIZES, **more})).eval()
 
 
+def with_eos_often(module, tokenizer):
+    """The model, whose responses end after some ten tokens."""
+    with torch.no_grad():
+        mean = module.base_model(tokenizer(" ".join(PROMPTS), return_tensors="pt").input_ids).last_hidden_state[0].mean(0)
+        module.lm_head.weight[tokenizer.eos_token_id] = mean * 4.5 / mean.square().sum()
+    return module
+
+
 def write_brought(folder: Path, model=None, tokenizer=None, *, prompts=PROMPTS, rewards_py=REWARD, **sections) -> Path:
     """An example whose base model is brought; its folder. `prompts`: texts, or the bytes of the file."""
     (folder / "model").mkdir(parents=True)

@@ -144,10 +144,14 @@ def setting(data: bytes) -> None:
 
 
 def rows(data: bytes) -> None:
-    from flows.runs.inputs import read_lines
+    from flows.runs.layouts import Layout
+    from flows.runs.rows import table_of
+    from flows.runs.sources import source_rows
+    from schemas.data import SourceConfig
 
     (folder() / "rows.jsonl").write_bytes(data)
-    read_lines(folder() / "rows.jsonl", "pairs")
+    source = SourceConfig(source="rows.jsonl", turns={"user": "U:", "assistant": "A:"}, system="S", ties="drop")
+    table_of(Layout("pairs", source, True).rows(source_rows("pairs", source, [folder() / "rows.jsonl"])))
 
 
 def model(data: bytes) -> None:
@@ -298,11 +302,11 @@ def function(data: bytes) -> None:
 
 
 def tokens(data: bytes) -> None:
-    from flows.language.reward_tokens import token_for
+    from flows.language.server_access import server_token
 
     os.environ["BATON_REWARD_TOKEN"] = data.decode("utf-8", "replace").replace("\x00", "")
     try:
-        token_for("https://a.org/score")
+        server_token("https://a.org/score")
     finally:
         del os.environ["BATON_REWARD_TOKEN"]
 

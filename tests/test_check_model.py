@@ -25,6 +25,7 @@ from schemas.tables import Rewards, Rollouts
 from stages.gae import gae as gae_stage
 from stages.ops import token_logprobs
 from stages.ops.abilities import Abilities, abilities
+from stages.ops.distribution import Distribution
 from stages.ops.language_learner import LanguageModelLearner
 from stages.ops.language_model import LanguageModel
 from stages.ops.prompts import completed, tokenize
@@ -226,9 +227,9 @@ def test_sampled_and_scored_logprobs_are_those_of_a_plain_pass(family, monkeypat
     assert model.abilities == RIGHT_BUT_SLOWER.get(family, Abilities())
     rollouts = respond(ModelSampler(model), PROMPTS, np.arange(len(PROMPTS)), RolloutConfig(max_new_tokens=12), seed=3,
                        progress="test")
-    scored = score_tokens(model, rollouts, 1.0, "test")
+    scored = score_tokens(model, rollouts, Distribution(1.0), "test")
     monkeypatch.setattr(token_logprobs, "MAX_LOGITS", 1)
-    for found in (rollouts.logprobs, scored, score_tokens(model, rollouts, 1.0, "test")):
+    for found in (rollouts.logprobs, scored, score_tokens(model, rollouts, Distribution(1.0), "test")):
         for row, expected in enumerate(plain_logprobs(module, rollouts)):
             np.testing.assert_allclose(found[row], expected, atol=1e-5)
 
@@ -253,11 +254,11 @@ def test_a_family_through_two_iterations(family):
                                 for module in modules)
     critic = replace(causal, module=scalar_over(causal.module).eval())
     config = PPOConfig(epochs=1, minibatches=2, learning_rate=1e-2)
-    learner = LanguageModelLearner(actor, critic, config, 1.0)
+    learner = LanguageModelLearner(actor, critic, config, Distribution(1.0))
     for iteration in range(2):
         rollouts = respond(ModelSampler(actor), PROMPTS[:4], np.arange(4), RolloutConfig(max_new_tokens=6),
                            seed=iteration, progress="test")
-        scored, values = reference_stage(reference, rollouts, temperature=1.0), value_stage(critic, rollouts)
+        scored, values = reference_stage(reference, rollouts, Distribution(1.0)), value_stage(critic, rollouts)
         for found, module in ((rollouts.logprobs, actor.module), (scored.logprobs, reference.module)):
             for one, expected in zip(found, plain_logprobs(module, rollouts), strict=True):
                 np.testing.assert_allclose(one, expected, atol=1e-5)
@@ -356,7 +357,7 @@ def test_a_reward_can_see_special_tokens(tmp_path, prefect_server, setting, seen
 
 
 @pytest.mark.parametrize("template, words", [
-    ("{{ raise_exception('a system turn first') }}", "cannot render a user's turn: a system turn first; a prompt is one"),
+    ("{{ raise_exception('a system turn first') }}", "cannot render a user's turn: a system turn first; change the model's"),
     ({"one": "x", "two": "y"}, r"multiple chat templates with no default.*\['one', 'two'\]"),
     ("{{ messages[1]['content'] }}", "cannot render a user's turn: "), ("{% if %}", "cannot render a user's turn: "),
     ("{{ strftime_now('%c') }}{{ messages[0]['content'] }}", "calls strftime_now, so that a prompt would change with the")])

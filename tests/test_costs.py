@@ -13,7 +13,7 @@ from control import write_control
 
 from flows.cli.main import run_command
 from flows.language import language_tasks
-from flows.runs import inputs
+from flows.runs import rows
 from flows.runs.run import Run, open_run
 from flows.store import store as store_module
 from flows.store.local import LocalFiles
@@ -118,8 +118,8 @@ def test_prompts_are_parsed_by_need(tmp_path, monkeypatch, prefect_server):
     """Of 2,000 prompts a rollout of 8 parses 8."""
     example, store = write_example(tmp_path / "tiny"), tmp_path / "store"
     (example / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Film {n}"}) + "\n" for n in range(2000)))
-    parsed, row = [], inputs._row
-    monkeypatch.setattr(inputs, "_row", lambda line, where, *more: parsed.append(where) or row(line, where, *more))
+    parsed, rows_of = [], rows.rows_of
+    monkeypatch.setattr(rows, "rows_of", lambda table: parsed.extend(rows_of(table)) or parsed[-len(table) :])
     rollout, during = language_tasks.TASKS["rollout"], []
 
     def counted(work):

@@ -50,7 +50,7 @@ def samples(model, reference, baseline=None, judge=JUDGE):
 
 def test_kl_scores_and_gold_by_a_loop(moved, tiny_model):
     found = samples(moved, tiny_model)
-    sampled, _ = ModelSampler(moved).sample(
+    sampled, *_ = ModelSampler(moved).sample(
         [np.array(row) for row in tiny_model.tokenizer(PROMPTS)["input_ids"]], CONFIG, seed=9, progress="test")
     for row, (prompt, response) in enumerate(zip(PROMPTS, sampled, strict=True)):
         ids = tiny_model.tokenizer(prompt)["input_ids"]

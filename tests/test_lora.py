@@ -26,6 +26,7 @@ from schemas.tables import Rollouts, Samples
 from stages.evaluate import evaluate
 from stages.gae import gae
 from stages.ops import lora
+from stages.ops.distribution import Distribution
 from stages.ops.language_learner import LanguageModelLearner
 from stages.ops.language_model import LanguageModel
 from stages.ops.prompts import prompt_order
@@ -260,7 +261,7 @@ def in_memory(folder, run, tmp_path):
     critic, scored_by = (over_the_base(scalar_over, trained) for _ in range(2))
     scorers = {"rm": model_scorer(scored_by),
                "length": function_scorer("f", lambda prompts, responses: [float(len(text) % 7) for text in responses])}
-    learner = LanguageModelLearner(actor, critic, config.ppo, config.rollout.temperature)
+    learner = LanguageModelLearner(actor, critic, config.ppo, Distribution(config.rollout.temperature))
 
     def samples(baseline=None):
         return evaluate(ModelSampler(actor), ref, PROMPTS[:3], scorers, None, baseline, config.rollout, config.reward,
@@ -270,7 +271,7 @@ def in_memory(folder, run, tmp_path):
     for i in range(1, config.iterations + 1):
         ids = prompt_order(len(PROMPTS), size, seed=seed(0, "prompt_order"), iteration=i)
         batch = rollout(ModelSampler(actor), [PROMPTS[j] for j in ids], ids, config.rollout, seed=seed(i, "rollout"))
-        values, divergence = value(critic, batch), reference(ref, batch, temperature=config.rollout.temperature)
+        values, divergence = value(critic, batch), reference(ref, batch, Distribution(config.rollout.temperature))
         rewards, _ = reward(scorers, batch, config.reward, bias=0.0, moments=Moments(), max_new_tokens=8)
         advantages = gae(batch, divergence, rewards, values, config.gae, config.kl, kl_coef=config.kl.coef)
         ppo(learner, batch, values, advantages, config.ppo, seed=seed(i, "ppo"))
@@ -298,7 +299,7 @@ def test_all_roles_have_one_base_in_memory(trained, scorers_first):
     before = run.state(1)
     if scorers_first:
         models.reward_model(state.reward_model), models.critic(state.critic)
-    learner = models.take_learner(before.actor, before.critic, before.optimizer, run.config.ppo, 1.0,
+    learner = models.take_learner(before.actor, before.critic, before.optimizer, run.config.ppo, {"temperature": 1.0},
                                   Adapters(run.config.lora, 0))
     roles = [learner.actor, learner.critic, models.actor(state.actor, READING), models.reference(state.reference),
              models.critic(state.critic), models.reward_model(state.reward_model)]
@@ -315,7 +316,7 @@ def test_training_all_weights_leaves_what_is_warm(trained):
     models, state = WarmModels(run.store, run.config.execution), run.state(0)
     reference, actor = models.reference(state.reference), models.actor(state.actor, READING)
     assert next(actor.module.parameters()).data_ptr() == next(reference.module.parameters()).data_ptr()
-    learner = models.take_learner(state.actor, state.critic, None, run.config.ppo, 1.0)
+    learner = models.take_learner(state.actor, state.critic, None, run.config.ppo, {"temperature": 1.0})
     places = {p.data_ptr() for p in reference.module.parameters()}
     assert not places & {p.data_ptr() for network in learner.networks.values() for p in network.module.parameters()}
     assert all(p.requires_grad for network in learner.networks.values() for p in network.module.parameters())

@@ -49,20 +49,21 @@ def test_models_stay_warm_up_to_the_limit(run):
 def test_training_takes_models_out_of_the_cache(run):
     models, state, ppo = WarmModels(run.store, run.config.execution), run.state(1), run.config.ppo
     warm = models.actor(state.actor, Reading(False, True)).module
-    learner = models.take_learner(state.actor, state.critic, state.optimizer, ppo, 1.0)
+    learner = models.take_learner(state.actor, state.critic, state.optimizer, ppo, {"temperature": 1.0})
     assert learner.actor.module is warm
     assert models.actor(state.actor, Reading(False, True)).module is not warm
     models.put_learner(run.state(2).actor.artifact, learner)
     again = run.state(2)
     assert models.actor(again.actor, Reading(False, True)).module is warm
-    assert models.take_learner(again.actor, again.critic, again.optimizer, ppo, 1.0) is learner
+    assert models.take_learner(again.actor, again.critic, again.optimizer, ppo, {"temperature": 1.0}) is learner
 
 
 def test_a_warm_learner_of_other_settings_is_not_used(run):
     models, state, ppo = WarmModels(run.store, run.config.execution), run.state(2), run.config.ppo
-    models.put_learner(state.actor.artifact, models.take_learner(state.actor, state.critic, state.optimizer, ppo, 1.0))
+    learner = models.take_learner(state.actor, state.critic, state.optimizer, ppo, {"temperature": 1.0})
+    models.put_learner(state.actor.artifact, learner)
     other = ppo.model_copy(update={"learning_rate": 0.5})
-    learner = models.take_learner(state.actor, state.critic, state.optimizer, other, 1.0)
+    learner = models.take_learner(state.actor, state.critic, state.optimizer, other, {"temperature": 1.0})
     assert learner.learning_rates["actor"] == 0.5 and len(learner.optimizers["actor"].state) > 0
 
 
@@ -78,7 +79,7 @@ def test_texts_are_tokenized_once_for_all_checkpoints_with_one_tokenizer(run):
 def test_optimizer_moments_are_read_back(run):
     state = run.state(2)
     models = WarmModels(run.store, run.config.execution)
-    learner = models.take_learner(state.actor, state.critic, state.optimizer, run.config.ppo, 1.0)
+    learner = models.take_learner(state.actor, state.critic, state.optimizer, run.config.ppo, {"temperature": 1.0})
     steps = {float(s["step"]) for o in learner.optimizers.values() for s in o.state.values()}
     assert steps == {8.0}  # 2 iterations × 2 epochs × 2 minibatches
     assert all(np.isfinite(s["exp_avg"].numpy()).all() for o in learner.optimizers.values() for s in o.state.values())

@@ -1,7 +1,7 @@
 """The update: ratio 1 at the start, gradients however a minibatch is cut, and what stops it."""
 
 import copy
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import oracles
@@ -14,6 +14,7 @@ from schemas.errors import NonFiniteError
 from schemas.language import RolloutConfig
 from schemas.settings import PPOConfig
 from schemas.tables import Advantages, Ragged, ReferenceLogprobs, Rollouts, Values
+from stages.ops.distribution import Distribution
 from stages.ops.language_learner import LanguageModelLearner, Responses
 from stages.ops.optim import learning_rate_factor, load_state_tensors, state_tensors
 from stages.ops.prompts import demonstrations_as_texts
@@ -32,7 +33,7 @@ def learner(tiny_model, tiny_critic):
         config = PPOConfig(**{"epochs": 2, "minibatches": 3, "learning_rate": 1e-3, "critic_learning_rate": 1e-3} | settings)
         actor, critic = (replace(m, module=copy.deepcopy(m.module), micro_batch_tokens=micro_batch_tokens)
                          for m in (tiny_model, tiny_critic))
-        return LanguageModelLearner(actor, critic, config, TEMPERATURE)
+        return LanguageModelLearner(actor, critic, config, Distribution(TEMPERATURE))
     return make
 
 
@@ -117,7 +118,7 @@ def test_1x8_2x4_and_8x1_micro_batches_give_one_gradient(learner, eight, aggrega
 
     def gradients(parts):
         made = learner()
-        trained = Cut(made.actor, made.critic, config, TEMPERATURE)
+        trained = Cut(made.actor, made.critic, config, Distribution(TEMPERATURE))
         monkeypatch.setattr(Pieces, "parts", parts)
         metrics = ppo(trained, rollouts, values, advantages, config, seed=0, **more)
         return metrics, [state["exp_avg"] for o in trained.optimizers.values() for state in o.state.values()]
@@ -147,10 +148,11 @@ def test_padding_and_sharding_change_nothing(tiny_model, tiny_critic, lengths, b
     order = list(range(len(lengths)))
     random.shuffle(order)
     small = [replace(m, micro_batch_tokens=budget) for m in (tiny_model, tiny_critic)]
-    together, theirs = score_tokens(small[0], made(order), TEMPERATURE, "test"), value(small[1], made(order))
+    together, theirs = score_tokens(small[0], made(order), Distribution(TEMPERATURE), "test"), value(small[1], made(order))
     for place, row in enumerate(order):
         alone = made([row])
-        np.testing.assert_allclose(together[place], score_tokens(tiny_model, alone, TEMPERATURE, "test")[0], atol=5e-6)
+        single = score_tokens(tiny_model, alone, Distribution(TEMPERATURE), "test")[0]
+        np.testing.assert_allclose(together[place], single, atol=5e-6)
         np.testing.assert_allclose(theirs.values[place], value(tiny_critic, alone).values[0], atol=5e-6)
 
 
@@ -170,11 +172,8 @@ def test_the_mean_over_sequences(learner, rollouts, tables):
 
 def take(table, rows):
     """Those rows of a table."""
-    def of(column):
-        if isinstance(column, Ragged):
-            return Ragged.from_rows([column[i] for i in rows], column.values.dtype)
-        return tuple(column[i] for i in rows) if isinstance(column, tuple) else column[list(rows)]
-    return type(table)(**{f.name: of(getattr(table, f.name)) for f in fields(table)})
+    rows = np.array(rows)
+    return table.only(rows, table.row_id[rows])
 
 
 def test_a_critic_warm_up_leaves_the_actor_untouched(learner, rollouts, tables):
@@ -192,7 +191,7 @@ def test_a_critic_warm_up_leaves_the_actor_untouched(learner, rollouts, tables):
 
 def test_without_a_critic_only_the_actor_is_trained(learner, rollouts, tables):
     made = learner()
-    trained = LanguageModelLearner(made.actor, None, PPOConfig(), TEMPERATURE)
+    trained = LanguageModelLearner(made.actor, None, PPOConfig(), Distribution(TEMPERATURE))
     metrics = ppo(trained, rollouts, None, tables[1], PPOConfig(epochs=1, minibatches=1), seed=0)
     assert metrics.value_loss is None and metrics.grad_norm_critic is None and metrics.grad_norm_actor > 0
     assert list(trained.networks) == ["actor"]
@@ -375,7 +374,7 @@ def test_the_update_raises_what_was_good_and_lowers_what_was_bad(learner, rollou
     trained = learner()
     before = trained.actor
     ppo(trained, rollouts, values, advantages, PPOConfig(epochs=2, minibatches=3), seed=0)
-    change = score_tokens(before, rollouts, TEMPERATURE, "test").values - rollouts.logprobs.values
+    change = score_tokens(before, rollouts, Distribution(TEMPERATURE), "test").values - rollouts.logprobs.values
     assert np.corrcoef(change, advantages.advantages.values)[0, 1] > 0.1
 
 

@@ -6,8 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from schemas.errors import ConfigError
-from stages.ops.prompts import completed, demonstrations_as_texts, render, require_fit, response_texts, tokenize
+from stages.ops.prompts import completed, demonstrations_as_texts, render, response_texts, tokenize
 
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
             "{% if add_generation_prompt %}[assistant]{% endif %}")
@@ -33,12 +32,6 @@ def test_bos_is_there_once_whoever_adds_it(tokenizer):
         single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)])
     (ids,) = tokenize(tokenizer, ["The soup"], chat_template=True)
     assert ids[0] == tokenizer.bos_token_id and list(ids).count(tokenizer.bos_token_id) == 1
-
-
-def test_what_does_not_fit_is_named():
-    require_fit([3, 5], context=10, reserved=5, where="p.jsonl")
-    with pytest.raises(ConfigError, match=r"p.jsonl: 2 of 3 rows are too long \(line 1, 3; the longest has 9 tokens\)"):
-        require_fit([6, 5, 9], context=10, reserved=5, where="p.jsonl")
 
 
 def test_one_cut_for_all_that_read_a_demonstration(tokenizer):

@@ -225,9 +225,9 @@ def test_the_prompt_file_is_an_input_only_where_a_column_is_named(trained, capsy
 
 @pytest.mark.parametrize(("form", "said"), [
     ("weighed(responses, wight)", "its parameter 'wight' is none of prompts, responses, finish_reasons, prompt, response, "
-                                  "finish_reason, response_tokens, and data.prompts has no such column in line 1 ("),
+                                  "finish_reason, response_tokens, messages, and data.prompts has no such column ("),
     ("weighed(prompts, answer)", "its parameters prompts and answer are prompts and responses, by position, and 'answer' is "
-                                 "a column of data.prompts ("),
+                                 "a column of data.prompts too"),
     ("weighed(answer, responses)", "name the response first, as in f(responses, answer)"),
 ])
 def test_what_a_file_does_not_have_is_refused_at_the_start_and_for_a_fork(trained, tmp_path, capsys, form, said):
@@ -247,4 +247,4 @@ def test_a_line_without_the_column_is_named(trained, tmp_path, capsys):
     write_rows(folder)
     error = capsys.readouterr().err
     assert "function 'rewards.py:weighed': its parameter 'weight' is none of" in error
-    assert "data.heldout_prompts has no such column in line 3 (" in error and "it has prompt, answer)" in error
+    assert "data.heldout_prompts has no such column (" in error and "h.jsonl, line 3; there are prompt, answer" in error

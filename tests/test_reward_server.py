@@ -70,7 +70,7 @@ def test_scores_in_each_form(server, rollouts, form):
     (200, b"[1, 2", "its reply is not JSON"),
     (200, b"", "Expecting value: line 1 column 1 (char 0)): nothing"),
     (200, {"result": []}, "expected {\"scores\": […]}, {\"rewards\": […]} or a list, found {\"result\": []}"),
-    (200, {"scores": [1]}, "expected 9 numbers, one a response, found shape (1,)"),
+    (200, {"scores": [1]}, "expected 9 numbers, one a response, found 1: "),
     (200, {"scores": ["good"] * 9}, "expected 9 numbers, found"),
     (503, b"x" * 999, f"answered 503: {'x' * 200}… (asked 2 times")])
 def test_what_a_server_said_is_shown(server, rollouts, status, reply, message):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from schemas.errors import NonFiniteError
 from schemas.language import RolloutConfig
+from stages.ops.distribution import Distribution
 from stages.ops.sampling import ModelSampler, row_uniforms, sample_tokens
 from stages.ops.token_logprobs import score_tokens
 from stages.rollout import rollout
@@ -84,9 +85,9 @@ def _with_likely_eos(model):
 
 
 def test_scoring_does_not_depend_on_micro_batches(tiny_model, rollouts):
-    wide = score_tokens(tiny_model, rollouts, 0.8, "test").values
+    wide = score_tokens(tiny_model, rollouts, Distribution(0.8), "test").values
     for budget in (1, 40, 90):
-        narrow = score_tokens(replace(tiny_model, micro_batch_tokens=budget), rollouts, 0.8, "test").values
+        narrow = score_tokens(replace(tiny_model, micro_batch_tokens=budget), rollouts, Distribution(0.8), "test").values
         np.testing.assert_allclose(narrow, wide, atol=2e-6)
     np.testing.assert_allclose(rollouts.logprobs.values, wide, atol=2e-6)
 
@@ -139,7 +140,7 @@ def test_other_architectures_sample_and_score_alike(tiny_model, make):
     model = replace(tiny_model, module=module)
     prompts = ["The soup", "A night at Villa Rosa", "My", "The choir at Saint Agnes"]
     out = rollout(ModelSampler(model), prompts, np.arange(4), RolloutConfig(max_new_tokens=20), seed=6)
-    np.testing.assert_allclose(score_tokens(model, out, 1.0, "test").values, out.logprobs.values, atol=5e-6)
+    np.testing.assert_allclose(score_tokens(model, out, Distribution(1.0), "test").values, out.logprobs.values, atol=5e-6)
 
 
 def test_sampling_in_bfloat16_is_in_bfloat16(tiny_model):
@@ -155,5 +156,5 @@ def test_sampling_in_bfloat16_is_in_bfloat16(tiny_model):
         first = int(out.response_tokens[row][0])
         assert logits.dtype == torch.bfloat16
         assert out.logprobs[row][0] == logits.float().log_softmax(-1)[first]
-    apart = abs(out.logprobs.values - score_tokens(tiny_model, out, 1.0, "test").values)
+    apart = abs(out.logprobs.values - score_tokens(tiny_model, out, Distribution(1.0), "test").values)
     assert 1e-5 < apart.max() < 0.05

@@ -14,7 +14,7 @@ from conftest import write_example
 from s3 import BUCKET, moto_server
 
 from flows.cli.main import run_command
-from flows.language.reward_tokens import token_for
+from flows.language.server_access import server_token
 from schemas.errors import ConfigError
 
 CANARY = "canary-d41d8cd98f"
@@ -101,7 +101,7 @@ def test_a_password_in_a_setting_is_refused_and_not_repeated(example, tmp_path, 
     ("a.org=a", "https://evil.net/a.org", None), ("", "https://a.org/score", None)])
 def test_a_token_is_sent_to_its_host_alone(monkeypatch, tokens, url, token):
     monkeypatch.setenv("BATON_REWARD_TOKEN", tokens)
-    assert token_for(url) == token
+    assert server_token(url) == token
 
 
 @pytest.mark.parametrize("tokens, url, message", [
@@ -112,5 +112,5 @@ def test_a_token_is_sent_to_its_host_alone(monkeypatch, tokens, url, token):
 def test_a_token_that_cannot_be_kept_secret_is_refused(monkeypatch, tokens, url, message):
     monkeypatch.setenv("BATON_REWARD_TOKEN", tokens)
     with pytest.raises(ConfigError, match=message) as error:
-        token_for(url)
+        server_token(url)
     assert CANARY not in str(error.value)

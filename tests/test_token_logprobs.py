@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from schemas.language import LoRAConfig
 from schemas.tables import Ragged
 from stages.ops import token_logprobs
+from stages.ops.distribution import Distribution
 from stages.ops.language_learner import Responses
 from stages.ops.language_model import LanguageModel
 from stages.ops.lora import add_adapter
@@ -38,7 +39,7 @@ def losses(model, rollouts, entropy):
     """Logprobs, entropies and the gradient of a sum of both, of one batch of all rows."""
     model = replace(model, module=copy.deepcopy(model.module))
     (batch,) = Responses(rollouts, model).micro_batches(rollouts.row_id)
-    logprobs, spread = token_logprobs.token_logprobs(model, batch, 0.7, entropy)
+    logprobs, spread = token_logprobs.token_logprobs(model, batch, Distribution(0.7), entropy)
     weights = torch.linspace(-1, 1, len(logprobs))
     loss = (logprobs * weights).sum() + (0 if spread is None else (spread * weights).sum())
     loss.backward()
@@ -86,7 +87,7 @@ def test_layers_computed_once_more_give_the_same_gradients(family, adapters, rol
                   for part in (rollouts.prompt_tokens, rollouts.response_tokens)]
         batch = make_batch(*tokens, rollouts.row_id, model.pad_id, torch.device("cpu"))
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
-            logprobs, _ = token_logprobs.token_logprobs(model, batch, 1.0)
+            logprobs, _ = token_logprobs.token_logprobs(model, batch, Distribution(1.0))
         logprobs.sum().backward()
         gradients = [p.grad for p in model.module.parameters() if p.requires_grad and p.grad is not None]
         assert not any(part.training for part in model.module.modules())

@@ -27,6 +27,7 @@ from stages.base_model import base_model
 from stages.evaluate import evaluate
 from stages.gae import gae
 from stages.gae import metrics as gae_metrics
+from stages.ops.distribution import Distribution
 from stages.ops.kl import adapted_kl_coef
 from stages.ops.language_learner import LanguageModelLearner
 from stages.ops.moments import updated_moments
@@ -87,7 +88,7 @@ def in_memory(folder, config, tmp_path):
                         bias=bias, seed=seed(0, "evaluate"))
 
     baseline = samples(None)
-    learner = LanguageModelLearner(actor, critic, config.ppo, config.rollout.temperature)
+    learner = LanguageModelLearner(actor, critic, config.ppo, Distribution(config.rollout.temperature))
     prompts = [row["prompt"] for row in rows(folder, "prompts")]
     size, k = config.rollout.batch_size, config.rollout.responses_per_prompt
     for i in range(1, config.iterations + 1):
@@ -96,7 +97,7 @@ def in_memory(folder, config, tmp_path):
         values = value(critic, batch) if critic else None
         rewards, tokens = reward(scorers, batch, config.reward, bias=bias, moments=moments,
                                  max_new_tokens=config.rollout.max_new_tokens)
-        scored = reference(ref, batch, temperature=config.rollout.temperature)
+        scored = reference(ref, batch, Distribution(config.rollout.temperature))
         advantages = gae(batch, scored, rewards, values, config.gae, config.kl, kl_coef=kl_coef, token_rewards=tokens)
         ppo(learner, batch, values, advantages, config.ppo, seed=seed(i, "ppo"),
             learning_rate_factor=learning_rate_factor(i, config.ppo), train_actor=i > config.ppo.critic_warmup,

@@ -131,8 +131,8 @@ def test_findings_name_the_command_that_helps(copied, capsys):
     hints = {one.file.rpartition("/")[2]: one.hint for one in verify(Store(root), None)[1]}
     assert hints == {
         "000002.json": "remove it and those after it; baton train --run tiny finds their artifacts and writes them again",
-        "prompts.jsonl": f"remove {root / folder_of(prompts)}, then the command that made the run (baton train CONFIG --run "
-                         "tiny) imports it again",
+        "prompts.parquet": f"remove {root / folder_of(prompts)}, then the command that made the run (baton train CONFIG "
+                           "--run tiny) imports it again",
         "values.parquet": "mend the records first, then baton verify again"}
     (root / "runs/tiny/iterations/000002.json").unlink()
     assert run_command(["train", "--run", "tiny", "--store", str(root), "--quiet"]) == 0

@@ -2,96 +2,176 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.util
+import logging
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from flows.language.check_model import check_model, check_scorer
+from flows.language.fitting import Fit
+from flows.language.server_access import server_token
 from flows.runs.functions import check_function
-from flows.runs.inputs import COLUMNS, Rows, read_lines, setting_of
+from flows.runs.inputs import Checked, Files, data_tables, setting_of
+from flows.runs.rows import DataTable, Rows
+from schemas.data import COLUMNS
 from schemas.errors import ConfigError
-from schemas.language import LanguageConfig
-from schemas.metrics import BroughtModelMetrics, BroughtScorerMetrics, Metrics
+from schemas.language import LanguageConfig, RolloutConfig
+from schemas.metrics import BroughtModelMetrics, BroughtScorerMetrics
+from schemas.reward_options import EXTRA, Builtin
 from stages.base_model import train_tokenizer
-from stages.ops.prompts import render, require_fit, require_no_clock, tokenize
+from stages.ops.builtin_rewards import unusable_answer
+from stages.ops.distribution import distribution_of
+from stages.ops.prompts import render, require_no_clock
 from stages.ops.reward_function import NAMES, asked
+from stages.ops.sampling import Stops
+
+log = logging.getLogger("baton")
 
 
-def check(config: LanguageConfig, files: dict[str, list[Path]]) -> dict[str, Metrics]:
-    """What was found out about a model that is brought.
+def check(config: LanguageConfig, files: Files) -> Checked:
+    """What was found out about models that are brought, and the rows of the data, without those that are too long where they
+    are dropped.
 
-    Raises `ConfigError` naming the function, or file and lines, that cannot be used.
+    Raises `ConfigError` naming the function, or file and row, that cannot be used.
     """
-    rows = {role: read_lines(paths[0], role) for role, paths in files.items() if role in COLUMNS}
+    data = data_tables(config, files)
     for role, source in config.functions.items():
-        check_function(source, files[role], partial(_require_columns, _prompt_files(config, role, files)))
-    tokenizer, context, found = _model(config, files, rows)
+        check_function(source, files[role], partial(_require_columns, _prompts_of(config, role, data)))
+    _check_parts(config, data)
+    tokenizer, context, found = _model(config, files, data)
     template = config.base_model.chat_template
     tokenizer.split_special_tokens = not config.base_model.special_tokens_in_text
-    if template and tokenizer.chat_template is None:
-        raise ConfigError(f"base_model.chat_template: the tokenizer of {config.base_model.source} has no chat template; "
-                          "set it to false")
     if template:
-        render(tokenizer, "x", template)
-        require_no_clock(tokenizer, "base_model.chat_template: false")
-    scorers = _scorers(config, files, tokenizer, found["base_model"].embeddings if found else config.base_model.vocab_size)
+        _require_template(config, tokenizer)
+    embeddings = found["base_model"].embeddings if found else config.base_model.vocab_size
+    _require_sampling(config.rollout, tokenizer, embeddings)
+    scorers = _scorers(config, files, tokenizer, embeddings)
     contexts = [context, scorers["critic"].max_tokens if "critic" in scorers else None]
     context = min((each for each in contexts if each is not None), default=None)
-    for role, lines in rows.items():
-        where = str(files[role][0])
-        if role in ("prompts", "heldout_prompts"):
-            texts = [row["prompt"] for row in lines]
-            _require_fit(tokenizer, texts, template, context, config.rollout.max_new_tokens, where)
-        else:
-            for column in ("completion", "chosen", "rejected", "text"):
-                texts = [row.get("prompt", "") + row[column] for row in lines if column in row]
-                _require_fit(tokenizer, texts, template, context, 1, where)
-    return found | scorers
+    fitted = {role: Fit(tokenizer, template, context, _reserved(config, role)).fitted(role, table, config.data.too_long)
+              for role, table in data.items()}
+    _say(fitted)
+    return Checked(found | scorers, fitted)
 
 
-def _prompt_files(config: LanguageConfig, role: str, files: dict[str, list[Path]]) -> dict[str, Path]:
-    """The files whose prompts the function in that role is given."""
+def _reserved(config: LanguageConfig, role: str) -> int:
+    """Tokens of the context that are for the response and replies to it, beside those of a row; else EOS."""
+    turns = config.rollout.turns
+    replies = turns.max_reply_tokens * (turns.max_turns - 1) if turns else 0
+    return config.rollout.max_new_tokens + replies if role in ("prompts", "heldout_prompts") else 1
+
+
+def _require_sampling(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+    """Raises `ConfigError` naming a token that is none, a text that no response can end on, or that nothing may be
+    sampled."""
+    eos = frozenset() if tokenizer.eos_token_id is None else frozenset({tokenizer.eos_token_id})
+    distribution = distribution_of(config.model_dump(), tokenizer, eos)
+    Stops.of(config, tokenizer, eos)
+    if len({*distribution.suppressed, *distribution.ends}) >= embeddings:
+        raise ConfigError(f"rollout.suppress_tokens: none of the model's {embeddings} tokens may be sampled"
+                          f"{' before min_new_tokens' if distribution.ends else ''}; leave some")
+    for text in config.stop:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        if (written := tokenizer.decode(ids)) != text:
+            raise ConfigError(f"rollout.stop: the tokenizer writes {text!r} as {written!r}, so that no response would "
+                              "end on it; name a text that it can write")
+
+
+def _require_template(config: LanguageConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `ConfigError` where the chat template cannot be used as the config says."""
+    template = config.base_model.chat_template
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"base_model.chat_template: the tokenizer of {config.base_model.source} has no chat template; "
+                          "set it to false")
+    render(tokenizer, "x", template)
+    require_no_clock(tokenizer, "base_model.chat_template: false")
+    for name in template if isinstance(template, dict) else ():
+        if not re.search(rf"\b{re.escape(name)}\b", tokenizer.get_chat_template()):
+            raise ConfigError(f"base_model.chat_template: the template of {config.base_model.source} reads no {name!r}; "
+                              "take it out")
+
+
+def _say(data: Mapping[str, DataTable]) -> None:
+    """How many rows are not as they were."""
+    for role, table in data.items():
+        said = ((table.ties, "ties were dropped"), (table.too_long, "rows that are too long were dropped"),
+                (table.cut, "prompts that are too long lost their beginning"))
+        for count, words in said:
+            if count:
+                log.warning("data.%s: %d %s, %d rows are left", role, count, words, len(table))
+
+
+def _prompts_of(config: LanguageConfig, role: str, data: Mapping[str, Rows]) -> dict[str, Rows]:
+    """The rows whose prompts the function in that role is given."""
     roles = ["heldout_prompts"] if role == "judge" else ["prompts", "heldout_prompts"]
     if role != "judge" and config.reward.center_on_demonstrations:
         roles.append("demonstrations")
-    return {role: files[role][0] for role in roles if role in files}
+    return {role: data[role] for role in roles if role in data}
 
 
-def _require_columns(prompt_files: dict[str, Path], function: Callable) -> None:
-    """Raises `ConfigError` where it names what a file does not have, or takes for a text what is a column."""
+def _require_columns(prompts: Mapping[str, Rows], function: Callable) -> None:
+    """Raises `ConfigError` where it names what the data does not have, or takes for a text what is a column."""
     wanted = asked(function)
     texts = wanted.by_position if wanted.as_texts else ()
-    for role, path in prompt_files.items():
-        rows = Rows(path, role, imported=True)  # they are checked
-        own = (*NAMES, *rows.columns)
-        if named := [name for name in texts if name in rows.whole(0) and name not in own]:
+    for role, rows in prompts.items():
+        own = (*NAMES, *COLUMNS[role])
+        if named := [name for name in texts if name in rows.columns and name not in own]:
             raise ConfigError(f"its parameters {' and '.join(texts)} are prompts and responses, by position, and "
-                              f"{named[0]!r} is a column of data.{role} ({path}) too; name the response first, as in "
+                              f"{named[0]!r} is a column of data.{role} too; name the response first, as in "
                               f"f(responses, {named[0]})")
         for name in wanted.columns:
-            missing = next((row for row in range(len(rows)) if name not in rows.whole(row)), None)
-            if missing is not None:
-                there = ", ".join(column for column in rows.whole(missing))
+            if (place := rows.lacks(name)) is not None:
                 raise ConfigError(f"its parameter {name!r} is none of {', '.join(NAMES)}, and data.{role} has no such "
-                                  f"column in line {missing + 1} ({path}; it has {there})")
+                                  f"column ({place}; there are {', '.join(rows.columns)})")
 
 
-def check_new(config: LanguageConfig, files: dict[str, list[Path]]) -> None:
-    """Reward models and functions that a run did not have when it was made, beside the files that it has.
+def _check_parts(config: LanguageConfig, data: Mapping[str, Rows]) -> None:
+    """Servers may be asked, packages of built-in rewards are there, and so are the columns that they read.
+
+    Raises `ConfigError` naming the component, and of a column where it is not, or holds something else.
+    """
+    for name, part in config.reward.components.items():
+        prompts, where = _prompts_of(config, name, data), f"reward.components.{name}"
+        if part.kind == "server":
+            server_token(part.source)
+        for role, rows in prompts.items():
+            for column in part.reads:
+                if (place := rows.lacks(column)) is not None:
+                    raise ConfigError(f"{where}: reads the column {column!r}, and data.{role} has no such column ({place}; "
+                                      f"there are {', '.join(rows.columns)})")
+        if part.kind == "builtin":
+            if (package := EXTRA.get(part.source)) and importlib.util.find_spec(package) is None:
+                raise ConfigError(f"{where}: {part.source} needs the package {package}: pip install 'baton[rewards]'")
+            _require_answers(where, part.builtin, prompts)
+
+
+def _require_answers(where: str, options: Builtin, prompts: Mapping[str, Rows]) -> None:
+    """Raises `ConfigError` naming the first row whose answer cannot be compared with."""
+    for role, rows in prompts.items() if options.column else ():
+        for number, row in enumerate(rows):
+            if (said := unusable_answer(options, row.get(options.column))) is not None:
+                place = rows.places[number] if isinstance(rows, DataTable) else f"data.{role}, row {number + 1}"
+                raise ConfigError(f"{where}: {place}: column {options.column!r}: {said}")
+
+
+def check_new(config: LanguageConfig, files: Files, data: Mapping[str, Rows]) -> None:
+    """Reward models and functions that a run did not have when it was made, beside the data that it has.
 
     Raises `ConfigError`.
     """
+    _check_parts(config, data)
     for role, paths in files.items():
         if role in config.models:
             check_scorer(setting_of(role), paths[0].parent, config.reward.components[role.removeprefix("reward.")])
         elif role in config.functions:
-            check_function(config.functions[role], paths, partial(_require_columns, _prompt_files(config, role, files)))
+            check_function(config.functions[role], paths, partial(_require_columns, _prompts_of(config, role, data)))
 
 
 def _scorers(
-    config: LanguageConfig, files: dict[str, list[Path]], tokenizer: PreTrainedTokenizerBase, embeddings: int
+    config: LanguageConfig, files: Files, tokenizer: PreTrainedTokenizerBase, embeddings: int
 ) -> dict[str, BroughtScorerMetrics]:
     """What was found out about reward models and a critic that are brought. Raises `ConfigError`."""
     found = {}
@@ -107,21 +187,13 @@ def _scorers(
 
 
 def _model(
-    config: LanguageConfig, files: dict[str, list[Path]], rows: dict[str, list[dict[str, str]]]
+    config: LanguageConfig, files: Files, data: Mapping[str, Rows]
 ) -> tuple[PreTrainedTokenizerBase, int | None, dict[str, BroughtModelMetrics]]:
     """The base model's tokenizer; its context in tokens, none where it has no limit; and what was found out about it."""
     if config.base_model.source is None:
-        texts = (row["prompt"] + row["completion"] for row in rows["demonstrations"])
+        texts = (row["prompt"] + row["completion"] for row in data["demonstrations"])
         return train_tokenizer(texts, config.base_model), config.base_model.context_length, {}
     place = files["base_model"][0] if config.base_model.is_gguf else files["base_model"][0].parent
     brought = check_model(setting_of("base_model"), place, config.lora, config.base_model.precision,
                           config.execution.attention)
     return brought.tokenizer, brought.context, {"base_model": brought.metrics}
-
-
-def _require_fit(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], template: bool, context: int | None, reserved: int, where: str
-) -> None:
-    if texts:
-        tokens = tokenize(tokenizer, list(texts), template)
-        require_fit([len(row) for row in tokens], context, reserved, where)

@@ -18,6 +18,7 @@ from schemas.language import ComponentConfig, LoRAConfig
 from schemas.metrics import BroughtModelMetrics, BroughtScorerMetrics
 from stages.ops.abilities import Abilities, abilities
 from stages.ops.brought_scorer import most_tokens, scored_text
+from stages.ops.conversations import with_response
 from stages.ops.language_model import context_length
 from stages.ops.lora import add_adapter, sharing
 from stages.ops.precision import hold
@@ -97,7 +98,7 @@ def check_scorer(
         if part is not None:
             if part.chat_template and tokenizer.chat_template is None:
                 raise ConfigError("chat_template: its tokenizer has none; leave it out")
-            scored_text(tokenizer, "x", "y", part.chat_template)
+            scored_text(tokenizer, with_response("x", "y"), part.chat_template)
         most = most_tokens(module.config, tokenizer, part.max_tokens if part else None)
         if part is None:
             abilities(module.eval())  # a critic reads each position

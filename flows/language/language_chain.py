@@ -12,11 +12,13 @@ from functools import cached_property
 from typing import Any
 
 from flows.runs.functions import stored_function
+from flows.runs.inputs import stored_rows
 from flows.runs.kind import ITERATION_DECIDES, Perform, made_in, require, settings_of
 from flows.runs.run import Run
 from schemas.artifacts import ArtifactRef, ModelRef, Moments, Produced, StageCall, TrainState
 from schemas.errors import ConfigError
 from schemas.language import RewardConfig, by_content
+from stages.ops.distribution import SETTINGS
 from stages.ops.kl import adapted_kl_coef
 from stages.ops.optim import learning_rate_factor
 from stages.ops.reward_function import asked
@@ -143,10 +145,11 @@ class LanguageChain:
         order = {"order_seed": self.run.seed(0, "prompt_order"), "iteration": iteration}
         settings = settings_of(self.run.config.rollout) | self._template | self._precision | order
         return self.run.call("rollout", iteration, settings,
-                             seed=self.run.seed(iteration, "rollout"), actor=actor, prompts=self.run.inputs["prompts"])
+                             seed=self.run.seed(iteration, "rollout"), actor=actor, prompts=self.run.inputs["prompts"],
+                             turns=self.run.inputs.get("turns"))
 
     def reference(self, iteration: int, reference_model: ModelRef, rollouts: ArtifactRef) -> StageCall:
-        return self.run.call("reference", iteration, {"temperature": self._temperature(rollouts)} | self._precision,
+        return self.run.call("reference", iteration, self._sampling(rollouts) | self._precision,
                              reference_model=reference_model, rollouts=rollouts)
 
     def reward(self, iteration: int, tokenizer: ModelRef, reward_model: ModelRef | None, rollouts: ArtifactRef, bias: float,
@@ -154,7 +157,7 @@ class LanguageChain:
         config = self.run.config.reward
         settings = settings_of(config) | _components(config) | self._scoring | {
             "bias": bias, "max_new_tokens": self._made_with(rollouts)["max_new_tokens"]}
-        prompts = self.run.inputs["prompts"] if self._reads_columns else None
+        prompts = self.run.inputs["prompts"] if self._reads_prompts else None
         if config.normalize != "none":
             settings["moments"] = moments.model_dump(mode="json")
         return self.run.call("reward", iteration, settings, rollouts=rollouts, prompts=prompts,
@@ -176,8 +179,8 @@ class LanguageChain:
             kl_coef: float) -> StageCall:
         config, kl = self.run.config.ppo, self.run.config.kl
         settings = settings_of(config, exclude=ITERATION_DECIDES) | {
-            "temperature": self._temperature(rollouts), "learning_rate_factor": learning_rate_factor(iteration, config),
-            "train_actor": iteration > config.critic_warmup} | self._lora | self._precision
+            "learning_rate_factor": learning_rate_factor(iteration, config),
+            "train_actor": iteration > config.critic_warmup} | self._sampling(rollouts) | self._lora | self._precision
         mixed = {}
         if kl.placement == "loss":
             settings |= {"kl_coef": kl_coef, "kl_estimator": kl.estimator}
@@ -197,6 +200,7 @@ class LanguageChain:
         return self.run.call(
             "evaluate", iteration, settings | self._template | self._precision, seed=self.run.seed(0, "evaluate"),
             actor=actor, reference_model=reference_model, baseline=baseline, prompts=self.run.inputs["heldout_prompts"],
+            turns=self.run.inputs.get("turns"),
             judge=self.run.inputs["judge"] if config.evaluate.judge else None, **self._reward_inputs(reward_model))
 
     @property
@@ -232,19 +236,27 @@ class LanguageChain:
         """Settings the rollouts were made with."""
         return self.run.store.manifest(rollouts).recipe.config
 
-    def _temperature(self, rollouts: ArtifactRef) -> float:
-        """At which the rollouts were sampled, so that their tokens are scored at no other."""
-        return self._made_with(rollouts)["temperature"]
+    def _sampling(self, rollouts: ArtifactRef) -> dict[str, Any]:
+        """What decides the distribution that the rollouts were drawn from, so that their tokens are scored by no other."""
+        made = self._made_with(rollouts)
+        names = SETTINGS if "min_new_tokens" in made else [name for name in SETTINGS if name != "stop_tokens"]
+        return {name: made[name] for name in names if name in made}
 
     @cached_property
-    def _reads_columns(self) -> bool:
-        """Whether a reward function names columns of the prompt file beside the prompts."""
-        return any(asked(stored_function(self.run.store, self.run.inputs[role], source)).columns
-                   for role, source in self.run.config.functions.items() if role != "judge")
+    def _reads_prompts(self) -> bool:
+        """Whether a part of the reward reads more of the prompts' rows than their texts: columns, or conversations."""
+        parts = self.run.config.reward.components.values()
+        if any(part.reads for part in parts):
+            return True
+        if any(part.kind == "model" for part in parts) and "messages" in stored_rows(
+                self.run.store, self.run.inputs["prompts"]).columns:
+            return True
+        return any(asked(stored_function(self.run.store, self.run.inputs[role], source)).reads_prompts
+                   for role, source in self.run.config.functions.items() if role.startswith("reward."))
 
     def _reward_inputs(self, reward_model: ModelRef | None) -> dict[str, ArtifactRef | ModelRef | None]:
         """Artifacts that the reward's components are, by role."""
-        functions = {role: self.run.inputs[role] for role in self.run.config.functions if role != "judge"}
+        functions = {role: self.run.inputs[role] for role in self.run.config.functions if role.startswith("reward.")}
         brought = {role: self._brought(role) for role in self.run.config.models if role.startswith("reward.")}
         return functions | brought | ({"reward_model": reward_model} if self._scored_by_own else {})
 

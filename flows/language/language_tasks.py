@@ -13,10 +13,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from flows.language.model_folders import load_causal, load_gguf, load_scalar, save_learner, save_model
-from flows.language.reward_tokens import token_for
+from flows.language.server_access import server_token
 from flows.language.warm_models import Adapters, Reading, WarmModels
-from flows.runs.inputs import GGUF, Rows
+from flows.runs.inputs import GGUF
 from flows.runs.produce import StageOutput
+from flows.runs.rows import Rows
 from flows.runs.work import Task, Work
 from schemas.artifacts import ModelRef, Outputs
 from schemas.language import (
@@ -42,6 +43,9 @@ from stages import rollout as rollout_stage
 from stages import sft as sft_stage
 from stages import value as value_stage
 from stages.ops.brought_scorer import BroughtScorer
+from stages.ops.builtin_rewards import builtin_scorer
+from stages.ops.conversations import prompt_of
+from stages.ops.distribution import SETTINGS, distribution_of
 from stages.ops.guest import Patience
 from stages.ops.language_model import LanguageModel
 from stages.ops.learning_signal import cut_texts, of_advantages, of_components, of_policy
@@ -52,6 +56,7 @@ from stages.ops.reward_server import RewardServer
 from stages.ops.rewards import Scorer, function_scorer, model_scorer, seeing_special_tokens
 from stages.ops.sampling import ModelSampler
 from stages.ops.texts import Texts
+from stages.ops.turns import Partner
 
 # --- once, before the first iteration ---
 
@@ -101,16 +106,17 @@ def rollout(work: Work[WarmModels]) -> StageOutput:
     ids = np.repeat(prompt_order(len(prompts), config.batch_size // k, seed=work.setting("order_seed"),
                                  iteration=work.setting("iteration")), k)
     actor = work.warm.actor(work.model("actor"), _reading(work), _precision(work))
-    rollouts = rollout_stage.rollout(ModelSampler(actor), [prompts[i]["prompt"] for i in ids], ids, config,
-                                     seed=work.call.seed)
+    rollouts = rollout_stage.rollout(ModelSampler(actor), [prompt_of(prompts[int(i)]) for i in ids], ids, config,
+                                     seed=work.call.seed, partner=_partner(work, config))
     work.attempt.table(rollouts)
-    return StageOutput(rollout_stage.metrics(rollouts), len(rollouts.response_tokens.values))
+    return StageOutput(rollout_stage.metrics(rollouts), int(rollouts.sampled_lengths.sum()))
 
 
 def reference(work: Work[WarmModels]) -> StageOutput:
     rollouts = work.table("rollouts", Rollouts)
     model = work.warm.reference(work.model("reference_model"), _precision(work))
-    scored = reference_stage.reference(model, rollouts, temperature=work.setting("temperature"))
+    distribution = distribution_of(_sampling(work), model.tokenizer, model.eos_ids)
+    scored = reference_stage.reference(model, rollouts, distribution)
     work.attempt.table(scored)
     return StageOutput(reference_stage.metrics(scored), _tokens(rollouts))
 
@@ -153,7 +159,7 @@ def gae(work: Work[WarmModels]) -> StageOutput:
 def ppo(work: Work[WarmModels]) -> StageOutput:
     config, rollouts = work.settings(PPOConfig), work.table("rollouts", Rollouts)
     learner = work.warm.take_learner(work.model("actor"), work.model_if_given("critic"), work.model_if_given("optimizer"),
-                                     config, work.setting("temperature"), _adapters(work), _precision(work))
+                                     config, _sampling(work), _adapters(work), _precision(work))
     penalty = None
     if reference := work.table_if_given("reference", ReferenceLogprobs):
         penalty = ppo_stage.KLLoss(reference, work.setting("kl_coef"), work.setting("kl_estimator"))
@@ -174,8 +180,9 @@ def evaluate(work: Work[WarmModels]) -> StageOutput:
     scorers = _scorers(work, rewards, "actor")
     samples = evaluate_stage.evaluate(
         ModelSampler(actor), work.warm.reference(work.model("reference_model"), _precision(work)),
-        [row["prompt"] for row in work.rows("prompts")], scorers, _judge(work, rewards),
-        work.table_if_given("baseline", Samples), sampling, rewards, bias=work.setting("bias"), seed=work.call.seed)
+        [prompt_of(row) for row in work.rows("prompts")], scorers, _judge(work, rewards),
+        work.table_if_given("baseline", Samples), sampling, rewards, bias=work.setting("bias"), seed=work.call.seed,
+        partner=_partner(work, sampling))
     work.attempt.table(samples)
     work.warn(cut_texts(_cut(scorers), rewards, len(samples)))
     return StageOutput(evaluate_stage.metrics(samples), int(samples.response_length.sum()))
@@ -201,6 +208,21 @@ def _precision(work: Work[WarmModels]) -> Precision:
     """What models compute in, and weights that stay are held in."""
     settings = work.call.settings
     return Precision(**{name: settings[name] for name in ("compute", "weights") if name in settings})
+
+
+def _sampling(work: Work[WarmModels]) -> dict[str, Any]:
+    """The settings that decide the distribution that the rollouts were drawn from."""
+    work.setting("temperature")
+    return {name: work.call.settings[name] for name in SETTINGS if name in work.call.settings}
+
+
+def _partner(work: Work[WarmModels], config: RolloutConfig) -> Partner | None:
+    """Who answers responses of several turns."""
+    if config.turns is None:
+        return None
+    source = config.turns.function
+    return Partner(source, work.function("turns", source), config.turns.max_turns, config.turns.max_reply_tokens,
+                   _patience(work), _columns(work))
 
 
 def _texts(work: Work[WarmModels], actor: LanguageModel) -> Texts:
@@ -239,13 +261,19 @@ def _scorer(work: Work[WarmModels], role: str, part: ComponentConfig, tokenizer:
         case "reward_model":
             return model_scorer(work.warm.reward_model(work.model("reward_model"), _precision(work)))
         case "model":
-            return BroughtScorer(work.warm.scorer(work.model(role)), part)
+            return BroughtScorer(work.warm.scorer(work.model(role)), part, _columns(work))
+        case "builtin":
+            return builtin_scorer(source, part.builtin, _patience(work), _columns(work))
         case "server":
-            scorer = RewardServer(source, token_for(source), execution.server_timeout, execution.server_tries)
+            scorer = RewardServer(source, server_token(source), execution.server_timeout, execution.server_tries,
+                                  execution.server_batch_size, execution.server_concurrency, part.columns, _columns(work))
         case "function":
-            patience = Patience(execution.function_patience, execution.function_timeout)
-            scorer = function_scorer(source, work.function(role, source), patience, _columns(work))
+            scorer = function_scorer(source, work.function(role, source), _patience(work), _columns(work))
     return scorer if tokenizer is None else seeing_special_tokens(scorer, _tokenizer(work, tokenizer))
+
+
+def _patience(work: Work[WarmModels]) -> Patience:
+    return Patience(work.call.execution.function_patience, work.call.execution.function_timeout)
 
 
 @dataclass(frozen=True)
@@ -257,7 +285,7 @@ class _Columns:
     def of(self, rollouts: Rollouts | Texts, names: Sequence[str]) -> dict[str, list[Any]]:
         """B values of each, None where a row has none."""
         ids = rollouts.prompt_id if isinstance(rollouts, Rollouts) else rollouts.row_id
-        rows = [self.rows.whole(int(i)) for i in ids]
+        rows = [self.rows[int(i)] for i in ids]
         return {name: [row.get(name) for row in rows] for name in names}
 
 

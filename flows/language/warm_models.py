@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,7 +30,9 @@ from schemas.language import LoRAConfig
 from schemas.settings import ExecutionConfig, PPOConfig
 from stages.ops import lora
 from stages.ops.abilities import Abilities, abilities
+from stages.ops.conversations import ChatTemplate
 from stages.ops.device import Device
+from stages.ops.distribution import distribution_of
 from stages.ops.language_learner import LanguageModelLearner
 from stages.ops.language_model import LanguageModel
 from stages.ops.precision import FLOAT32, Precision, hold, to_device
@@ -60,7 +63,7 @@ class _Whole:
 class Reading:
     """How prompts are read: within the chat template or not, and special tokens that are written in them as what."""
 
-    chat_template: bool
+    chat_template: ChatTemplate
     special_tokens: bool
     """Whether they are those tokens, or else text."""
 
@@ -117,10 +120,11 @@ class WarmModels:
         return reading.of(self._trainable(ref, self._load(ref, load, precision), adapters))
 
     def take_learner(
-        self, actor: ModelRef, critic: ModelRef | None, optimizer: ModelRef | None, config: PPOConfig, temperature: float,
-        adapters: Adapters | None = None, precision: Precision = FLOAT32,
+        self, actor: ModelRef, critic: ModelRef | None, optimizer: ModelRef | None, config: PPOConfig,
+        sampling: Mapping[str, Any], adapters: Adapters | None = None, precision: Precision = FLOAT32,
     ) -> LanguageModelLearner:
         """Actor, critic if there is one, and optimizers to train; they leave the cache, since training changes them.
+        `sampling`: the settings that decide the distribution of what was sampled.
 
         Raises `ConfigError` where there can be no such adapters.
         """
@@ -129,9 +133,10 @@ class WarmModels:
         warm = self._learners.pop(optimizer.artifact, None) if optimizer else None
         actor_model = self._trainable(actor, self._take("actor", actor, load_causal, precision), adapters)
         critic_model = critic and self._trainable(critic, self._take("critic", critic, load_scalar, precision), adapters)
-        if warm and (warm.config, warm.temperature) == (config, temperature):
+        distribution = distribution_of(sampling, actor_model.tokenizer, actor_model.eos_ids)
+        if warm and (warm.config, warm.distribution) == (config, distribution):
             return warm
-        learner = LanguageModelLearner(actor_model, critic_model, config, temperature)
+        learner = LanguageModelLearner(actor_model, critic_model, config, distribution)
         if optimizer:
             load_optimizers(learner, self.store.folder(optimizer.artifact, optimizer.folder))
         return learner

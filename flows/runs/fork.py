@@ -7,13 +7,12 @@ from dataclasses import replace
 
 from flows.runs.kind import Chain
 from flows.runs.run import Run, changed, lease_key, record_key, remove_states, run_names
-from flows.runs.start import Files, with_new_inputs
+from flows.runs.start import CheckNew, with_new_inputs
 from flows.store.lease import working_on
 from flows.store.store import attempt_of
 from schemas.artifacts import ModelRef, RunRecord, TrainState, check_name
 from schemas.errors import ConfigError
 from schemas.records import now
-from schemas.settings import RunConfig
 from stages.ops.progress import progress_bar
 
 BEFORE = ("lora", "sft", "reward_model", "value", "policy")  # sections that decide what was made before the first iteration
@@ -21,7 +20,7 @@ BEFORE = ("lora", "sft", "reward_model", "value", "policy")  # sections that dec
 
 def fork(
     parent: Run, at: int, name: str, settings: Iterable[str], chain_of: Callable[[Run], Chain],
-    check_new: Callable[[RunConfig, Files], None],
+    check_new: CheckNew,
 ) -> Run:
     """The run `name`, whose states up to `at` are the parent's. Raises `ConfigError`, and then makes nothing."""
     store = parent.store

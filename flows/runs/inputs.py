@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-import codecs
 import json
-import re
-import shlex
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from flows.runs.functions import function_files
+from flows.runs.hub import commit_of, download
+from flows.runs.layouts import Layout
 from flows.runs.produce import StageOutput, write
+from flows.runs.rows import DataTable, JSONLines, ParquetRows, Rows, held_out, table_of
+from flows.runs.sources import source_files, source_rows
 from flows.store.store import Attempt, Store, sha256_file
 from schemas.artifacts import ArtifactRef, Recipe
 from schemas.config import apply_settings, parse_config
+from schemas.data import COLUMNS, PARTS
 from schemas.errors import ConfigError
 from schemas.language import LanguageConfig, is_gguf
-from schemas.metrics import Metrics
+from schemas.metrics import DataMetrics, Metrics
 from schemas.settings import ExecutionConfig, RunConfig
 
-COLUMNS = {
-    "prompts": ("prompt",), "heldout_prompts": ("prompt",), "demonstrations": ("prompt", "completion"),
-    "pairs": ("prompt", "chosen", "rejected"), "heldout_pairs": ("prompt", "chosen", "rejected"),
-    "pretraining": ("text",),
-}
+Files = dict[str, list[Path]]  # by role
+OLDER = 1  # version of the recipe by which data was imported as the JSON lines that it was
 ADAPTER = "adapter_config.json"
 GGUF = "model.gguf"  # as it is imported, whatever it was called
-OTHERS = {"value.start": ", nor reward_model or actor,"}  # what else a setting may be
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
                "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was read and found out where all that a new run is made of was checked."""
+
+    found: Mapping[str, Metrics] = field(default_factory=dict)
+    """Role → of a model that is brought."""
+    data: Mapping[str, DataTable] = field(default_factory=dict)
+    """Role → its rows."""
 
 
 # --- the config file ---
@@ -59,151 +67,64 @@ def read_config(source: str, settings: Iterable[str] = ()) -> tuple[RunConfig, P
     return parse_config(data, str(file)), file.parent
 
 
-# --- JSON lines ---
-
-class Rows(Sequence[dict[str, str]]):
-    """The rows of a JSON-lines file, parsed one by one as they are asked for; the file itself is only searched for newlines.
-
-    Raises `ConfigError` naming file, line and column.
-    """
-
-    def __init__(self, path: Path, role: str, *, imported: bool = False) -> None:
-        """`imported`: whether it was checked when it was brought, perhaps by an older version that let more in."""
-        if not path.is_file():
-            raise ConfigError(f"data.{role}: {_no_file(path)}")
-        self.path, self.columns, self.imported = path, COLUMNS[role], imported
-        self.data = path.read_bytes().removeprefix(codecs.BOM_UTF8).rstrip()
-        if (other := _other_format(self.data, path)) is not None:
-            raise ConfigError(f"data.{role}: {path} {other}")
-        newlines = np.flatnonzero(np.frombuffer(self.data, np.uint8) == ord("\n"))  # U+2028 may stand in text
-        self.begins, self.ends = np.append(0, newlines + 1), np.append(newlines, len(self.data))
-        if not self.data:
-            raise ConfigError(f"data.{role}: {path} is empty; expected a line of JSON with {_keys(self.columns)} per row")
-
-    def __len__(self) -> int:
-        return len(self.begins)
-
-    def __getitem__(self, row: int | slice) -> dict[str, str] | list[dict[str, str]]:
-        if isinstance(row, slice):
-            return [self[i] for i in range(*row.indices(len(self)))]
-        row = range(len(self))[row]
-        return _row(self.data[self.begins[row] : self.ends[row]], f"{self.path}, line {row + 1}", self.columns,
-                    None if self.imported else _no_key_twice)
-
-
-    def whole(self, row: int) -> dict[str, Any]:
-        """With all its columns, whatever JSON they hold."""
-        return json.loads(self.data[self.begins[row] : self.ends[row]])
-
-
-def read_lines(path: Path, role: str) -> list[dict[str, str]]:
-    """All rows of a JSON-lines file. Raises `ConfigError` naming file, line and column."""
-    return list(Rows(path, role))
-
-
-def _no_file(path: Path) -> str:
-    """What may be meant by a path at which there is no file."""
-    if path.is_dir():
-        return f"{path} is a folder; name a file of JSON lines in it"
-    on_hub = "; of a data set on the hub: datasets.load_dataset(…).to_json(file) makes one"
-    return f"no such file: {path}{'' if path.suffix else on_hub}"
-
-
-def _other_format(data: bytes, path: Path) -> str | None:
-    """What a file is that holds no JSON lines, and how to make some of it; none if that cannot be told."""
-    if data.startswith(b"PAR1"):
-        return (f"is Parquet; expected JSON lines: datasets.Dataset.from_parquet({str(path)!r}).to_json(file) makes them")
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "is UTF-16; expected UTF-8: iconv -f UTF-16 -t UTF-8 makes it"
-    if data.startswith(b"\x1f\x8b"):
-        return "is compressed; expected JSON lines: gunzip it"
-    if data.startswith(b"["):
-        return f"is one JSON array; expected JSON lines: jq -c '.[]' {shlex.quote(str(path))} makes them"
-    return None
-
-
-def _row(line: bytes, where: str, columns: tuple[str, ...], pairs: Callable | None = None) -> dict[str, str]:
-    try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=pairs)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: is not UTF-8: {error.reason} at byte {error.start} of the line") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: {error}") from None
-    if not isinstance(row, dict):
-        raise ConfigError(f"{where}: expected an object with {_keys(columns)}, found {line.decode()[:40]}")
-    for column in columns:
-        if not isinstance(row.get(column), str):
-            found = f"found {row[column]!r:.40}" if column in row else f"found only {_keys(row) or 'nothing'}"
-            raise ConfigError(f"{where}: column {column!r}: expected text, {found}{_mapping(row, columns)}")
-        if (half := re.search("[\ud800-\udfff]", row[column])) is not None:
-            raise ConfigError(f"{where}: column {column!r}: \\u{ord(half[0]):04x} at character {half.start() + 1} is half "
-                              "of a surrogate pair, which is no text; write the other half beside it, or take it out")
-    return {column: row[column] for column in columns}
-
-
-def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice; leave one")
-    return row
-
-
-def _mapping(row: dict[str, object], columns: tuple[str, ...]) -> str:
-    """How to make the columns of those that are there, in a way that can be pasted and changed."""
-    if not (missing := [column for column in columns if not isinstance(row.get(column), str)]) or not row:
-        return ""
-    others = [name for name in row if name not in columns] or list(row)
-    sources = {column: column for column in columns} | dict(zip(missing, others + others[-1:] * len(missing), strict=False))
-    parts = [f"{json.dumps(column)}: .{json.dumps(source)}{_inside(row.get(source))}" for column, source in sources.items()]
-    return f"; jq -c '{{{', '.join(parts)}}}' FILE > NEW.jsonl makes a file of other columns, if these are what is meant"
-
-
-def _inside(value: object) -> str:
-    """Where in a list of messages its text is."""
-    return "[0].content" if isinstance(value, list) else ""
-
-
-def _keys(columns: Iterable[str]) -> str:
-    return ", ".join(repr(column) for column in columns)
-
+# --- data ---
 
 def stored_rows(store: Store, ref: ArtifactRef) -> Rows:
-    """The rows of an imported file."""
+    """The rows of an imported source."""
     role = ref.stage.removeprefix("input.")
-    return Rows(store.file(ref, f"{role}.jsonl"), role, imported=True)
+    if store.manifest(ref).recipe.version == OLDER:
+        return JSONLines(store.file(ref, f"{role}.jsonl"))
+    return ParquetRows(store.file(ref, f"{role}.parquet"))
+
+
+def data_tables(config: LanguageConfig, files: Mapping[str, Sequence[Path]]) -> dict[str, DataTable]:
+    """Role → its rows, read from these files. Raises `ConfigError` naming file, row and column."""
+    data, found = config.data, {}
+    for role in data.roles:
+        if not data.cuts_off(role):
+            source = data.source(role)
+            layout = Layout(role, source, bool(config.base_model.chat_template))
+            table = table_of(layout.rows(source_rows(role, source, files[role])))
+            if not len(table):
+                raise ConfigError(f"data.{role}: {files[role][0]} has no rows" + (
+                    f" but {len(layout.ties)} ties" if layout.ties else ""))
+            found[role] = replace(table, ties=len(layout.ties))
+    for role, whole in PARTS.items():
+        if data.cuts_off(role):
+            found[whole], found[role] = held_out(found[whole], data.heldout, whole)
+    return found
 
 
 # --- import ---
 
-def input_files(config: RunConfig, folder: Path) -> dict[str, list[Path]]:
+def input_files(config: RunConfig, folder: Path) -> Files:
     """Role → files of everything the config names; that they are there, not what is in them. Raises `ConfigError`."""
     files = {role: function_files(source, folder) for role, source in config.functions.items()}
     if not isinstance(config, LanguageConfig):
         return files
-    for role in COLUMNS:
-        if (name := getattr(config.data, role)) is not None:
-            if not (folder / name).is_file():
-                raise ConfigError(f"data.{role}: {_no_file(folder / name)}")
-            files[role] = [folder / name]
+    files |= {role: source_files(role, config.data.source(role), folder) for role in config.data.roles}
     return files | {role: model_files(setting_of(role), source, folder) for role, source in config.models.items()}
 
 
-def pinned(config: RunConfig, folder: Path, files: dict[str, list[Path]]) -> RunConfig:
-    """The config, those of its models whose files these are named with the commit that the hub gave: `org/name@commit`."""
-    values, models = config.model_dump(mode="json"), {role: config.models[role] for role in config.models if role in files}
-    for role, source in models.items():
-        commits = [place.name for place in files[role][0].parents if place.parent.name == "snapshots"]
-        if commits and not (folder / source).exists():
-            _name_model(values, role, f"{source.partition('@')[0]}@{commits[0]}")
-    return parse_config(values, "the config with its models' commits") if models else config
+def pinned(config: RunConfig, folder: Path, files: Files) -> RunConfig:
+    """The config, those of its models and data sets whose files these are named with the hub's commit: `org/name@commit`."""
+    values, sources = config.model_dump(mode="json"), dict(config.models)
+    if isinstance(config, LanguageConfig):
+        sources |= {role: config.data.source(role).source for role in config.data.roles}
+    named = {role: source for role, source in sources.items() if role in files and not (folder / source).exists()}
+    for role, source in named.items():
+        if commit := commit_of(files[role][0]):
+            _name_source(values, role, f"{source.partition('@')[0]}@{commit}")
+    return parse_config(values, "the config with the hub's commits") if named else config
 
 
-def _name_model(values: dict[str, Any], role: str, source: str) -> None:
-    """Puts the model's source into the dumped config."""
-    if role.startswith("reward."):
+def _name_source(values: dict[str, Any], role: str, source: str) -> None:
+    """Puts the source of a model, or of data, into the dumped config."""
+    if role in COLUMNS:
+        there = values["data"].get(role)
+        if there is not None:  # else it is cut off from another
+            values["data"][role] = source if isinstance(there, str) else there | {"source": source}
+    elif role.startswith("reward."):
         values["reward"]["components"][role.removeprefix("reward.")]["source"] = source
     else:
         section, key = setting_of(role).split(".")
@@ -226,7 +147,7 @@ def model_files(setting: str, source: str, folder: Path) -> list[Path]:
     if is_gguf(source):
         return [_gguf(setting, source, place)]
     if not place.is_dir():
-        place = _download(setting, source, place, [*MODEL_FILES, ADAPTER])
+        place = download(setting, source, place, [*MODEL_FILES, ADAPTER])
     _require_no_adapter(setting, place)
     files = sorted({path for pattern in MODEL_FILES for path in place.glob(pattern)})
     for needed in ("config.json", "*.safetensors", "tokenizer*"):
@@ -268,67 +189,78 @@ def _gguf(setting: str, source: str, place: Path) -> Path:
     if len(parts) < 3 or source.startswith((".", "/", "~")):
         raise ConfigError(f"{setting}: no such file: {place} (on the hub: org/name/file.gguf)")
     repository, file = "/".join(parts[:2]), parts[2]
-    snapshot = _download(setting, f"{repository}@{revision}" if revision else repository, place, [file])
+    snapshot = download(setting, f"{repository}@{revision}" if revision else repository, place, [file])
     if not (snapshot / file).is_file():
         raise ConfigError(f"{setting}: {repository} on the hub has no file {file}")
     return snapshot / file
 
 
-def _download(setting: str, source: str, place: Path, patterns: Sequence[str]) -> Path:
-    """The snapshot of a model on the hub, `org/name` or `org/name@revision`; those files of it. Raises `ConfigError`."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    name, _, revision = source.partition("@")
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{setting}: {source!r} is no folder ({place}){OTHERS.get(setting, '')} and the hub gave: {reason}"
-                          ) from None
-
-
-def recipes_of(files: dict[str, list[Path]]) -> dict[str, Recipe]:
+def recipes_of(config: RunConfig, files: Files) -> dict[str, Recipe]:
     """Role → recipe of every input; reads all their bytes, so that it is done once."""
-    return {role: _recipe(role, paths) for role, paths in files.items()}
+    recipes = {role: _recipe(role, paths) for role, paths in files.items() if role not in COLUMNS}
+    return recipes | {role: _data_recipe(config, role, paths, recipes) for role, paths in files.items() if role in COLUMNS}
 
 
-def _recipe(role: str, paths: list[Path]) -> Recipe:
-    """The recipe of an input: its identity is that of its content, and of its file name where that matters."""
-    kind = role if role in (*COLUMNS, "base_model") else "scorer" if _is_model(paths) else "function"
-    content = {_inner(role, path, paths): sha256_file(path) for path in paths}
-    return Recipe(stage=f"input.{kind}", version=1, config={"sha256": content}, inputs={})
+def _recipe(role: str, paths: Sequence[Path]) -> Recipe:
+    """The recipe of a model or function: its identity is that of its content, and of its file name where that matters."""
+    kind = "base_model" if role == "base_model" else "scorer" if _is_model(paths) else "function"
+    return Recipe(stage=f"input.{kind}", version=1, config={"sha256": {
+        _inner(path, paths): sha256_file(path) for path in paths}}, inputs={})
 
 
-def _inner(role: str, path: Path, paths: list[Path]) -> str:
-    """The name of an imported file: `prompts.jsonl`, `model/config.json`, or as it lies beside a function's own."""
-    if role in COLUMNS:
-        return f"{role}.jsonl"
+def _data_recipe(config: LanguageConfig, role: str, paths: Sequence[Path], models: Mapping[str, Recipe]) -> Recipe:
+    """The recipe of a role's rows: the content of their source, and all that decides how it is read."""
+    place, *files = paths if len(paths) > 1 else (paths[0].parent, paths[0])
+    names = ["source" + "".join(paths[0].suffixes)] if len(paths) == 1 else [
+        path.relative_to(place).as_posix() for path in files]
+    settings = {"sha256": dict(zip(names, map(sha256_file, files), strict=True)), "reading": config.data.reading(role),
+                "conversations": bool(config.base_model.chat_template)}
+    if config.data.too_long != "refuse":
+        read_by = {role: models[role].ref.identity for role in ("base_model", "critic") if role in models}
+        settings["fit"] = {"too_long": config.data.too_long, "max_new_tokens": config.rollout.max_new_tokens,
+                           "special_tokens_in_text": config.base_model.special_tokens_in_text,
+                           "chat_template": config.base_model.chat_template, **read_by}
+    return Recipe(stage=f"input.{role}", version=OLDER + 1, config=settings, inputs={})
+
+
+def older_recipe(role: str, config: LanguageConfig, paths: Sequence[Path]) -> Recipe | None:
+    """The recipe of a file of JSON lines as older versions imported it; none if they could not."""
+    if len(paths) > 1 or config.data.reading(role):
+        return None
+    content = {f"{role}.jsonl": sha256_file(paths[0])}
+    return Recipe(stage=f"input.{role}", version=OLDER, config={"sha256": content}, inputs={})
+
+
+def _inner(path: Path, paths: Sequence[Path]) -> str:
+    """The name of an imported file: `model/config.json`, or as it lies beside a function's own."""
     if is_gguf(paths[0].name):
         return GGUF
     return f"model/{path.name}" if _is_model(paths) else path.relative_to(paths[0].parent).as_posix()
 
 
-def _is_model(paths: list[Path]) -> bool:
+def _is_model(paths: Sequence[Path]) -> bool:
     return any(path.name == "config.json" for path in paths)
 
 
 def import_files(
-    store: Store, execution: ExecutionConfig, files: dict[str, list[Path]], recipes: dict[str, Recipe],
-    found: Mapping[str, Metrics] | None = None,
+    store: Store, execution: ExecutionConfig, files: Files, recipes: Mapping[str, Recipe], checked: Checked
 ) -> dict[str, ArtifactRef]:
     """Commits every input that is not in the store yet, with what was found out about it; role → artifact."""
     for role, recipe in recipes.items():
         if store.find(recipe.ref) is None:
-            output = StageOutput((found or {}).get(role))
-            _, manifest = write(store, recipe, execution,
-                                lambda attempt, role=role, output=output: _copy(role, files[role], attempt, output))
+            def produce(attempt: Attempt, role: str = role, recipe: Recipe = recipe) -> StageOutput:
+                if recipe.version > OLDER:
+                    checked.data[role].write(attempt.path(f"{role}.parquet"))
+                    return StageOutput(_data_metrics(checked.data[role]))
+                for path in files[role]:
+                    inner = f"{role}.jsonl" if role in COLUMNS else _inner(path, files[role])
+                    shutil.copyfile(path, attempt.path(inner))
+                return StageOutput(checked.found.get(role))
+
+            _, manifest = write(store, recipe, execution, produce)
             store.commit(manifest)
     return {role: recipe.ref for role, recipe in recipes.items()}
 
 
-def _copy(role: str, paths: list[Path], attempt: Attempt, output: StageOutput) -> StageOutput:
-    for path in paths:
-        shutil.copyfile(path, attempt.path(_inner(role, path, paths)))
-    return output
-
+def _data_metrics(table: DataTable) -> DataMetrics:
+    return DataMetrics(rows=len(table), ties=table.ties, too_long=table.too_long, cut=table.cut)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from flows.runs.run import Run
+from flows.runs.start import Check, CheckNew
 from flows.runs.work import Task
 from flows.store.store import Store
 from schemas.artifacts import ArtifactRef, Produced, StageCall, TrainState
 from schemas.errors import StoreError
-from schemas.metrics import Metrics
-from schemas.settings import ExecutionConfig, RunConfig, Settings, later_settings
+from schemas.settings import ExecutionConfig, Settings, later_settings
 
 ITERATION_DECIDES = frozenset({"critic_warmup", "warmup_iterations", "schedule", "schedule_iterations"})
 """Settings of `ppo` whose outcome in an iteration is in its call in their place."""
@@ -69,10 +68,10 @@ class KindOfRun:
     tasks: Mapping[str, Task]
     """Stage → what does its work."""
     warm: Callable[[Store, ExecutionConfig], Warm]
-    check: Callable[[RunConfig, dict[str, list[Path]]], dict[str, Metrics]]
-    """Reads all that a new run is made of, its files by role; what was found out, by role. Raises `ConfigError`."""
-    check_new: Callable[[RunConfig, dict[str, list[Path]]], None]
-    """Reads functions and models that settings name which the run was not made with. Raises `ConfigError`."""
+    check: Check
+    """Raises `ConfigError`."""
+    check_new: CheckNew
+    """Raises `ConfigError`."""
 
 
 def settings_of(section: Settings, exclude: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flows.runs.best import check_best
 from flows.runs.functions import function_files
-from flows.runs.inputs import COLUMNS, import_files, input_files, model_files, pinned, read_config, recipes_of, setting_of
+from flows.runs.inputs import (
+    Checked,
+    Files,
+    import_files,
+    input_files,
+    model_files,
+    older_recipe,
+    pinned,
+    read_config,
+    recipes_of,
+    setting_of,
+    stored_rows,
+)
+from flows.runs.rows import Rows
 from flows.runs.run import Run, changed, create, find_run, lease_key, open_run, require_same
 from flows.store.lease import working_on
 from flows.store.store import Store
 from schemas.artifacts import Recipe, check_name
 from schemas.config import differences, parse_config
 from schemas.control import ControlConfig
+from schemas.data import COLUMNS
 from schemas.errors import ConfigError
 from schemas.language import LanguageConfig
-from schemas.metrics import Metrics
 from schemas.presets import merged
 from schemas.settings import FREE_SECTIONS, NO_OVERRIDES, ExecutionConfig, Overrides, RunConfig
 
 Source = str | LanguageConfig | ControlConfig  # an example's folder, a YAML file, or what such a file holds
-Files = dict[str, list[Path]]  # by role
-Check = Callable[[RunConfig, Files], dict[str, Metrics]]
-"""Reads all that a new run is made of; what was found out, by role."""
+Check = Callable[[RunConfig, Files], Checked]
+"""Reads all that a new run is made of."""
+CheckNew = Callable[[RunConfig, Files, Mapping[str, Rows]], None]
+"""Reads functions and models that a run was not made with, beside the data that it has."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +86,29 @@ def _made(store: Store, request: Request, check: Check) -> tuple[Run, RunConfig]
         config, folder = read_config(request.source, request.settings)
     name = _name(request.name, folder)
     files = input_files(config, folder)
-    recipes = recipes_of(files)
+    recipes = recipes_of(config, files)
     run = find_run(store, name)
     if run is not None:
+        recipes |= _as_made(run, config, files)
         require_same(run, config, {role: recipe.ref for role, recipe in recipes.items()})
         _require_writable(store)
-        import_files(store, config.execution, files, recipes)  # those that are not there any more
+        if any(store.find(recipe.ref) is None for recipe in recipes.values()):  # it is not there any more
+            import_files(store, config.execution, files, recipes, check(config, files))
         return run, config
     overrides = _overrides(config, request.overrides)
     check_device(overrides.execution)
     check_best(config)
-    found = check(config, files)
+    checked = check(config, files)
     _require_writable(store)
-    return _create(store, name, pinned(config, folder, files), files, recipes, found), config
+    return _create(store, name, pinned(config, folder, files), files, recipes, checked), config
+
+
+def _as_made(run: Run, config: RunConfig, files: Files) -> dict[str, Recipe]:
+    """Recipes by which an older version imported data of that run, where that is what these files hold."""
+    if not isinstance(config, LanguageConfig):
+        return {}
+    older = {role: older_recipe(role, config, files[role]) for role in config.data.roles if role in run.inputs}
+    return {role: recipe for role, recipe in older.items() if recipe and recipe.ref == run.inputs[role]}
 
 
 def _name(name: str | None, folder: Path) -> str:
@@ -98,14 +122,14 @@ def _name(name: str | None, folder: Path) -> str:
 
 
 def _create(
-    store: Store, name: str, config: RunConfig, files: Files, recipes: dict[str, Recipe], found: dict[str, Metrics]
+    store: Store, name: str, config: RunConfig, files: Files, recipes: dict[str, Recipe], checked: Checked
 ) -> Run:
     """The run with its inputs; its lease is held meanwhile, so that gc spares what no record names yet."""
     with working_on(store, lease_key(name), f"run {name!r}"):
-        return create(store, name, config, import_files(store, config.execution, files, recipes, found))
+        return create(store, name, config, import_files(store, config.execution, files, recipes, checked))
 
 
-def with_new_inputs(run: Run, recorded: Run, check_new: Callable[[RunConfig, Files], None]) -> Run:
+def with_new_inputs(run: Run, recorded: Run, check_new: CheckNew) -> Run:
     """The run with the functions and reward models imported that its settings name and those of `recorded` did not; they are
     looked for below this folder.
 
@@ -124,9 +148,8 @@ def with_new_inputs(run: Run, recorded: Run, check_new: Callable[[RunConfig, Fil
     files |= {role: model_files(setting_of(role), source, Path.cwd()) for role, source in models.items()}
     if not files:  # nothing is fetched for a check of nothing
         return run
-    data = {role: [run.store.file(ref, f"{role}.jsonl")] for role, ref in run.inputs.items() if role in COLUMNS}
-    check_new(run.config, data | files)
-    imported = import_files(run.store, run.config.execution, files, recipes_of(files))
+    check_new(run.config, files, {role: stored_rows(run.store, ref) for role, ref in run.inputs.items() if role in COLUMNS})
+    imported = import_files(run.store, run.config.execution, files, recipes_of(run.config, files), Checked())
     return replace(run, config=pinned(run.config, Path.cwd(), files),
                    record=run.record.model_copy(update={"inputs": run.inputs | imported}))
 

@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 
 from flows.runs.functions import stored_function
-from flows.runs.inputs import Rows, stored_rows
+from flows.runs.inputs import stored_rows
 from flows.runs.produce import StageOutput
+from flows.runs.rows import Rows
 from flows.store.store import Attempt, Store
 from schemas.artifacts import ArtifactRef, ModelRef, Moments, StageCall
 from schemas.errors import ConfigError

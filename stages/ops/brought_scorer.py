@@ -15,12 +15,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from schemas.errors import ConfigError
 from schemas.language import ComponentConfig
 from schemas.tables import Rollouts
+from stages.ops.conversations import Message, roles, shown
 from stages.ops.language_model import LanguageModel, context_length, sequence_scores
-from stages.ops.prompts import rendered, require_no_clock, special_tokens, tokens_of_parts
+from stages.ops.prompts import holds, parts_of, rendered, require_no_clock, special_tokens, tokens_of_parts
+from stages.ops.reward_function import Columns, conversations
 from stages.ops.texts import Texts
 
 LONGEST = 10**9  # what tokenizers say that know no limit
-MARKS = ("\ue000prompt\ue001", "\ue000response\ue001")  # of the private use area: no template and no user writes them
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class ReadTexts:
 class BroughtScorer:
     """A `Scorer`."""
 
-    def __init__(self, model: LanguageModel, part: ComponentConfig) -> None:
-        self.model, self.part = model, part
+    def __init__(self, model: LanguageModel, part: ComponentConfig, columns: Columns | None = None) -> None:
+        """`columns`: where the conversations of prompts are; none where they are texts."""
+        self.model, self.part, self.columns = model, part, columns
         self._last: tuple[Rollouts | Texts, ReadTexts] | None = None
 
     def __call__(self, rollouts: Rollouts | Texts) -> np.ndarray:
@@ -56,10 +58,10 @@ class BroughtScorer:
 
     def _read(self, rollouts: Rollouts | Texts) -> ReadTexts:
         tokenizer, part = self.model.tokenizer, self.part
-        pairs = list(zip(rollouts.prompt, rollouts.response, strict=True))
-        texts = tuple(scored_text(tokenizer, *pair, part.chat_template) for pair in pairs)
+        turns = conversations(rollouts, self.columns)
+        texts = tuple(scored_text(tokenizer, each, part.chat_template) for each in turns)
         most = most_tokens(self.model.module.config, tokenizer, part.max_tokens)
-        rows = _tokens(tokenizer, pairs, texts, part.chat_template)
+        rows = _tokens(tokenizer, turns, texts, part.chat_template)
         long = [i for i, row in enumerate(rows) if most is not None and len(row) > most]
         for i in long:
             rows[i] = self._shortened(texts[i], rows[i], most)
@@ -77,16 +79,17 @@ class BroughtScorer:
             tokenizer.truncation_side = before
 
 
-def scored_text(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, chat_template: bool | None) -> str:
-    """The response right after the prompt; or both as turns of the template, by default where the tokenizer has one.
+def scored_text(tokenizer: PreTrainedTokenizerBase, turns: list[Message], chat_template: bool | None) -> str:
+    """The response, the last turn, right after the prompt; or all in the template, by default where the tokenizer has one.
 
     Raises `ConfigError` with what the template says.
     """
     if not _templated(tokenizer, chat_template):
-        return prompt + response
+        *prompt, response = turns
+        return (prompt[0]["content"] if len(prompt) == 1 else shown(prompt)) + response["content"]
     require_no_clock(tokenizer, "chat_template: false")
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    return rendered(tokenizer, turns, "its chat template cannot render a user's and an assistant's turn",
+    whose = "a user's and an assistant's turn" if len(turns) == 2 else f"a conversation ({', '.join(roles(turns))})"
+    return rendered(tokenizer, turns, f"its chat template cannot render {whose}",
                     "set chat_template: false, or change its chat_template.jinja")
 
 
@@ -108,25 +111,19 @@ def _templated(tokenizer: PreTrainedTokenizerBase, chat_template: bool | None) -
 
 
 def _tokens(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], texts: Sequence[str], chat_template: bool | None
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[Message]], texts: Sequence[str], chat_template: bool | None
 ) -> list[list[int]]:
     """Of each text. A special token that prompt or response holds as text stays text, so that none can end its own turn."""
     if not _templated(tokenizer, chat_template):
         return tokenizer(list(texts), split_special_tokens=True)["input_ids"]
     rows, special = tokenizer(list(texts), add_special_tokens=False)["input_ids"], special_tokens(tokenizer)
-    return [_in_parts(tokenizer, *pair, text) if any(token in part for token in special for part in pair) else row
-            for row, pair, text in zip(rows, pairs, texts, strict=True)]
+    return [_in_parts(tokenizer, turns, text) if holds(special, turns) else row
+            for row, turns, text in zip(rows, prompts, texts, strict=True)]
 
 
-def _in_parts(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, text: str) -> list[int]:
-    """Where prompt and response are in the template is seen from other texts in their places."""
-    marked = scored_text(tokenizer, *MARKS, True)
-    before, _, rest = marked.partition(MARKS[0])
-    between, found, after = rest.partition(MARKS[1])
-    written = ((a, b) for a in (prompt, prompt.strip()) for b in (response, response.strip()))
-    parts = next(((a, b) for a, b in written if found and before + a + between + b + after == text), None)
+def _in_parts(tokenizer: PreTrainedTokenizerBase, turns: list[Message], text: str) -> list[int]:
+    parts = parts_of(turns, text, lambda marked: scored_text(tokenizer, marked, True))
     if parts is None:
-        raise ConfigError(f"a text holds a special token, and the chat template changes it ({response[:60]!r}): set "
-                          "chat_template: false")
-    return tokens_of_parts(tokenizer, (
-        (before, False), (parts[0], True), (between, False), (parts[1], True), (after, False)))
+        raise ConfigError(f"a text holds a special token, and the chat template changes it ({turns[-1]['content'][:60]!r}): "
+                          "set chat_template: false")
+    return tokens_of_parts(tokenizer, parts)

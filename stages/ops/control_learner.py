@@ -30,6 +30,10 @@ class Steps:
     def lengths(self) -> np.ndarray:
         return np.ones(len(self.token_index), np.int64)
 
+    @property
+    def of_token(self) -> np.ndarray:
+        return self.token_index
+
     def micro_batches(self, which: np.ndarray) -> list[Steps]:
         """All in one: networks are small."""
         at = torch.from_numpy(which).to(self.inputs.device)

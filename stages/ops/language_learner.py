@@ -10,6 +10,7 @@ from torch import Tensor
 
 from schemas.settings import PPOConfig
 from schemas.tables import Rollouts
+from stages.ops.distribution import Distribution
 from stages.ops.language_model import LanguageModel, batches, state_values
 from stages.ops.learner import Entropy, Prediction
 from stages.ops.optim import adamw, clip_gradients, has_gradients
@@ -27,7 +28,11 @@ class Responses:
 
     @property
     def lengths(self) -> np.ndarray:
-        return self.rows.response_tokens.lengths
+        return self.rows.sampled_lengths
+
+    @property
+    def of_token(self) -> np.ndarray:
+        return self.rows.response_tokens.row_of_value
 
     def micro_batches(self, which: np.ndarray) -> list[Batch]:
         return batches(self.rows, which, self.model)
@@ -40,9 +45,9 @@ class LanguageModelLearner:
     """
 
     def __init__(
-        self, actor: LanguageModel, critic: LanguageModel | None, config: PPOConfig, temperature: float
+        self, actor: LanguageModel, critic: LanguageModel | None, config: PPOConfig, distribution: Distribution
     ) -> None:
-        self.actor, self.critic, self.config, self.temperature = actor, critic, config, temperature
+        self.actor, self.critic, self.config, self.distribution = actor, critic, config, distribution
         self.learning_rates = {"actor": config.learning_rate, "critic": config.critic_learning_rate or config.learning_rate}
         self.optimizers = {name: adamw(model.module, self.learning_rates[name], config)
                            for name, model in self.networks.items()}
@@ -64,13 +69,13 @@ class LanguageModelLearner:
     ) -> Prediction:
         logprobs = spread = values = None
         if policy:
-            logprobs, spread = token_logprobs(self.actor, batch, self.temperature, entropy)
+            logprobs, spread = token_logprobs(self.actor, batch, self.distribution, entropy)
         if critic and self.critic:
             values = batch.flat(state_values(self.critic, batch)[:, :-1])
         return Prediction(logprobs, spread, values)
 
     def log_likelihood(self, batch: Batch) -> Tensor:
-        return token_logprobs(self.actor, batch, 1.0)[0]
+        return token_logprobs(self.actor, batch, Distribution())[0]
 
     def step(self, learning_rate_factor: float) -> dict[str, float]:
         norms = {}

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from schemas.tables import Rollouts
 from stages.ops.abilities import Abilities
+from stages.ops.conversations import ChatTemplate
 from stages.ops.device import Device
 from stages.ops.precision import FLOAT32, Precision
 from stages.ops.progress import progress_bar
@@ -30,8 +31,8 @@ class LanguageModel:
 
     module: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    chat_template: bool = False
-    """Whether a prompt is put to it as a user's turn in the tokenizer's chat template."""
+    chat_template: ChatTemplate = False
+    """Whether prompts are put into the tokenizer's chat template."""
     micro_batch_tokens: int = 4096
     generation_batch_size: int = 256
     abilities: Abilities = Abilities()
@@ -126,7 +127,8 @@ def batches(rollouts: Rollouts | Texts, rows: np.ndarray, model: LanguageModel) 
     lengths = np.stack([rollouts.prompt_tokens.lengths, rollouts.response_tokens.lengths], 1)
     apart = [rows] if model.abilities.pads else by_length(lengths[rows, 0], rows)
     groups = [group for some in apart for group in split_by_tokens(lengths, some, model.micro_batch_tokens)]
-    return [make_batch(rollouts.prompt_tokens, rollouts.response_tokens, group, model.pad_id, model.device.torch)
+    sampled = getattr(rollouts, "sampled", None)  # texts have none
+    return [make_batch(rollouts.prompt_tokens, rollouts.response_tokens, group, model.pad_id, model.device.torch, sampled)
             for group in groups]
 
 

@@ -26,7 +26,8 @@ class MicroBatch(Protocol):
 class Units(Protocol):
     """What minibatches are drawn from: whole responses, or single steps."""
 
-    lengths: np.ndarray  # (U,) int64, tokens of each
+    lengths: np.ndarray  # (U,) int64, sampled tokens of each
+    of_token: np.ndarray  # (n,) int64, which unit each token of the tables' flat columns belongs to
 
     def micro_batches(self, which: np.ndarray) -> Sequence[MicroBatch]:
         """Those units, cut to what fits."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from schemas.errors import ConfigError
 from schemas.tables import Ragged
+from stages.ops.conversations import ChatTemplate, Message, Prompt, as_turns, prompt_of
 from stages.ops.texts import Texts
 
-PLACEHOLDER = "\ue000prompt\ue001"  # of the private use area: no template and no user writes it
+PLACEHOLDER = "\ue000{}\ue001"  # of a turn's text; of the private use area: no template and no user writes it
 
 
 def prompt_order(count: int, batch_size: int, *, seed: int, iteration: int) -> np.ndarray:
@@ -28,22 +30,26 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(count)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool) -> str:
-    """The text a model continues: the prompt, or a user's turn with the assistant's begun.
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat_template: ChatTemplate) -> str:
+    """The text a model continues: the prompt, or its turns in the template with the assistant's begun.
 
     A leading BOS is left out, since tokenizers that want one add it. Raises `ConfigError` with what the template says.
     """
     if not chat_template:
+        if not isinstance(prompt, str):
+            raise ConfigError("a prompt is a conversation, which needs a chat template: set base_model.chat_template: true")
         return prompt
+    turns = as_turns(prompt)
+    whose = "a user's turn" if len(turns) == 1 else f"a conversation ({', '.join(turn['role'] for turn in turns)})"
     text = rendered(
-        tokenizer, [{"role": "user", "content": prompt}], "the tokenizer's chat template cannot render a user's turn",
-        "a prompt is one user turn: change the model's chat_template.jinja so that it takes that, or set "
-        "base_model.chat_template: false", add_generation_prompt=True)
+        tokenizer, turns, f"the tokenizer's chat template cannot render {whose}",
+        "change the model's chat_template.jinja so that it takes that, or set base_model.chat_template: false",
+        add_generation_prompt=True, **(chat_template if isinstance(chat_template, Mapping) else {}))
     return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token and _added(tokenizer)[0] else text
 
 
 def rendered(
-    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], failure: str, way_on: str, **options: bool
+    tokenizer: PreTrainedTokenizerBase, turns: list[Message], failure: str, way_on: str, **options: Any
 ) -> str:
     """The turns in the tokenizer's chat template. Raises `ConfigError` with what the template says."""
     try:
@@ -73,7 +79,8 @@ def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat_template: bool, completions: Sequence[str] | None = None
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat_template: ChatTemplate,
+    completions: Sequence[str] | None = None,
 ) -> list[np.ndarray]:
     """Token ids of the rendered prompts, each with its completion if there are some: (P,) int32.
 
@@ -90,7 +97,7 @@ def tokenize(
         ids = [row[:-1] for row in ids]
     if as_text and chat_template:
         special = special_tokens(tokenizer)
-        ids = [_in_parts(tokenizer, prompt, end) if any(token in prompt + end for token in special) else row
+        ids = [_in_parts(tokenizer, as_turns(prompt), end, chat_template) if holds(special, as_turns(prompt), end) else row
                for row, prompt, end in zip(ids, prompts, ends, strict=True)]
     return [np.array(row, np.int32) for row in ids]
 
@@ -100,19 +107,44 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
-def _in_parts(tokenizer: PreTrainedTokenizerBase, prompt: str, end: str) -> list[int]:
-    """Tokens of a prompt in its template and of a completion, which hold special tokens as text: part by part.
+def holds(special: Sequence[str], turns: Sequence[Message], end: str = "") -> bool:
+    """Whether turns, or a completion, hold a special token as text."""
+    texts = [*(turn["content"] for turn in turns), end]
+    return any(token in text for token in special for text in texts)
 
-    Where the prompt is in the template is seen from another text in its place.
+
+def _in_parts(
+    tokenizer: PreTrainedTokenizerBase, turns: list[Message], end: str, chat_template: ChatTemplate
+) -> list[int]:
+    """Tokens of turns in their template and of a completion, which hold special tokens as text: part by part."""
+    parts = parts_of(turns, render(tokenizer, turns, chat_template), lambda marked: render(tokenizer, marked, chat_template))
+    if parts is None:
+        raise ConfigError(f"a prompt holds a special token, and the chat template changes its text ("
+                          f"{turns[-1]['content'][:60]!r}): take the token out, or set base_model.special_tokens_in_text: "
+                          "true")
+    bos = [tokenizer.bos_token_id] if _added(tokenizer)[0] else []
+    return [*bos, *tokens_of_parts(tokenizer, [*parts, (end, True)])]
+
+
+def parts_of(
+    turns: list[Message], whole: str, rendered: Callable[[list[Message]], str]
+) -> list[tuple[str, bool]] | None:
+    """The parts of a rendered text, and of each whether it is a turn's own; none where the template changes one.
+
+    Where the turns' texts are is seen from other texts in their places.
     """
-    before, found, after = render(tokenizer, PLACEHOLDER, True).partition(PLACEHOLDER)
-    whole = render(tokenizer, prompt, True)
-    written = next((text for text in (prompt, prompt.strip()) if before + text + after == whole), None)
-    if not found or written is None:
-        raise ConfigError(f"a prompt holds a special token, and the chat template changes its text ({prompt[:60]!r}): take "
-                          "the token out, or set base_model.special_tokens_in_text: true")
-    parts = ((before, False), (written, True), (after, False), (end, True))
-    return [*([tokenizer.bos_token_id] if _added(tokenizer)[0] else []), *tokens_of_parts(tokenizer, parts)]
+    marks = [PLACEHOLDER.format(i) for i in range(len(turns))]
+    rest, parts, done = rendered([{**turn, "content": mark} for turn, mark in zip(turns, marks, strict=True)]), [], 0
+    for turn, mark in zip(turns, marks, strict=True):
+        before, found, rest = rest.partition(mark)
+        done += len(before)
+        text = next((text for text in (turn["content"], turn["content"].strip()) if whole.startswith(text, done)), None)
+        if not found or text is None:
+            return None
+        parts += [(before, False), (text, True)]
+        done += len(text)
+    parts.append((rest, False))
+    return parts if "".join(part for part, _ in parts) == whole else None
 
 
 def tokens_of_parts(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]]) -> list[int]:
@@ -122,7 +154,7 @@ def tokens_of_parts(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[st
 
 
 def completed(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str], chat_template: bool
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], completions: Sequence[str], chat_template: ChatTemplate
 ) -> tuple[list[np.ndarray], list[int]]:
     """Prompt, completion and EOS of each row, tokenized together, (P + R,) int32; and P, where the completion begins.
 
@@ -149,11 +181,11 @@ def _with_eos(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> np.ndarray
 
 
 def demonstrations_as_texts(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]], chat_template: bool
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], chat_template: ChatTemplate
 ) -> Texts:
-    """`prompt` and `completion` of each row; the prompt has one token at least, since the first is predicted by none."""
+    """Prompt and `completion` of each row; the prompt has one token at least, since the first is predicted by none."""
     prompts, completions = [row["prompt"] for row in rows], [row["completion"] for row in rows]
-    wholes, cuts = completed(tokenizer, prompts, completions, chat_template)
+    wholes, cuts = completed(tokenizer, [prompt_of(row) for row in rows], completions, chat_template)
     return _texts(prompts, completions, wholes, [max(1, cut) for cut in cuts])
 
 
@@ -184,20 +216,3 @@ def response_texts(
     heads, both = decoded(list(prompts)), decoded([np.concatenate(pair) for pair in zip(prompts, responses, strict=True)])
     return [text[len(head):] if text.startswith(head) else decoded([response])[0]
             for text, head, response in zip(both, heads, responses, strict=True)]
-
-
-def require_fit(lengths: Sequence[int], context: int | None, reserved: int, where: str) -> None:
-    """Raises `ConfigError` saying which lines of a file, and how many, are empty or longer than context − reserved."""
-    found = np.array(lengths)
-    if (empty := np.flatnonzero(found == 0)).size:
-        raise ConfigError(f"{where}: line {empty[0] + 1} has no tokens; give every prompt some text")
-    if context is None:
-        return
-    room = context - reserved
-    too_long = np.flatnonzero(found > room)
-    if too_long.size:
-        lines = ", ".join(str(i + 1) for i in too_long[:8]) + ("…" if too_long.size > 8 else "")
-        raise ConfigError(
-            f"{where}: {too_long.size} of {len(found)} rows are too long (line {lines}; the longest has {found.max()} "
-            f"tokens): the model's context of {context} leaves {room} beside {reserved} for the response; shorten them"
-            + (", or lower rollout.max_new_tokens" if reserved > 1 else ""))

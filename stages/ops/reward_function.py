@@ -7,8 +7,9 @@ response is among what has to be given:
 |---|---|---|
 | the response | `responses` | `response` |
 | the prompt | `prompts` | `prompt` |
-| why it ended | `finish_reasons`: `eos`, `length` | `finish_reason` |
+| why it ended | `finish_reasons`: `eos`, `stop`, `length` | `finish_reason` |
 | its tokens | `response_tokens`: B lists of ids, EOS included | `response_tokens`: a list |
+| the conversation, the response its last turn | `messages`: B lists of {role, content} | `messages`: a list |
 | any other name | that column of the prompt file, B values | the row's value |
 
 A parameter that has a default is given something only behind a `*`. An `async` function is awaited, and its `prompt` and
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import wait
@@ -28,11 +30,12 @@ from typing import Any, Protocol
 
 from schemas.errors import ConfigError
 from schemas.tables import Rollouts
+from stages.ops.conversations import Message, as_turns, with_response
 from stages.ops.texts import Texts
 
 MANY = {"prompts": "prompt", "responses": "response", "finish_reasons": "finish_reason"}  # all at once → one
-NAMES = (*MANY, *MANY.values(), "response_tokens")
-OF_RESPONSES = frozenset({"responses", "response", "response_tokens"})
+NAMES = (*MANY, *MANY.values(), "response_tokens", "messages")
+OF_RESPONSES = frozenset({"responses", "response", "response_tokens", "messages"})
 POLL = 0.2  # seconds between looks at what is awaited, so that a limit of time is heard
 UserFunction = Callable[..., Any]
 
@@ -66,6 +69,11 @@ class Asked:
     def columns(self) -> tuple[str, ...]:
         """Columns of the prompt file."""
         return () if self.as_texts else tuple(name for name in self.names if name not in NAMES)
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether it is given more of the prompts' rows than their texts."""
+        return bool(self.columns) or (not self.as_texts and "messages" in self.names)
 
 
 def asked(function: UserFunction) -> Asked:
@@ -112,10 +120,21 @@ def _values(rollouts: Rollouts | Texts, columns: Columns | None, wanted: Asked) 
     """B values of each parameter."""
     reasons = getattr(rollouts, "finish_reason", ("eos",) * len(rollouts))  # a demonstration ends
     there = columns.of(rollouts, wanted.columns) if wanted.columns else {}
+    if "messages" in wanted.names:
+        there["messages"] = conversations(rollouts, columns)
     there["response_tokens"] = [row.tolist() for row in rollouts.response_tokens]
     for (many, one), texts in zip(MANY.items(), (rollouts.prompt, rollouts.response, reasons), strict=True):
         there[many] = there[one] = list(texts)
     return [there[name] for name in wanted.names]
+
+
+def conversations(rollouts: Rollouts | Texts, columns: Columns | None) -> list[list[Message]]:
+    """B conversations, the response the last turn of each; prompts that are texts are a user's turn."""
+    turns = columns.of(rollouts, ["messages"])["messages"] if columns else [None] * len(rollouts)
+    prompts = [prompt if turns is None else turns for turns, prompt in zip(turns, rollouts.prompt, strict=True)]
+    if (said := getattr(rollouts, "turns", None)) is not None:
+        return [[*as_turns(prompt), *json.loads(each)] for prompt, each in zip(prompts, said, strict=True)]
+    return [with_response(prompt, response) for prompt, response in zip(prompts, rollouts.response, strict=True)]
 
 
 # --- async ---

@@ -1,4 +1,4 @@
-"""Scores by a reward server: POST of `{"prompts": […], "responses": […]}`.
+"""Scores by a reward server: POST of `{"prompts": […], "responses": […]}`, and of columns of the prompts by their names.
 
 The answer is `{"scores": […]}`, `{"rewards": […]}` or a bare list, one number a response.
 """
@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
@@ -19,10 +22,13 @@ import numpy as np
 from schemas.errors import RewardError
 from schemas.tables import Rollouts
 from stages.ops.progress import pause
+from stages.ops.reward_function import Columns
 from stages.ops.rewards import as_scores
 from stages.ops.texts import Texts
 
 log = logging.getLogger("baton")
+T = TypeVar("T")
+V = TypeVar("V")
 MAX_REPLY = 2**20  # bytes
 MAX_REPLY_PER_RESPONSE = 1024
 TRIED_AGAIN = (429, 500, 502, 503, 504)
@@ -30,12 +36,12 @@ WAITS = (2, 10, 30)  # seconds before it is asked again, where it does not say i
 MAX_WAIT = 300
 SHOWN = 200  # characters of a reply in an error
 HINTS = {401: "set BATON_REWARD_TOKEN=host=token", 403: "check the token in BATON_REWARD_TOKEN",
-         404: "check the path in the address", 413: "fewer responses: a smaller rollout.batch_size"}
+         404: "check the path in the address", 413: "fewer responses at once: execution.server_batch_size"}
 
 
 @dataclass(frozen=True)
 class RewardServer:
-    """A server, asked for the scores of all responses at once.
+    """A server, asked for the scores of all responses, so many at once, in so many requests side by side.
 
     `token`: a bearer token of this server. Redirects are not followed, so that it reaches no other.
     """
@@ -44,11 +50,28 @@ class RewardServer:
     token: str | None = None
     timeout: float = 60.0
     tries: int = 4
+    batch_size: int | None = None
+    concurrency: int = 1
+    sends: tuple[str, ...] = ()
+    """Columns of the prompts."""
+    columns: Columns | None = None
 
     def __call__(self, rollouts: Rollouts | Texts) -> np.ndarray:
         """(B,) float32. Raises `RewardError` and `NonFiniteError`."""
         body = {"prompts": list(rollouts.prompt), "responses": list(rollouts.response)}
-        reply = self._asked(body, MAX_REPLY + MAX_REPLY_PER_RESPONSE * len(rollouts))
+        if self.sends:
+            body |= self.columns.of(rollouts, self.sends)
+        size = self.batch_size or len(rollouts)
+        parts = [{name: values[i : i + size] for name, values in body.items()} for i in range(0, len(rollouts), size)]
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        with httpx.Client(timeout=self.timeout, headers=headers) as client:
+            answers = _side_by_side(lambda part: self._scores(client, part), parts, self.concurrency)
+        return as_scores(f"reward server {self.url}", [score for answer in answers for score in answer], rollouts)
+
+    def _scores(self, client: httpx.Client, body: dict[str, list[Any]]) -> list[Any]:
+        """One answer for each of these responses. Raises `RewardError`."""
+        count = len(body["responses"])
+        reply = self._asked(client, body, MAX_REPLY + MAX_REPLY_PER_RESPONSE * count)
         try:
             answer = json.loads(reply)
         except (ValueError, RecursionError) as error:
@@ -57,30 +80,30 @@ class RewardServer:
             answer = answer.get("scores", answer.get("rewards"))
         if not isinstance(answer, list):
             raise self._error(f"expected {{\"scores\": […]}}, {{\"rewards\": […]}} or a list, found {_shown(reply)}")
-        return as_scores(f"reward server {self.url}", answer, rollouts)
+        if len(answer) != count:
+            raise self._error(f"expected {count} numbers, one a response, found {len(answer)}: {_shown(reply)}")
+        return answer
 
-    def _asked(self, body: dict[str, list[str]], limit: int) -> bytes:
+    def _asked(self, client: httpx.Client, body: dict[str, list[Any]], limit: int) -> bytes:
         """The reply, asked for again where that may help."""
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        with httpx.Client(timeout=self.timeout, headers=headers) as client:
-            for attempt in range(1, self.tries + 1):
-                try:
-                    status, answered, reply = self._ask(client, body, limit)
-                    reason = f"answered {status}{_hint(status)}: {_shown(reply)}"
-                    wait = _wait(answered.get("retry-after"), attempt)
-                except httpx.HTTPError as error:
-                    status, wait = None, _wait(None, attempt)
-                    reason = self._unreachable(error)
-                if status is not None and 200 <= status < 300:
-                    return reply
-                if (status is not None and status not in TRIED_AGAIN) or attempt == self.tries:
-                    break
-                log.warning("reward server %s: %s; it is asked again in %.0f s", self.url, reason, wait)
-                pause(wait, f"reward server {self.url}")
+        for attempt in range(1, self.tries + 1):
+            try:
+                status, answered, reply = self._ask(client, body, limit)
+                reason = f"answered {status}{_hint(status)}: {_shown(reply)}"
+                wait = _wait(answered.get("retry-after"), attempt)
+            except httpx.HTTPError as error:
+                status, wait = None, _wait(None, attempt)
+                reason = self._unreachable(error)
+            if status is not None and 200 <= status < 300:
+                return reply
+            if (status is not None and status not in TRIED_AGAIN) or attempt == self.tries:
+                break
+            log.warning("reward server %s: %s; it is asked again in %.0f s", self.url, reason, wait)
+            pause(wait, f"reward server {self.url}")
         tried = f" (asked {attempt} times; execution.server_tries)" if attempt > 1 else ""
         raise self._error(reason + tried)
 
-    def _ask(self, client: httpx.Client, body: dict[str, list[str]], limit: int) -> tuple[int, httpx.Headers, bytes]:
+    def _ask(self, client: httpx.Client, body: dict[str, list[Any]], limit: int) -> tuple[int, httpx.Headers, bytes]:
         """Status, headers and the reply's bytes. Raises `RewardError` once there are more than `limit`."""
         reply = bytearray()
         with client.stream("POST", self.url, json=body) as response:
@@ -101,6 +124,19 @@ class RewardServer:
 
     def _error(self, reason: str) -> RewardError:
         return RewardError(f"reward server {self.url}: {reason}")
+
+
+def _side_by_side(ask: Callable[[T], V], parts: Sequence[T], at_once: int) -> list[V]:
+    """What it gives for each, so many at once; none is begun after one that failed. Raises what the first of them raises."""
+    if at_once == 1 or len(parts) == 1:
+        return [ask(part) for part in parts]
+    with ThreadPoolExecutor(at_once, thread_name_prefix="reward server") as pool:
+        asked = [pool.submit(copy_context().run, ask, part) for part in parts]
+        try:
+            return [future.result() for future in asked]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _hint(status: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from schemas.errors import ConfigError, NonFiniteError, RewardError
 from schemas.language import RewardConfig
 from schemas.tables import Ragged, Rollouts
+from stages.ops.advantages import grpo_advantages, whiten
 from stages.ops.finite import require_finite
 from stages.ops.guest import FOREVER, Patience, call_guest
 from stages.ops.language_model import LanguageModel, sequence_scores
@@ -146,9 +148,10 @@ def of_tokens(scores: Mapping[str, Scores], config: RewardConfig) -> Ragged | No
     found = {name: values for name, values in scores.items() if isinstance(values, Ragged)}
     if not found:
         return None
-    if config.normalize != "none":
-        raise RewardError(f"reward {next(iter(found))}: it rewards each token, and reward.normalize={config.normalize} "
-                          "changes whole scores; set it to none")
+    for setting in ("normalize", "normalize_components"):
+        if (how := getattr(config, setting)) != "none":
+            raise RewardError(f"reward {next(iter(found))}: it rewards each token, and reward.{setting}={how} changes whole "
+                              "scores; set it to none")
     total = sum(config.components[name].weight * values.values.astype(np.float64) for name, values in found.items())
     return next(iter(found.values())).with_values(total.astype(np.float32))
 
@@ -171,6 +174,18 @@ def weighted_sum(components: Mapping[str, np.ndarray], config: RewardConfig, bia
     total = sum(config.components[name].weight * values.astype(np.float64) for name, values in components.items())
     with np.errstate(over="ignore"):  # an infinite score is refused later
         return (total - bias).astype(np.float32)
+
+
+def normalized_components(
+    components: Mapping[str, np.ndarray], groups: np.ndarray, how: Literal["batch", "group"]
+) -> dict[str, np.ndarray]:
+    """Name → (B,) float64 of mean 0 and variance 1 over the batch, or over each group, the responses to one prompt.
+
+    Source: Liu et al. 2026, GDPO, https://arxiv.org/abs/2601.05242. A component that does not vary is 0.
+    """
+    if how == "group":
+        return {name: grpo_advantages(values.astype(np.float64), groups) for name, values in components.items()}
+    return {name: whiten(values.astype(np.float64)) for name, values in components.items()}
 
 
 def overlong_penalty(lengths: np.ndarray, max_new_tokens: int, buffer: int) -> np.ndarray:

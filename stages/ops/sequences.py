@@ -20,13 +20,18 @@ class Batch:
     input_ids: Tensor  # (b, P + R) int64
     attention_mask: Tensor  # (b, P + R) int64, 1 on tokens
     position_ids: Tensor  # (b, P + R) int64, 0 on a row's first token
-    response_mask: Tensor  # (b, R) bool
+    response_mask: Tensor  # (b, R) bool, of the tokens that were sampled
     prompt_width: int  # P
 
     @property
     def response_ids(self) -> Tensor:
         """(b, R) int64."""
         return self.input_ids[:, self.prompt_width :]
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """(b, 1) int64: all tokens after the prompt, replies of other turns included."""
+        return self.attention_mask[:, self.prompt_width :].sum(1, keepdim=True)
 
     def flat(self, padded: Tensor) -> Tensor:
         """(b, R) to (n,): the response tokens, in the order of `token_index`."""
@@ -49,14 +54,21 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def make_batch(prompts: Ragged, responses: Ragged, rows: np.ndarray, pad_id: int, device: torch.device) -> Batch:
-    """Those rows of the table, padded."""
+def make_batch(
+    prompts: Ragged, responses: Ragged, rows: np.ndarray, pad_id: int, device: torch.device, sampled: Ragged | None = None
+) -> Batch:
+    """Those rows of the table, padded. `sampled`: which of the response's tokens were; none: all."""
     left, left_mask = pad_left([prompts[i] for i in rows], pad_id)
     flipped, flipped_mask = pad_left([responses[i][::-1] for i in rows], pad_id)
     mask = torch.from_numpy(np.concatenate([left_mask, flipped_mask[:, ::-1]], 1)).to(device)
     ids = torch.from_numpy(np.concatenate([left, flipped[:, ::-1]], 1)).to(device)
     token_index = np.concatenate([np.arange(responses.offsets[i], responses.offsets[i + 1]) for i in rows])
-    return Batch(rows, token_index, ids, mask, positions(mask), mask[:, left.shape[1] :].bool(), left.shape[1])
+    response_mask = mask[:, left.shape[1] :].bool()
+    if sampled is not None:
+        kept = sampled.values[token_index]
+        response_mask[response_mask.clone()] = torch.from_numpy(kept).to(device)
+        token_index = token_index[kept]
+    return Batch(rows, token_index, ids, mask, positions(mask), response_mask, left.shape[1])
 
 
 def by_length(lengths: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:

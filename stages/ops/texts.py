@@ -21,3 +21,8 @@ class Texts:
 
     def __len__(self) -> int:
         return len(self.row_id)
+
+    @property
+    def sampled_lengths(self) -> np.ndarray:
+        """(B,) int64: tokens of each response."""
+        return self.response_tokens.lengths

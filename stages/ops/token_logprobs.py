@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from schemas.tables import Ragged, Rollouts
+from stages.ops.distribution import Distribution
 from stages.ops.finite import require_finite
 from stages.ops.language_model import LanguageModel, tracked_batches
 from stages.ops.learner import Entropy
@@ -23,32 +24,34 @@ MAX_LOGITS = 2**25  # b·R·V at once: 128 MB in float32, of which a backward pa
 
 
 def token_logprobs(
-    model: LanguageModel, batch: Batch, temperature: float, entropy: Entropy = "none"
+    model: LanguageModel, batch: Batch, distribution: Distribution, entropy: Entropy = "none"
 ) -> tuple[Tensor, Tensor | None]:
-    """log π(token) of the n response tokens, of the temperature-scaled logits, and H there if asked for: (n,) each, nats."""
+    """log π(token) of the n response tokens, and H there if asked for: (n,) each, nats."""
     ids = batch.response_ids
     columns = max(1, MAX_LOGITS // (len(ids) * model.module.config.get_text_config().vocab_size))
     if columns >= ids.shape[1] or not model.abilities.splits:
-        parts = [_measured(model.response_logits(batch), ids, temperature, entropy)]
+        parts = [_measured(model.response_logits(batch), ids, 0, distribution, entropy)]
     else:
         hidden = model.hidden(batch)[:, batch.prompt_width - 1 : -1]
-        parts = [checkpoint(_of_columns, model, hidden[:, i : i + columns], ids[:, i : i + columns], temperature, entropy,
-                            use_reentrant=False, preserve_rng_state=False) for i in range(0, ids.shape[1], columns)]
+        parts = [checkpoint(_of_columns, model, hidden[:, i : i + columns], ids[:, i : i + columns], i, distribution,
+        entropy, use_reentrant=False, preserve_rng_state=False) for i in range(0, ids.shape[1], columns)]
     logprobs, spread = zip(*parts, strict=True)
     return batch.flat(torch.cat(logprobs, 1)), None if entropy == "none" else batch.flat(torch.cat(spread, 1))
 
 
 def _of_columns(
-    model: LanguageModel, hidden: Tensor, ids: Tensor, temperature: float, entropy: Entropy
+    model: LanguageModel, hidden: Tensor, ids: Tensor, first: int, distribution: Distribution, entropy: Entropy
 ) -> tuple[Tensor, Tensor | None]:
     with model.computing():
         logits = logits_of(model.module, hidden)
-    return _measured(logits, ids, temperature, entropy)
+    return _measured(logits, ids, first, distribution, entropy)
 
 
-def _measured(logits: Tensor, ids: Tensor, temperature: float, entropy: Entropy) -> tuple[Tensor, Tensor | None]:
-    """(b, R) each, of (b, R, V) logits."""
-    logprobs = (logits.float() / temperature).log_softmax(-1)
+def _measured(
+    logits: Tensor, ids: Tensor, first: int, distribution: Distribution, entropy: Entropy
+) -> tuple[Tensor, Tensor | None]:
+    """(b, R) each, of (b, R, V) logits of the response's tokens from `first` on."""
+    logprobs = distribution.logprobs(logits, first)
     spread = None
     if entropy != "none":
         with torch.set_grad_enabled(entropy == "gradient" and torch.is_grad_enabled()):
@@ -62,11 +65,12 @@ def entropy_of(logprobs: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def score_tokens(model: LanguageModel, rollouts: Rollouts, temperature: float, progress: str) -> Ragged:
-    """log π(token) of every response token under `model`, nats, float32. Raises `NonFiniteError` with the rows."""
-    flat = np.empty(len(rollouts.logprobs.values), np.float32)
+def score_tokens(model: LanguageModel, rollouts: Rollouts, distribution: Distribution, progress: str) -> Ragged:
+    """log π(token) of every sampled token under `model`, nats, float32, 0 of others. Raises `NonFiniteError` with the
+    rows."""
+    flat = np.zeros(len(rollouts.logprobs.values), np.float32)
     for batch in tracked_batches(rollouts, model, progress):
-        flat[batch.token_index] = token_logprobs(model, batch, temperature)[0].cpu().numpy()
+        flat[batch.token_index] = token_logprobs(model, batch, distribution)[0].cpu().numpy()
     logprobs = rollouts.logprobs.with_values(flat)
     require_finite("the reference's logprob", logprobs, rollouts.row_id)
     return logprobs

@@ -1,8 +1,9 @@
-"""Bearer tokens for reward servers: each is bound to its host, and is sent to no other.
+"""Which reward servers may be asked, and their bearer tokens: each is bound to its host, and is sent to no other.
 
+    BATON_ALLOWED_SERVERS=rewards.example.org,127.0.0.1:8000
     BATON_REWARD_TOKEN=rewards.example.org=SECRET,127.0.0.1:8000=OTHER
 
-Only over https, or to this machine itself, so that no token crosses a network in clear.
+A token is sent over https alone, or to this machine itself, so that it crosses no network in clear.
 """
 
 from __future__ import annotations
@@ -12,15 +13,20 @@ from urllib.parse import urlsplit
 
 from schemas.errors import ConfigError
 
+ALLOWED = "BATON_ALLOWED_SERVERS"
 VARIABLE = "BATON_REWARD_TOKEN"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-def token_for(url: str) -> str | None:
-    """The token of the server at that address, none if it has none. Raises `ConfigError`."""
+def server_token(url: str) -> str | None:
+    """The token of the server at that address, none if it has none. Raises `ConfigError` if it may not be asked."""
     parts = urlsplit(url)
+    names = (parts.netloc.lower(), (parts.hostname or "").lower())
+    allowed = os.environ.get(ALLOWED)
+    if allowed is not None and not {*names} & {name.strip().lower() for name in allowed.split(",")}:
+        raise ConfigError(f"reward server {url}: {ALLOWED} does not name {parts.netloc}; add it there, host or host:port")
     tokens = _tokens()
-    token = tokens.get(parts.netloc.lower()) or tokens.get((parts.hostname or "").lower())
+    token = tokens.get(names[0]) or tokens.get(names[1])
     if token and parts.scheme != "https" and parts.hostname not in LOOPBACK:
         raise ConfigError(f"reward server {url}: {VARIABLE} has a token for it, which would be sent in clear; use https://")
     return token
