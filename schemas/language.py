@@ -314,6 +314,36 @@ class EvaluateConfig(Settings):
     """Evaluate every so many iterations, and always at the start and after the last; 0: only then."""
     judge: str | None = None
     """`file.py:function` or `package.module:function` whose score is reported as gold and never trained on."""
+    judges: Annotated[dict[Name, ComponentConfig], Later(before={})] = Field(default_factory=dict)
+    """Several judges, or one of another kind: sources as those of the reward's components. Gold is their weighted sum."""
+    samples: Annotated[PositiveInt, Later(before=1)] = 1
+    """n, samples of each prompt."""
+    greedy: Annotated[bool, Later(before=False)] = False
+    """Whether each prompt also gets a response of the likeliest tokens."""
+    correct: Annotated[float, Later(before=1.0)] = 1.0
+    """The least gold of a response that is right, for pass@k."""
+    pass_at: Annotated[tuple[PositiveInt, ...], Later(before=())] = ()
+    """Each k of pass@k, at most n."""
+    best_of: Annotated[tuple[PositiveInt, ...], Later(before=())] = ()
+    """Each k of best-of-k, at most n: the yardstick of sampling k and taking the one that the reward likes best."""
+    against: Annotated[str | None, Later(before=None)] = None
+    """`run@iteration` whose evaluation wins are over, of the same held-out prompts; null: the starting actor's."""
+
+    def weight_of(self, judge: str) -> float:
+        """That judge's weight in gold."""
+        return self.judges[judge].weight if judge in self.judges else 1.0
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Self:
+        if self.judge and self.judges:
+            raise ValueError("judge and judges: give one of them; judges: {name: {source: …}} takes several")
+        for name in ("pass_at", "best_of"):
+            if (most := max(getattr(self, name), default=0)) > self.samples:
+                raise ValueError(f"{name}: {most} of samples={self.samples} responses to a prompt; raise samples, or lower "
+                                 "it")
+        if self.against is not None and not re.fullmatch(r"[^@]+@\d+", self.against):
+            raise ValueError(f"against={self.against!r}: expected run@iteration, such as base@10")
+        return self
 
 
 class LanguageConfig(RunConfig):
@@ -359,14 +389,20 @@ class LanguageConfig(RunConfig):
 
     @property
     def functions(self) -> dict[str, str]:
-        named = {f"reward.{name}": part.source for name, part in self.reward.components.items() if part.kind == "function"}
+        named = {role: part.source for role, part in self.parts.items() if part.kind == "function"}
         partner = {"turns": self.rollout.turns.function} if self.rollout.turns else {}
         return named | ({"judge": self.evaluate.judge} if self.evaluate.judge else {}) | partner
 
     @property
+    def parts(self) -> dict[str, ComponentConfig]:
+        """Role → every component of the reward, and every judge."""
+        rewards = {f"reward.{name}": part for name, part in self.reward.components.items()}
+        return rewards | {f"judges.{name}": part for name, part in self.evaluate.judges.items()}
+
+    @property
     def models(self) -> dict[str, str]:
         """Role → source of every model that it names."""
-        named = {f"reward.{name}": part.source for name, part in self.reward.components.items() if part.kind == "model"}
+        named = {role: part.source for role, part in self.parts.items() if part.kind == "model"}
         base = {} if self.base_model.source is None else {"base_model": self.base_model.source}
         return base | named | ({"critic": self.value.start} if self.value and self.value.brought else {})
 
@@ -376,6 +412,7 @@ class LanguageConfig(RunConfig):
         del settings["preset"], settings["data"]
         settings["base_model"]["source"] = self.base_model.source and A_MODEL
         settings["reward"]["components"] = by_content(settings["reward"]["components"])
+        settings["evaluate"]["judges"] = by_content(settings["evaluate"]["judges"])
         if self.value and self.value.brought:
             settings["value"]["start"] = A_MODEL
         return settings
@@ -418,6 +455,8 @@ def _inconsistencies(c: LanguageConfig):
     if new_model and c.data.too_long != "refuse":
         yield (f"data.too_long={c.data.too_long}: the tokenizer of a new model is made from the demonstrations, so "
                "that what is too long is known only with it; leave it refuse")
+    if "reward_model" in {part.kind for part in c.evaluate.judges.values()}:
+        yield "evaluate.judges: reward_model is trained on, and a judge is not; name another source"
     if "reward_model" in kinds and not c.reward_model:
         yield "reward.components uses the reward model, but there is no reward_model section; add it or another source"
     if c.value and c.value.start == "reward_model" and not c.reward_model:

@@ -281,13 +281,31 @@ class EvaluateMetrics(Metrics):
     """The judge's score of a held-out sample, mean (the reward where no judge is set)."""
     gold_std: float
     """Its standard deviation over samples (n − 1)."""
+    gold_low: float
+    """Lower end of the 95% interval of its mean, by the bootstrap over prompts."""
+    gold_high: float
+    """Upper end."""
     score: float
     """raw_score of a held-out sample, mean."""
     kl: float
     """Σ_t log π − log π_ref of a held-out sample, nats, mean."""
     win_rate: float
-    """Fraction of the prompts whose sample beats the starting actor's by gold; ties count half."""
+    """Fraction of the prompts whose sample beats the baseline's by gold; ties count half."""
+    win_rate_low: float
+    """Lower end of its 95% interval."""
+    win_rate_high: float
+    """Upper end."""
     response_length: float
     """R, mean."""
     eos_fraction: float
-    """Fraction of the samples that ended with EOS."""
+    """Fraction of the samples that ended by themselves."""
+    judge: dict[str, float] = {}
+    """Mean of each judge, where there are several."""
+    greedy_gold: float | None = None
+    """Gold of the responses of the likeliest tokens, mean."""
+    greedy_score: float | None = None
+    """Their raw_score, mean."""
+    pass_at: dict[str, float] = {}
+    """k → chance that one of k samples of a prompt is right."""
+    best_of: dict[str, float] = {}
+    """k → gold of the best by score of k samples of a prompt: what sampling more would give without training."""

@@ -404,10 +404,10 @@ class Advantages(Table):
 
 @dataclass(frozen=True, eq=False)
 class Samples(Table):
-    """Written by `evaluate`: one row per held-out prompt."""
+    """Written by `evaluate`: one row per sample of a held-out prompt."""
 
     file: ClassVar[str] = "samples.parquet"
-    row_id: np.ndarray = column(pa.int64(), "line of the held-out prompt file, from 0")
+    row_id: np.ndarray = column(pa.int64(), "0…B−1; of one sample a prompt the line of the held-out prompts")
     prompt: tuple[str, ...] = column(pa.string(), "the prompt as it stands in the file")
     response: tuple[str, ...] = column(pa.string(), "the response decoded, special tokens left out")
     response_length: np.ndarray = column(pa.int64(), "R, EOS included")
@@ -415,7 +415,23 @@ class Samples(Table):
     score: np.ndarray = column(pa.float32(), "the reward's raw_score")
     gold: np.ndarray = column(pa.float32(), "the judge's score, never trained on; the reward where no judge is set")
     kl: np.ndarray = column(pa.float32(), "nats a response: Σ_t log π(token) − log π_ref(token)")
-    win: np.ndarray = column(pa.float32(), "1, ½ or 0: gold above, equal to or below the starting actor's sample")
+    win: np.ndarray = column(
+        pa.float32(), "1, ½ or 0: gold above, equal to or below the baseline's sample; of several the mean")
+    prompt_id: np.ndarray | None = column(pa.int64(), "line of the held-out prompts, where there are several samples of one",
+                                          optional=True)
+    greedy: np.ndarray | None = column(
+        pa.bool_(), "whether it is of the likeliest tokens, rather than sampled", optional=True)
+    judges: dict[str, np.ndarray] | None = column(NAMED, "what each judge gave, where there are several", optional=True)
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """(B,) int64: line of the held-out prompts."""
+        return self.row_id if self.prompt_id is None else self.prompt_id
+
+    @property
+    def is_greedy(self) -> np.ndarray:
+        """(B,) bool."""
+        return np.zeros(len(self), bool) if self.greedy is None else self.greedy
 
 
 @dataclass(frozen=True, eq=False)

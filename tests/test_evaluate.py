@@ -1,17 +1,23 @@
 """Evaluation against a loop over rows and tokens: the KL's sign, wins and ties, scores and gold."""
 
 import copy
+import itertools
+import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from brought import write_brought
 from oracles import log_softmax
 
-from schemas.language import RewardConfig, RolloutConfig
+from flows.cli.main import run_command
+from flows.runs.run import open_run
+from flows.store.store import Store
+from schemas.language import EvaluateConfig, RewardConfig, RolloutConfig
 from schemas.tables import Samples
-from stages.evaluate import evaluate, metrics
+from stages.evaluate import best_of, evaluate, interval, metrics, pass_at
 from stages.ops.rewards import function_scorer
 from stages.ops.sampling import ModelSampler
 
@@ -44,8 +50,9 @@ def logprob_of(model, prompt, response, temperature):
     return total
 
 
-def samples(model, reference, baseline=None, judge=JUDGE):
-    return evaluate(ModelSampler(model), reference, PROMPTS, SCORERS, judge, baseline, CONFIG, REWARD, bias=1.5, seed=9)
+def samples(model, reference, baseline=None, judge=JUDGE, **more):
+    return evaluate(ModelSampler(model), reference, PROMPTS, SCORERS, {"judge": judge} if judge else {}, baseline, CONFIG,
+                    REWARD, bias=1.5, seed=9, **more)
 
 
 def test_kl_scores_and_gold_by_a_loop(moved, tiny_model):
@@ -79,3 +86,111 @@ def test_wins_are_of_those_above_the_baseline(moved, tiny_model):
 def test_without_a_judge_the_reward_is_gold(moved, tiny_model):
     found = samples(moved, tiny_model, judge=None)
     assert (found.gold == found.score).all()
+
+
+# --- several samples ---
+
+SEVERAL = EvaluateConfig(samples=4, greedy=True, correct=2.0, pass_at=(1, 2, 4), best_of=(1, 2, 4))
+
+
+def test_several_samples_by_loops(moved, tiny_model):
+    """pass@k and best of k over all subsets of k samples; greedy responses by the likeliest token, one after the other."""
+    found = samples(moved, tiny_model, config=SEVERAL)
+    drawn = [i for i in range(len(found)) if not found.greedy[i]]
+    assert len(drawn) == 24 and len(found) == 30 and found.prompt_id.tolist() == [i // 4 for i in range(24)] + list(range(6))
+    seen = metrics(found, SEVERAL)
+    for k in (1, 2, 4):
+        right, best = [], []
+        for prompt in range(6):
+            rows = [i for i in drawn if found.prompt_id[i] == prompt]
+            for some in itertools.combinations(rows, k):
+                right.append(any(found.gold[i] >= 2 for i in some))
+                top = max(found.score[i] for i in some)
+                best.append(np.mean([found.gold[i] for i in some if found.score[i] == top]))
+        assert seen.pass_at[str(k)] == pytest.approx(np.mean(right))
+        assert seen.best_of[str(k)] == pytest.approx(np.mean(best), abs=1e-5)
+    assert 0 < seen.pass_at["1"] < seen.pass_at["4"] < 1 and seen.gold == pytest.approx(seen.best_of["1"])
+    for row in range(24, 30):
+        ids = tiny_model.tokenizer(PROMPTS[row - 24])["input_ids"]
+        text = []
+        for _ in range(found.response_length[row]):
+            with torch.no_grad():
+                text.append(int(moved.module(torch.tensor([ids + text])).logits[0, -1].argmax()))
+        assert tiny_model.tokenizer.decode([i for i in text if i > 2]) == found.response[row]
+    assert seen.greedy_gold == pytest.approx(found.gold[24:].mean()) and seen.gold == pytest.approx(found.gold[:24].mean())
+
+
+def test_equal_scores_share_the_chance_to_be_the_best():
+    assert best_of(np.array([1, 1, 0]), np.array([10.0, 20, 90]), np.zeros(3), 2) == pytest.approx((15 + 10 + 20) / 3)
+
+
+def test_pass_at_k_by_hand():
+    right, ids = np.array([1, 0, 0, 0, 0, 0], bool), np.array([0, 0, 0, 7, 7, 7])
+    assert pass_at(right, ids, 1) == pytest.approx(1 / 6) and pass_at(right, ids, 2) == pytest.approx((2 / 3) / 2)
+
+
+def test_the_interval_is_of_prompts():
+    """16 prompts of 50 equal values: as wide as of the 16 means, not as of 800 values."""
+    means = np.random.default_rng(0).normal(size=16)
+    low, high = interval(np.repeat(means, 50), np.repeat(np.arange(16), 50))
+    half = 1.96 * means.std() / 4
+    assert means.mean() - low == pytest.approx(half, rel=0.2) and high - means.mean() == pytest.approx(half, rel=0.2)
+    assert interval(means, np.arange(16)) == pytest.approx((low, high))
+
+
+def test_wins_over_several_samples_are_means(moved, tiny_model):
+    base = samples(tiny_model, tiny_model, config=SEVERAL)
+    found = samples(moved, tiny_model, base, config=SEVERAL)
+    for row in (0, 5, 23, 27):
+        theirs = [i for i in range(30) if base.prompt_id[i] == found.prompt_id[row] and base.greedy[i] == found.greedy[row]]
+        assert len(theirs) == (1 if found.greedy[row] else 4)
+        expected = np.mean([1.0 if found.gold[row] > base.gold[i] else 0.5 if found.gold[row] == base.gold[i] else 0
+                            for i in theirs])
+        assert found.win[row] == pytest.approx(expected)
+
+
+def test_several_judges_are_summed_by_weight_and_kept(moved, tiny_model):
+    config = EvaluateConfig(judges={"e": {"source": "f.py:e", "weight": 2.0}, "len": {"source": "length"}})
+    found = evaluate(ModelSampler(moved), tiny_model, PROMPTS, SCORERS, {"e": JUDGE, "len": SCORERS["length"]}, None, CONFIG,
+                     REWARD, bias=1.5, seed=9, config=config)
+    np.testing.assert_allclose(found.gold, 2 * found.judges["e"] + found.judges["len"])
+    assert metrics(found, config).flat()["judge_e"] == pytest.approx(found.judges["e"].mean())
+
+
+@pytest.mark.parametrize("setting, words", [
+    ({"pass_at": [8]}, "pass_at: 8 of samples=1 responses"),
+    ({"judge": "f.py:g", "judges": {"a": {"source": "length"}}}, "one of"),
+    ({"against": "base"}, "expected run@iteration, such as base@10"),
+])
+def test_settings_that_mean_nothing(setting, words):
+    with pytest.raises(ValueError, match=words):
+        EvaluateConfig.model_validate(setting)
+
+
+# --- runs ---
+
+def test_a_run_against_another_with_judges_of_all_kinds(tmp_path, capsys, prefect_server):
+    folder = write_brought(tmp_path / "case", prompts=b"".join(
+        json.dumps({"prompt": prompt, "answer": i}).encode() + b"\n" for i, prompt in enumerate(PROMPTS)), data={
+        "heldout_prompts": "p.jsonl"}, evaluate={"samples": 2, "greedy": True, "pass_at": [1, 2], "best_of": [2], "judges": {
+            "right": {"source": "numeric"}, "short": {"source": "length", "options": {"target": 4}, "weight": 0.1},
+            "own": {"source": "rewards.py:score"}}})
+    train = ["train", str(folder), "--store", str(tmp_path / "store")]
+    assert run_command([*train, "--run", "base"]) == 0
+    shown = capsys.readouterr().out
+    assert "pass@2" in shown and "gold, best of 2" in shown and "gold, likeliest tokens" in shown and " to " in shown
+    assert run_command([*train, "--run", "other", "--set", "evaluate.against=base@1", "--set", "seed=2"]) == 0
+    store = Store(str(tmp_path / "store"))
+    base, other = open_run(store, "base"), open_run(store, "other")
+    assert other.state(0).baseline == other.state(1).baseline == base.state(1).artifacts["evaluate"]
+    assert 0 < other.state(0).metrics["evaluate/win_rate"] < 1
+    found = store.table(other.state(1).artifacts["evaluate"], Samples)
+    assert sorted(found.judges) == ["own", "right", "short"] and len(found) == 18
+    for iteration in ("0", "1"):
+        assert run_command(["stage", "evaluate", "other", "--iteration", iteration, "--store", store.uri, "--quiet"]) == 0
+    (folder / "h.jsonl").write_text("".join(json.dumps({"prompt": f"{i} it", "answer": 1}) + "\n" for i in range(6)))
+    assert run_command([*train, "--run", "third", "--set", "evaluate.against=base@1", "--set",
+                        "data.heldout_prompts=h.jsonl"]) != 0
+    assert "evaluate.against: that run was evaluated on other prompts, from row 1 on" in capsys.readouterr().err
+    assert run_command([*train, "--run", "fourth", "--set", "evaluate.against=nobody@1"]) == 2
+    assert "no run 'nobody'" in capsys.readouterr().err

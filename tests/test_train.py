@@ -84,8 +84,8 @@ def in_memory(folder, config, tmp_path):
         bias = bias_metrics(reward_bias(scorers, demonstrations, config.reward)).bias
 
     def samples(baseline):
-        return evaluate(ModelSampler(actor), ref, heldout, scorers, judge, baseline, config.rollout, config.reward,
-                        bias=bias, seed=seed(0, "evaluate"))
+        return evaluate(ModelSampler(actor), ref, heldout, scorers, {"judge": judge}, baseline, config.rollout,
+                        config.reward, bias=bias, seed=seed(0, "evaluate"))
 
     baseline = samples(None)
     learner = LanguageModelLearner(actor, critic, config.ppo, Distribution(config.rollout.temperature))

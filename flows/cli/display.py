@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
@@ -20,7 +21,7 @@ from schemas.tables import EPISODE_FILM, Samples
 SAMPLES_SHOWN = 5
 SCORES = (("gold", "evaluate/gold"), ("reward", "evaluate/score"), ("KL, nats a response", "evaluate/kl"),
           ("wins against the start", "evaluate/win_rate"), ("response tokens", "evaluate/response_length"),
-          ("ended with EOS", "evaluate/eos_fraction"))
+          ("ended by themselves", "evaluate/eos_fraction"), ("gold, likeliest tokens", "evaluate/greedy_gold"))
 RETURNS = (("mean", "evaluate/episode_return"), ("σ", "evaluate/episode_return_std"),
            ("least", "evaluate/episode_return_min"), ("greatest", "evaluate/episode_return_max"),
            ("steps, mean", "evaluate/episode_length"))
@@ -57,8 +58,8 @@ def _samples(run: Run, before: TrainState, after: TrainState) -> Grid:
     grid = Grid(title="held-out samples", title_justify="left", show_lines=True, expand=True)
     for name, width in (("prompt", 3), ("before", 5), (f"after {after.iteration} iterations", 5)):
         grid.add_column(name, ratio=width)
-    for i in range(min(SAMPLES_SHOWN, len(old))):
-        grid.add_row(Text(old.prompt[i]), *(Text(f"{s.gold[i]:+.2f} {s.response[i].strip()}") for s in (old, new)))
+    for i in np.unique(new.prompt_ids, return_index=True)[1][:SAMPLES_SHOWN]:
+        grid.add_row(Text(new.prompt[i]), *(Text(f"{s.gold[i]:+.2f} {s.response[i].strip()}") for s in (old, new)))
     return grid
 
 
@@ -66,11 +67,21 @@ def _scores(before: TrainState, after: TrainState) -> Grid:
     grid = Grid(title="held-out scores", title_justify="left")
     for name in ("mean over samples", "before", "after"):
         grid.add_column(name, justify="left" if name.startswith("mean") else "right")
-    for label, key in SCORES:
-        grid.add_row(label, f"{before.metrics[key]:.3f}", f"{after.metrics[key]:.3f}")
+    there = [(label, key) for label, key in SCORES if key in after.metrics]
+    for prefix, words in (("pass_at_", "pass@"), ("best_of_", "gold, best of "), ("judge_", "")):
+        there += [(words + key.removeprefix(f"evaluate/{prefix}"), key) for key in after.metrics
+                  if key.startswith(f"evaluate/{prefix}")]
+    for label, key in there:
+        grid.add_row(label, *(_with_interval(state.metrics, key) for state in (before, after)))
     grid.add_row("gold, σ of the samples", f"{before.metrics['evaluate/gold_std']:.3f}",
                  f"{after.metrics['evaluate/gold_std']:.3f}")
     return grid
+
+
+def _with_interval(metrics: Mapping[str, float], key: str) -> str:
+    """A mean, with its interval if there is one."""
+    ends = [metrics[f"{key}_{end}"] for end in ("low", "high") if f"{key}_{end}" in metrics]
+    return _number(metrics.get(key)) + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
 
 
 def _returns(before: TrainState, after: TrainState) -> Grid:

@@ -106,8 +106,9 @@ def _say(data: Mapping[str, DataTable]) -> None:
 
 def _prompts_of(config: LanguageConfig, role: str, data: Mapping[str, Rows]) -> dict[str, Rows]:
     """The rows whose prompts the function in that role is given."""
-    roles = ["heldout_prompts"] if role == "judge" else ["prompts", "heldout_prompts"]
-    if role != "judge" and config.reward.center_on_demonstrations:
+    judges = role == "judge" or role.startswith("judges.")
+    roles = ["heldout_prompts"] if judges else ["prompts", "heldout_prompts"]
+    if role.startswith("reward.") and config.reward.center_on_demonstrations:
         roles.append("demonstrations")
     return {role: data[role] for role in roles if role in data}
 
@@ -133,8 +134,8 @@ def _check_parts(config: LanguageConfig, data: Mapping[str, Rows]) -> None:
 
     Raises `ConfigError` naming the component, and of a column where it is not, or holds something else.
     """
-    for name, part in config.reward.components.items():
-        prompts, where = _prompts_of(config, name, data), f"reward.components.{name}"
+    for name, part in config.parts.items():
+        prompts, where = _prompts_of(config, name, data), setting_of(name).removesuffix(".source")
         if part.kind == "server":
             server_token(part.source)
         for role, rows in prompts.items():
@@ -165,7 +166,7 @@ def check_new(config: LanguageConfig, files: Files, data: Mapping[str, Rows]) ->
     _check_parts(config, data)
     for role, paths in files.items():
         if role in config.models:
-            check_scorer(setting_of(role), paths[0].parent, config.reward.components[role.removeprefix("reward.")])
+            check_scorer(setting_of(role), paths[0].parent, config.parts[role])
         elif role in config.functions:
             check_function(config.functions[role], paths, partial(_require_columns, _prompts_of(config, role, data)))
 
@@ -177,7 +178,7 @@ def _scorers(
     found = {}
     for role in config.models:
         if role != "base_model":
-            part = config.reward.components[role.removeprefix("reward.")] if role.startswith("reward.") else None
+            part = config.parts.get(role)
             setting = setting_of(role)
             theirs, found[role] = check_scorer(setting, files[role][0].parent, part)
             if part is None and (theirs.get_vocab() != tokenizer.get_vocab() or found[role].embeddings < embeddings):

@@ -14,7 +14,7 @@ from typing import Any
 from flows.runs.functions import stored_function
 from flows.runs.inputs import stored_rows
 from flows.runs.kind import ITERATION_DECIDES, Perform, made_in, require, settings_of
-from flows.runs.run import Run
+from flows.runs.run import Run, open_run
 from schemas.artifacts import ArtifactRef, ModelRef, Moments, Produced, StageCall, TrainState
 from schemas.errors import ConfigError
 from schemas.language import RewardConfig, by_content
@@ -51,11 +51,12 @@ class LanguageChain:
         if config.reward.center_on_demonstrations:
             made |= perform(self.reward_bias(actor, reward_model))
             bias = require(made["reward_bias"].outputs.bias, "reward_bias", "bias")
-        made |= perform(self.evaluate(0, actor, actor, reward_model, None, bias))
+        against = self._against()
+        made |= perform(self.evaluate(0, actor, actor, reward_model, against, bias))
         critic = config.value and self._critic(actor, reward_model)
         return TrainState(
             iteration=0, actor=actor, critic=critic, optimizer=None, reference=actor, reward_model=reward_model,
-            baseline=made["evaluate"].ref, kl_coef=config.kl.coef, reward_bias=bias, **made_in(made))
+            baseline=against or made["evaluate"].ref, kl_coef=config.kl.coef, reward_bias=bias, **made_in(made))
 
     def iteration(self, state: TrainState, perform: Perform, evaluated: bool) -> TrainState:
         """The iteration after `state`. Stages already committed are found."""
@@ -197,11 +198,15 @@ class LanguageChain:
         config = self.run.config
         settings = {"rollout": settings_of(config.rollout, exclude={"batch_size", "responses_per_prompt"}),
                     "reward": _components(config.reward), "bias": bias, "judge": config.evaluate.judge}
+        settings |= settings_of(config.evaluate, exclude={"every", "judge", "against"})
+        if config.evaluate.judges:
+            settings["judges"] = by_content(settings["judges"])
         return self.run.call(
             "evaluate", iteration, settings | self._template | self._precision, seed=self.run.seed(0, "evaluate"),
             actor=actor, reference_model=reference_model, baseline=baseline, prompts=self.run.inputs["heldout_prompts"],
             turns=self.run.inputs.get("turns"),
-            judge=self.run.inputs["judge"] if config.evaluate.judge else None, **self._reward_inputs(reward_model))
+            judge=self.run.inputs["judge"] if config.evaluate.judge else None, **self._reward_inputs(reward_model),
+            **self._inputs_of("judges."))
 
     @property
     def _template(self) -> dict[str, Any]:
@@ -256,9 +261,19 @@ class LanguageChain:
 
     def _reward_inputs(self, reward_model: ModelRef | None) -> dict[str, ArtifactRef | ModelRef | None]:
         """Artifacts that the reward's components are, by role."""
-        functions = {role: self.run.inputs[role] for role in self.run.config.functions if role.startswith("reward.")}
-        brought = {role: self._brought(role) for role in self.run.config.models if role.startswith("reward.")}
-        return functions | brought | ({"reward_model": reward_model} if self._scored_by_own else {})
+        return self._inputs_of("reward.") | ({"reward_model": reward_model} if self._scored_by_own else {})
+
+    def _inputs_of(self, kind: str) -> dict[str, ArtifactRef | ModelRef]:
+        """Functions and models of the components whose roles begin so."""
+        functions = {role: self.run.inputs[role] for role in self.run.config.functions if role.startswith(kind)}
+        return functions | {role: self._brought(role) for role in self.run.config.models if role.startswith(kind)}
+
+    def _against(self) -> ArtifactRef | None:
+        """The evaluation of another run that wins are over, none where it is the starting actor's. Raises `ConfigError`."""
+        if (named := self.run.config.evaluate.against) is None:
+            return None
+        name, iteration = named.rsplit("@", 1)
+        return open_run(self.run.store, name).recorded("evaluate", int(iteration))
 
     # --- one stage again ---
 
@@ -300,7 +315,7 @@ class LanguageChain:
                                 self._values(recorded, iteration), made["gae"], self._kl_coef(recorded, before))
             case "evaluate":
                 return self.evaluate(iteration, after.actor, after.reference, after.reward_model,
-                                     after.baseline if iteration else None, self._bias(recorded, after))
+                                     after.baseline if iteration else self._against(), self._bias(recorded, after))
         raise ConfigError(f"stage {stage!r}: a run of this kind has none of that name")
 
     def forked(self, recorded: Run, state: TrainState) -> TrainState:
@@ -308,7 +323,7 @@ class LanguageChain:
         config, old = self.run.config, recorded.config
         if config.gae.has_critic and not state.critic:
             raise ConfigError(f"gae.estimator={config.gae.estimator}: it needs a critic, and run {recorded.name!r} has none")
-        judge, old_judge = (c.evaluate.judge or _raw(c.reward) for c in (config, old))
+        judge, old_judge = (c.evaluate.judge or c.evaluate.judges or _raw(c.reward) for c in (config, old))
         if judge != old_judge:
             raise ConfigError("evaluate.judge: wins are over what the starting actor got from the judge of the run, "
                               "or from its reward where there is none; make another run")

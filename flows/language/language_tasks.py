@@ -20,9 +20,11 @@ from flows.runs.produce import StageOutput
 from flows.runs.rows import Rows
 from flows.runs.work import Task, Work
 from schemas.artifacts import ModelRef, Outputs
+from schemas.errors import ConfigError
 from schemas.language import (
     BaseModelConfig,
     ComponentConfig,
+    EvaluateConfig,
     LoRAConfig,
     RewardConfig,
     RewardModelConfig,
@@ -176,16 +178,17 @@ def ppo(work: Work[WarmModels]) -> StageOutput:
 
 def evaluate(work: Work[WarmModels]) -> StageOutput:
     sampling, rewards = work.settings(RolloutConfig, "rollout"), work.settings(RewardConfig, "reward")
+    config = work.settings(EvaluateConfig)
     actor = work.warm.actor(work.model("actor"), _reading(work), _precision(work))
     scorers = _scorers(work, rewards, "actor")
     samples = evaluate_stage.evaluate(
         ModelSampler(actor), work.warm.reference(work.model("reference_model"), _precision(work)),
-        [prompt_of(row) for row in work.rows("prompts")], scorers, _judge(work, rewards),
-        work.table_if_given("baseline", Samples), sampling, rewards, bias=work.setting("bias"), seed=work.call.seed,
+        [prompt_of(row) for row in work.rows("prompts")], scorers, _judges(work, config, rewards),
+        _baseline(work), sampling, rewards, bias=work.setting("bias"), seed=work.call.seed, config=config,
         partner=_partner(work, sampling))
     work.attempt.table(samples)
     work.warn(cut_texts(_cut(scorers), rewards, len(samples)))
-    return StageOutput(evaluate_stage.metrics(samples), int(samples.response_length.sum()))
+    return StageOutput(evaluate_stage.metrics(samples, config), int(samples.response_length.sum()))
 
 
 TASKS: dict[str, Task] = {task.__name__: task for task in (
@@ -300,10 +303,25 @@ def _cut(scorers: dict[str, Scorer]) -> dict[str, int]:
     return {name: scorer.cut for name, scorer in scorers.items() if isinstance(scorer, BroughtScorer)}
 
 
-def _judge(work: Work[WarmModels], config: RewardConfig) -> Scorer | None:
-    if (source := work.setting("judge")) is None:
-        return None
-    return _scorer(work, "judge", ComponentConfig(source=source), "actor" if config.special_tokens else None)
+def _judges(work: Work[WarmModels], config: EvaluateConfig, rewards: RewardConfig) -> dict[str, Scorer]:
+    """By name, each with the role of its input."""
+    tokenizer = "actor" if rewards.special_tokens else None
+    if config.judge:
+        return {"judge": _scorer(work, "judge", ComponentConfig(source=config.judge), tokenizer)}
+    return {name: _scorer(work, f"judges.{name}", part, tokenizer) for name, part in config.judges.items()}
+
+
+def _baseline(work: Work[WarmModels]) -> Samples | None:
+    """What wins are over. Raises `ConfigError` where it is of other prompts."""
+    baseline = work.table_if_given("baseline", Samples)
+    if baseline is not None:
+        theirs = dict(zip(baseline.prompt_ids.tolist(), baseline.prompt, strict=True))
+        prompts = dict(enumerate(row["prompt"] for row in work.rows("prompts")))
+        if theirs != prompts:
+            first = next(i for i in sorted({*theirs, *prompts}) if theirs.get(i) != prompts.get(i))
+            raise ConfigError(f"evaluate.against: that run was evaluated on other prompts, from row {first + 1} on; wins "
+                              "are of responses to the same ones")
+    return baseline
 
 
 def _runs_models(work: Work[WarmModels]) -> bool:

@@ -28,6 +28,7 @@ from schemas.settings import ExecutionConfig, RunConfig
 
 Files = dict[str, list[Path]]  # by role
 OLDER = 1  # version of the recipe by which data was imported as the JSON lines that it was
+PARTS_OF = {"reward": "reward.components", "judges": "evaluate.judges"}  # where components are, by the prefix of their role
 ADAPTER = "adapter_config.json"
 GGUF = "model.gguf"  # as it is imported, whatever it was called
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
@@ -124,8 +125,10 @@ def _name_source(values: dict[str, Any], role: str, source: str) -> None:
         there = values["data"].get(role)
         if there is not None:  # else it is cut off from another
             values["data"][role] = source if isinstance(there, str) else there | {"source": source}
-    elif role.startswith("reward."):
-        values["reward"]["components"][role.removeprefix("reward.")]["source"] = source
+    elif "." in role:
+        kind, name = role.split(".", 1)
+        section, key = PARTS_OF[kind].split(".")
+        values[section][key][name]["source"] = source
     else:
         section, key = setting_of(role).split(".")
         values[section][key] = source
@@ -133,8 +136,9 @@ def _name_source(values: dict[str, Any], role: str, source: str) -> None:
 
 def setting_of(role: str) -> str:
     """The setting that names the model in that role, for messages."""
-    if role.startswith("reward."):
-        return f"reward.components.{role.removeprefix('reward.')}.source"
+    if "." in role:
+        kind, name = role.split(".", 1)
+        return f"{PARTS_OF[kind]}.{name}.source"
     return {"base_model": "base_model.source", "critic": "value.start"}[role]
 
 

@@ -47,10 +47,10 @@ class Sampler(Protocol):
 
     def sample(
         self, prompts: list[np.ndarray], config: RolloutConfig, *, seed: int, progress: str,
-        rows: np.ndarray | None = None, begun: np.ndarray | None = None,
+        rows: np.ndarray | None = None, begun: np.ndarray | None = None, greedy: bool = False,
     ) -> Sampled:
         """Responses to b prompts of token ids. `rows`: (b,) which of the batch they are, none for all; `begun`: (b,)
-        tokens that were sampled of each before, in earlier turns, none for 0."""
+        tokens that were sampled of each before, in earlier turns, none for 0; `greedy`: of the likeliest tokens."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ModelSampler:
 
     def sample(
         self, prompts: list[np.ndarray], config: RolloutConfig, *, seed: int, progress: str,
-        rows: np.ndarray | None = None, begun: np.ndarray | None = None,
+        rows: np.ndarray | None = None, begun: np.ndarray | None = None, greedy: bool = False,
     ) -> Sampled:
         """Prompts of like length are generated together."""
         lengths, size = np.array([len(row) for row in prompts]), self.model.generation_batch_size
@@ -84,11 +84,12 @@ class ModelSampler:
         with progress_bar(total=len(prompts), desc=progress) as bar:
             for group in groups:
                 limits = config.max_new_tokens - begun[group]
-                uniforms = row_uniforms(seed, rows[group], config.max_new_tokens)
+                uniforms = np.zeros((len(group), config.max_new_tokens)) if greedy else row_uniforms(
+                    seed, rows[group], config.max_new_tokens)
                 for row, first in zip(uniforms, begun[group], strict=True):  # those of its sampled tokens, in order
                     row[: len(row) - first] = row[first:].copy()
                 sampled = sample(self.model, [prompts[i] for i in group], uniforms[:, : limits.max()], distribution, stops,
-                                 limits=limits, precision=config.precision, on_finished=bar.update)
+                                 limits=limits, precision=config.precision, greedy=greedy, on_finished=bar.update)
                 for i, *each in zip(group, *sampled, strict=True):
                     found[i] = each
         return Sampled(*map(list, zip(*found, strict=True)))
@@ -96,7 +97,7 @@ class ModelSampler:
 
 def respond(
     sampler: Sampler, prompts: Sequence[Prompt], prompt_id: np.ndarray, config: RolloutConfig, *, seed: int, progress: str,
-    partner: Partner | None = None,
+    partner: Partner | None = None, greedy: bool = False,
 ) -> Rollouts:
     """One response to each of B prompts, of several turns if there is a partner.
 
@@ -108,7 +109,8 @@ def respond(
     while True:
         heads = [np.concatenate([prompt_tokens[i], *whole[i].tokens]) for i in open_rows]
         begun = np.array([whole[i].sampled for i in open_rows])
-        found = sampler.sample(heads, config, seed=seed, progress=progress, rows=open_rows, begun=begun)
+        found = sampler.sample(heads, config, seed=seed, progress=progress, rows=open_rows, begun=begun,
+                               greedy=greedy)
         texts = response_texts(sampler.tokenizer, heads, found.tokens)
         for i, text, *each in zip(open_rows, texts, *found, strict=True):
             whole[i].add(text, *each)
@@ -256,7 +258,8 @@ class _Batch:
 @torch.inference_mode()
 def sample(
     model: LanguageModel, prompts: list[np.ndarray], uniforms: np.ndarray, distribution: Distribution, stops: Stops, *,
-    limits: np.ndarray | None = None, precision: str = "float32", on_finished: Callable[[int], object] = lambda rows: None,
+    limits: np.ndarray | None = None, precision: str = "float32", greedy: bool = False,
+    on_finished: Callable[[int], object] = lambda rows: None,
 ) -> Sampled:
     """`prompts`: b rows of token ids; `uniforms`: (b, most response tokens); `limits`: (b,) those of each row, if it is
     fewer.
@@ -276,7 +279,7 @@ def sample(
     open_rows = np.ones(b, bool)  # of the batch, not of the caller's list
     for step in range(steps):
         pi = distribution.logprobs(_next_logits(model, batch, precision)[:, None], step)[:, 0]
-        token = sample_tokens(pi, draws[batch.rows, step])
+        token = pi.argmax(-1) if greedy else sample_tokens(pi, draws[batch.rows, step])
         tokens[batch.rows, step] = token
         logprobs[batch.rows, step] = pi.gather(-1, token[:, None]).squeeze(-1)
         batch.append(token)
