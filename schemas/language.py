@@ -150,6 +150,9 @@ class RolloutConfig(Settings):
     min_new_tokens: Annotated[int, Field(ge=0), Later(before=0)] = 0
     """The fewest response tokens: before that EOS and `stop_tokens` have no part in the distribution, and `stop` ends
     nothing."""
+    resample_rounds: Annotated[int, Field(ge=0), Later(before=0)] = 0
+    """The most rounds in which groups whose responses all have one score are dropped, and other prompts sampled in their
+    place (Yu et al. 2025, DAPO)."""
     turns: Annotated[TurnsOfRollout | None, Later(before=None)] = None
     """Who answers the model, so that a response is a conversation of several turns; null: it is one turn."""
 
@@ -491,6 +494,13 @@ def _meaningless(c: LanguageConfig):
                "could bring kl.coef to 0 or below; make it longer than a fifth of the batch, better many batches")
     if c.reward.normalize != "none" and c.rollout.batch_size == 1:
         yield "reward.normalize with rollout.batch_size=1: the first score has no spread; raise the batch size"
+    if c.rollout.resample_rounds and k == 1:
+        yield ("rollout.resample_rounds drops groups whose responses all have one score, and "
+               "rollout.responses_per_prompt is 1; set it to 2 or more, or resample_rounds to 0")
+    if c.rollout.resample_rounds and (c.reward.normalize != "none" or c.reward.normalize_components == "batch"):
+        setting = "normalize" if c.reward.normalize != "none" else "normalize_components"
+        yield (f"rollout.resample_rounds chooses groups by their scores, and reward.{setting}={getattr(c.reward, setting)} "
+               "makes scores of all that was sampled; set one of them back")
     if c.reward.normalize_components == "group" and k == 1:
         yield ("reward.normalize_components=group compares the responses to one prompt, and rollout.responses_per_prompt is "
                "1: every score would be 0; set it to 2 or more, or take batch")

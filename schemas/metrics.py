@@ -146,6 +146,19 @@ class RewardMetrics(Metrics):
     """Standard deviation of all raw scores so far (÷ count)."""
 
 
+class ResampleMetrics(Metrics):
+    responses: int
+    """Responses that were sampled for the batch, those of `rollout` included."""
+    rounds: int
+    """Rounds of sampling that there were, `rollout` the first."""
+    dropped_groups: int
+    """Groups that were sampled and are not in the batch."""
+    flat_groups: int
+    """Groups in the batch whose responses all have one score, since the rounds did not suffice."""
+    score: float
+    """Score of a response in the batch, mean."""
+
+
 class ValueMetrics(Metrics):
     value: float
     """V(s_t), mean over tokens."""

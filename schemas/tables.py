@@ -133,6 +133,12 @@ class Table:
         """Those of its rows, (b,) positions, with these ids."""
         return replace(self, **{f.name: _taken(getattr(self, f.name), rows) for f in self._filled()} | {"row_id": row_id})
 
+    @classmethod
+    def joined(cls, tables: Sequence[Self]) -> Self:
+        """All rows of all of them, one after the other, numbered anew."""
+        columns = {f.name: _joined([getattr(table, f.name) for table in tables]) for f in tables[0]._filled()}
+        return cls(**columns | {"row_id": np.arange(sum(map(len, tables)))})
+
     def sampled_alone(self, sampled: Ragged) -> Self:
         """Without what it holds of tokens that were not sampled; `sampled`: of bool, R a row."""
         offsets = np.append(0, np.cumsum(sampled.sums())).astype(np.int64)
@@ -170,6 +176,18 @@ def _taken(column: np.ndarray | Ragged | tuple[str, ...] | dict[str, np.ndarray 
     if isinstance(column, dict):
         return {name: _taken(values, rows) for name, values in column.items()}
     return column[rows] if isinstance(column, np.ndarray) else tuple(column[i] for i in rows)
+
+
+def _joined(columns: Sequence[np.ndarray | Ragged | tuple[str, ...] | dict[str, np.ndarray | tuple[str, ...]]]):
+    """One column of several."""
+    first = columns[0]
+    if isinstance(first, Ragged):
+        return Ragged.from_rows([row for column in columns for row in column], first.values.dtype)
+    if isinstance(first, dict):
+        return {name: _joined([column[name] for column in columns]) for name in first}
+    if isinstance(first, np.ndarray):
+        return np.concatenate(columns)
+    return tuple(value for column in columns for value in column)
 
 
 def _to_arrow(value, type_: pa.DataType) -> pa.Array:
@@ -368,6 +386,19 @@ class TokenRewards(Table):
     file: ClassVar[str] = "token_rewards.parquet"
     row_id: np.ndarray = column(pa.int64(), ROW_ID_DOC)
     rewards: Ragged = column(FLOATS, "Σ of the components that reward tokens, weighted: paid at the token", "R")
+
+
+@dataclass(frozen=True, eq=False)
+class DroppedResponses(Table):
+    """Written by `resample` beside the rollouts: the groups that are not in the batch, and of which round they are."""
+
+    file: ClassVar[str] = "dropped.parquet"
+    row_id: np.ndarray = column(pa.int64(), "0…; of the dropped responses")
+    round: np.ndarray = column(pa.int64(), "1: sampled by `rollout`; 2…: by `resample`")
+    prompt_id: np.ndarray = column(pa.int64(), "line of the prompt file, from 0")
+    prompt: tuple[str, ...] = column(pa.string(), "the prompt as it stands in the file")
+    response: tuple[str, ...] = column(pa.string(), "the response decoded, special tokens left out")
+    score: np.ndarray = column(pa.float32(), "what PPO would have been rewarded with")
 
 
 @dataclass(frozen=True, eq=False)

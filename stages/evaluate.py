@@ -14,14 +14,13 @@ A mean's interval is the 95% percentile interval of the bootstrap over prompts (
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
 from math import comb
 
 import numpy as np
 
 from schemas.language import EvaluateConfig, RewardConfig, RolloutConfig
 from schemas.metrics import EvaluateMetrics
-from schemas.tables import Ragged, Rollouts, Samples
+from schemas.tables import Rollouts, Samples
 from stages.ops.conversations import Prompt
 from stages.ops.distribution import distribution_of
 from stages.ops.finite import require_finite
@@ -53,7 +52,7 @@ def evaluate(
         likeliest = respond(sampler, prompts, np.arange(len(prompts)), rollout, seed=seed, progress="evaluate, greedy",
                             partner=partner, greedy=True)
         greedy = np.repeat([False, True], [len(responses), len(likeliest)])
-        responses = joined(responses, likeliest)
+        responses = Rollouts.joined([responses, likeliest])
     components = score_components(scorers, responses)
     gold = score = weighted_sum(components, reward, bias)
     require_finite("the score", score, responses.row_id)
@@ -68,18 +67,6 @@ def evaluate(
         kl=_kl(responses, reference, rollout), win=_wins(responses.prompt_id, gold, greedy, baseline),
         prompt_id=responses.prompt_id if several else None, greedy=greedy,
         judges=judged if len(judged) > 1 else None)
-
-
-def joined(one: Rollouts, other: Rollouts) -> Rollouts:
-    """All rows of both, numbered anew."""
-    columns = {}
-    for name in (f.name for f in fields(one) if f.name != "row_id"):
-        a, b = getattr(one, name), getattr(other, name)
-        if isinstance(a, Ragged):
-            columns[name] = Ragged.from_rows([*a, *b], a.values.dtype)
-        elif a is not None:
-            columns[name] = np.concatenate([a, b]) if isinstance(a, np.ndarray) else (*a, *b)
-    return replace(one, row_id=np.arange(len(one) + len(other)), **columns)
 
 
 def _kl(responses: Rollouts, reference: LanguageModel, rollout: RolloutConfig) -> np.ndarray:

@@ -64,13 +64,19 @@ class LanguageChain:
         made = perform(self.rollout(i, state.actor))
         rollouts = made["rollout"].ref
         scores = [self.reward(i, state.reference, state.reward_model, rollouts, state.reward_bias, state.reward_moments)]
+        if self.run.config.rollout.resample_rounds:
+            made |= perform(*scores)
+            made |= perform(self.resample(i, state.actor, state.reference, state.reward_model, rollouts, made["reward"].ref,
+                                          state.reward_bias))
+            rollouts, scores = made["resample"].ref, []
         if self.run.config.kl.needs_reference:
             scores.insert(0, self.reference(i, state.reference, rollouts))
         if state.critic:
             scores.append(self.value(i, state.critic, rollouts))
         made |= perform(*scores)
+        rewards = made.get("resample", made["reward"]).ref
         reference, values = (made[stage].ref if stage in made else None for stage in ("reference", "value"))
-        made |= perform(self.gae(i, rollouts, reference, made["reward"].ref, values, state.kl_coef))
+        made |= perform(self.gae(i, rollouts, reference, rewards, values, state.kl_coef))
         made |= perform(self.ppo(i, state.actor, state.critic, state.optimizer, rollouts, reference, values,
                                  made["gae"].ref, state.kl_coef))
         actor, critic, optimizer = (ModelRef(artifact=made["ppo"].ref, folder=name)
@@ -144,7 +150,8 @@ class LanguageChain:
 
     def rollout(self, iteration: int, actor: ModelRef) -> StageCall:
         order = {"order_seed": self.run.seed(0, "prompt_order"), "iteration": iteration}
-        settings = settings_of(self.run.config.rollout) | self._template | self._precision | order
+        settings = settings_of(self.run.config.rollout, exclude={"resample_rounds"}) | order
+        settings |= self._template | self._precision
         return self.run.call("rollout", iteration, settings,
                              seed=self.run.seed(iteration, "rollout"), actor=actor, prompts=self.run.inputs["prompts"],
                              turns=self.run.inputs.get("turns"))
@@ -164,6 +171,17 @@ class LanguageChain:
         return self.run.call("reward", iteration, settings, rollouts=rollouts, prompts=prompts,
                              **self._reward_inputs(reward_model),
                              tokenizer=tokenizer if config.special_tokens else None)
+
+    def resample(self, iteration: int, actor: ModelRef, tokenizer: ModelRef, reward_model: ModelRef | None,
+                 rollouts: ArtifactRef, rewards: ArtifactRef, bias: float) -> StageCall:
+        config = self.run.config
+        settings = settings_of(config.rollout) | self._template | self._precision | {
+            "order_seed": self.run.seed(0, "resample_order"), "iteration": iteration, "bias": bias,
+            "reward": settings_of(config.reward) | _components(config.reward)}
+        return self.run.call(
+            "resample", iteration, settings, seed=self.run.seed(iteration, "resample"), actor=actor, rollouts=rollouts,
+            rewards=rewards, prompts=self.run.inputs["prompts"], turns=self.run.inputs.get("turns"),
+            tokenizer=tokenizer if config.reward.special_tokens else None, **self._reward_inputs(reward_model))
 
     def value(self, iteration: int, critic: ModelRef, rollouts: ArtifactRef) -> StageCall:
         return self.run.call("value", iteration, self._precision, critic=critic, rollouts=rollouts)
@@ -284,6 +302,7 @@ class LanguageChain:
         """
         run, after = self.run, recorded.state(iteration)
         before, made = recorded.state(iteration - 1) if iteration else after, after.artifacts
+        rollouts, rewards = (made.get("resample", made.get(stage)) for stage in ("rollout", "reward"))
         match stage:
             case "base_model":
                 return self.base_model()
@@ -297,21 +316,27 @@ class LanguageChain:
             case "rollout":
                 return self.rollout(iteration, before.actor)
             case "reference":
-                return self.reference(iteration, after.reference, made["rollout"])
+                return self.reference(iteration, after.reference, rollouts)
             case "reward":
                 return self.reward(iteration, after.reference, after.reward_model, made["rollout"],
                                    self._bias(recorded, after), self._moments(recorded, before))
             case "value":
-                return self.value(iteration, before.critic, made["rollout"])
+                return self.value(iteration, before.critic, rollouts)
+            case "resample":
+                if "resample" not in made or not run.config.rollout.resample_rounds:
+                    raise ConfigError(f"run {recorded.name!r} has no stage 'resample' in iteration {iteration}; "
+                                      "rollout.resample_rounds of a new run brings it")
+                return self.resample(iteration, before.actor, after.reference, after.reward_model, made["rollout"],
+                                     made["reward"], self._bias(recorded, after))
             case "gae":
                 self._require_reference(made)
-                return self.gae(iteration, made["rollout"], made.get("reference"), made["reward"],
+                return self.gae(iteration, rollouts, made.get("reference"), rewards,
                                 self._values(recorded, iteration), self._kl_coef(recorded, before))
             case "ppo":
                 self._require_same_placement(recorded)
                 self._require_reference(made)
                 critic = before.critic if run.config.gae.has_critic else None
-                return self.ppo(iteration, before.actor, critic, before.optimizer, made["rollout"], made.get("reference"),
+                return self.ppo(iteration, before.actor, critic, before.optimizer, rollouts, made.get("reference"),
                                 self._values(recorded, iteration), made["gae"], self._kl_coef(recorded, before))
             case "evaluate":
                 return self.evaluate(iteration, after.actor, after.reference, after.reward_model,

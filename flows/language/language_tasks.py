@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from flows.runs.inputs import GGUF
 from flows.runs.produce import StageOutput
 from flows.runs.rows import Rows
 from flows.runs.work import Task, Work
-from schemas.artifacts import ModelRef, Outputs
+from schemas.artifacts import ModelRef, Moments, Outputs, derive_seed
 from schemas.errors import ConfigError
 from schemas.language import (
     BaseModelConfig,
@@ -38,6 +39,7 @@ from stages import evaluate as evaluate_stage
 from stages import gae as gae_stage
 from stages import ppo as ppo_stage
 from stages import reference as reference_stage
+from stages import resample as resample_stage
 from stages import reward as reward_stage
 from stages import reward_bias as reward_bias_stage
 from stages import reward_model as reward_model_stage
@@ -46,11 +48,11 @@ from stages import sft as sft_stage
 from stages import value as value_stage
 from stages.ops.brought_scorer import BroughtScorer
 from stages.ops.builtin_rewards import builtin_scorer
-from stages.ops.conversations import prompt_of
+from stages.ops.conversations import Prompt, prompt_of
 from stages.ops.distribution import SETTINGS, distribution_of
 from stages.ops.guest import Patience
 from stages.ops.language_model import LanguageModel
-from stages.ops.learning_signal import cut_texts, of_advantages, of_components, of_policy
+from stages.ops.learning_signal import cut_texts, flat_groups, of_advantages, of_components, of_policy
 from stages.ops.moments import updated_moments
 from stages.ops.precision import Precision
 from stages.ops.prompts import demonstrations_as_texts, pretraining_as_texts, prompt_order
@@ -137,6 +139,38 @@ def reward(work: Work[WarmModels]) -> StageOutput:
                        _tokens(rollouts) if _runs_models(work) else None, Outputs(moments=moments))
 
 
+def resample(work: Work[WarmModels]) -> StageOutput:
+    config, rewards, prompts = work.settings(RolloutConfig), work.settings(RewardConfig, "reward"), work.rows("prompts")
+    scorers, iteration = _scorers(work, rewards), work.setting("iteration")
+
+    def order(number: int) -> np.ndarray:
+        return prompt_order(len(prompts), len(prompts), seed=derive_seed(work.setting("order_seed"), number, "round"),
+                            iteration=iteration)
+
+    actor = work.warm.actor(work.model("actor"), _reading(work), _precision(work))
+    first = work.table("rollouts", Rollouts), work.table("rewards", Rewards), work.table_beside("rewards", TokenRewards)
+    score = partial(reward_stage.reward, scorers, config=rewards, bias=work.setting("bias"), moments=Moments(),
+                    max_new_tokens=config.max_new_tokens)
+    found = resample_stage.resample(ModelSampler(actor), _Prompts(prompts), first, score, config, order=order,
+                                    seed=work.call.seed, partner=_partner(work, config))
+    for table in (found.rollouts, found.rewards, found.tokens, found.dropped, reward_stage.texts(scorers, found.rollouts)):
+        if table is not None:
+            work.attempt.table(table)
+    metrics = resample_stage.metrics(found, config.responses_per_prompt)
+    work.warn(flat_groups(metrics.flat_groups, config))
+    return StageOutput(metrics, int(found.rollouts.sampled_lengths.sum()))
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Of an imported file, read by need."""
+
+    rows: Rows
+
+    def __getitem__(self, row: int) -> Prompt:
+        return prompt_of(self.rows[row])
+
+
 def value(work: Work[WarmModels]) -> StageOutput:
     rollouts = work.table("rollouts", Rollouts)
     values = value_stage.value(work.warm.critic(work.model("critic"), _precision(work)), rollouts)
@@ -192,7 +226,7 @@ def evaluate(work: Work[WarmModels]) -> StageOutput:
 
 
 TASKS: dict[str, Task] = {task.__name__: task for task in (
-    base_model, sft, reward_model, reward_bias, rollout, reference, reward, value, gae, ppo, evaluate)}
+    base_model, sft, reward_model, reward_bias, rollout, reference, reward, resample, value, gae, ppo, evaluate)}
 
 
 # --- what several of them need ---

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from schemas.control import Spaces
-from schemas.language import RewardConfig
+from schemas.language import RewardConfig, RolloutConfig
 from schemas.settings import GAEConfig, KLConfig
 
 NARROW = 0.05  # of a Box
@@ -29,6 +29,14 @@ def cut_texts(cut: Mapping[str, int], config: RewardConfig, rows: int) -> Iterat
         if count:
             yield (f"{count} of {rows} texts are longer than the component {name!r} takes, and were cut on the "
                    f"{config.components[name].truncation} (reward.components.{name}.truncation; max_tokens, if that is set)")
+
+
+def flat_groups(count: int, config: RolloutConfig) -> Iterator[str]:
+    """`count`: groups without spread that are in the batch although others were looked for."""
+    if count:
+        yield (f"{count} of {config.batch_size // config.responses_per_prompt} groups have one score for all their "
+               f"responses, since rollout.resample_rounds={config.resample_rounds} did not suffice: their advantages are "
+               "0; look for harder or easier prompts, or raise it")
 
 
 def of_advantages(raw: np.ndarray, flat: float | None, config: GAEConfig, kl: KLConfig) -> Iterator[str]:

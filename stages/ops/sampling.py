@@ -228,7 +228,7 @@ def sample_tokens(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """
     cdf = logprobs.double().exp_().cumsum_(-1)
     threshold = (uniforms.to(cdf) * cdf[:, -1]).unsqueeze(-1)
-    last = torch.searchsorted(cdf, cdf[:, -1:])  # the last token that is not impossible, where u·F is rounded up to F
+    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())  # that is not impossible, where u·F is rounded up to F
     token = torch.minimum(torch.searchsorted(cdf, threshold, right=True), last)
     return token.squeeze(-1).clamp(max=logprobs.shape[-1] - 1)  # of NaN, which is refused later
 
