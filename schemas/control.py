@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from schemas.presets import CONTROL, merged
-from schemas.settings import GAEConfig, PPOConfig, RunConfig, Settings
+from schemas.settings import GAEConfig, Later, PPOConfig, RunConfig, Settings
 from schemas.stages import Kind
 
 ESTIMATORS = get_args(GAEConfig.model_fields["estimator"].annotation)  # `gae` first
+
+
+class WrapperConfig(Settings):
+    """One wrapper around an environment."""
+
+    name: str
+    """Of `gymnasium.wrappers`, such as TimeLimit; or `module:Name` of an installed module."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What it is given beside the environment."""
 
 
 class EnvironmentConfig(Settings):
@@ -20,6 +29,13 @@ class EnvironmentConfig(Settings):
     """Gymnasium's id, `module:Id-v0` of an installed module, or `file.py:function` beside the config, which makes one."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """What `gymnasium.make`, or the function, is given besides."""
+    wrappers: Annotated[tuple[WrapperConfig, ...], Later(before=())] = ()
+    """What it is wrapped in, the innermost first."""
+    scale_actions: Annotated[bool, Later(before=False)] = False
+    """Whether a policy's −1 to 1 is a bounded Box's low to high; else the environment is given what is sampled, clipped."""
+    action_mask: Annotated[bool, Later(before=False)] = False
+    """Whether actions that the info's `action_mask` forbids have no part in the distribution, in rollout and update
+    alike."""
 
 
 class PolicyConfig(Settings):
@@ -39,6 +55,8 @@ class PolicyConfig(Settings):
     """Whether observations are (o − μ)/σ by running moments, which are part of both networks' checkpoints."""
     clip_observations: PositiveFloat = 10.0
     """Normalised observations are clipped to ± this."""
+    channels: Annotated[tuple[PositiveInt, ...], Later(before=(16, 32))] = (16, 32)
+    """Pictures: channels of the convolutions before the other layers, 3 × 3 with stride 2."""
 
 
 class ControlRolloutConfig(Settings):
@@ -91,11 +109,20 @@ class Spaces(Settings):
     """Discrete: what the environment calls the first of each."""
     scalar: bool = False
     """Discrete: whether an action is one number rather than a list of one (Discrete rather than MultiDiscrete)."""
+    image: Annotated[tuple[int, ...], Later(before=())] = ()
+    """A picture: height, width, channels, and 1 where the channels come first in the observation; () for anything else."""
+    masked: Annotated[bool, Later(before=False)] = False
+    """Discrete: whether the last numbers of an observation are the mask of actions, 1 where one is allowed."""
 
     @property
     def action_size(self) -> int:
         """A."""
         return len(self.low) or len(self.choices)
+
+    @property
+    def seen_size(self) -> int:
+        """Numbers of an observation without the mask."""
+        return self.observation_size - (sum(self.choices) if self.masked else 0)
 
 
 class ControlConfig(RunConfig):

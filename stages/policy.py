@@ -28,7 +28,7 @@ def policy(spaces: Spaces, config: PolicyConfig, *, seed: int) -> tuple[Actor, C
 
 
 def _initialise(network: Network, gain: float, generator: torch.Generator) -> None:
-    for layer in (*network.layers, network.head):
+    for layer in (*(network.pixels.layers if network.pixels else ()), *network.layers, network.head):
         nn.init.orthogonal_(layer.weight, gain if layer is network.head else math.sqrt(2), generator=generator)
         nn.init.zeros_(layer.bias)
 

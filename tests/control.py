@@ -9,7 +9,8 @@ import numpy as np
 import yaml
 
 from flows.control.environments import make_environment as make_one
-from flows.control.environments import make_vector, spaces_of
+from flows.control.environments import make_vector
+from flows.control.spaces import fitted
 from schemas.artifacts import Moments, derive_seed
 from schemas.config import parse_config
 from schemas.control import ControlConfig
@@ -75,7 +76,7 @@ def function_of(c: ControlConfig):
 def make(c: ControlConfig, count: int | None = None, seed: int | None = None, once: bool = False) -> Environments:
     """Environments of the config, not reset yet."""
     vector = make_vector(c.environment, function_of(c), count or c.rollout.num_envs, c.execution)
-    spaces = spaces_of(make_one(c.environment, function_of(c)), c.environment.id)
+    _, spaces = fitted(make_one(c.environment, function_of(c)), c.environment)
     own_seed = derive_seed(c.seed, 0, "environments")
     return Environments(vector, spaces, c.environment.id, seed=own_seed if seed is None else seed, once=once)
 

@@ -168,6 +168,10 @@ def tuples():
     return Count(action_space=spaces.Tuple([spaces.Discrete(2)]))
 
 
+def of_both():
+    return Count(action_space=spaces.Tuple([spaces.Discrete(2), spaces.Box(0, 1, (2,))]))
+
+
 def nothing():
     return None
 
@@ -219,3 +223,52 @@ def shows(space):
         "sequence": spaces.Sequence(spaces.Box(0, 1, (2,))),
         "pair": spaces.Tuple((spaces.Discrete(2), spaces.Discrete(3)))}[space]
     return environment
+
+
+class Shows(Count):
+    """Shows samples of any space, a function of the reset's draw and the step; takes actions of any space."""
+
+    def __init__(self, seen: str = "plain", acts: str = "choice", masks: str = "") -> None:
+        super().__init__(length=4, action_space=ACTS[acts])
+        self.masks = masks
+        if seen != "plain":
+            self.observation_space = SEEN[seen]
+        self.seen = seen
+
+    def _show(self):
+        if self.seen == "plain":
+            return super()._show()
+        self.observation_space.seed(int(self.draw * 1e6) + self.steps)
+        return self.observation_space.sample()
+
+    def reset(self, **arguments):
+        shown, _ = super().reset(**arguments)
+        return shown, self._info()
+
+    def step(self, action):
+        shown, reward, terminated, truncated, _ = super().step(action)
+        return shown, reward, terminated, truncated, self._info()
+
+    def _info(self):
+        allowed = np.arange(self.action_space.n) % 3 == self.steps % 3 if self.masks else None
+        return {"": {}, "right": {"action_mask": allowed}, "none": {"action_mask": np.zeros(5)},
+                "short": {"action_mask": np.ones(2)}, "late": {} if self.steps else {"action_mask": allowed}}[self.masks]
+
+
+SEEN = {
+    "dict": spaces.Dict({"speed": spaces.Box(-1, 1, (2,)), "gear": spaces.Discrete(3)}),
+    "tuple": spaces.Tuple((spaces.Discrete(2), spaces.MultiBinary(3))), "discrete": spaces.Discrete(7, start=2),
+    "multi": spaces.MultiDiscrete([2, 3]), "matrix": spaces.Box(-1, 1, (2, 3)),
+    "image": spaces.Box(0, 255, (9, 8, 3), np.uint8),
+    "frames": spaces.Box(0, 255, (4, 9, 8), np.uint8), "gray": spaces.Box(0, 255, (9, 8), np.uint8)}
+ACTS = {
+    "choice": spaces.Discrete(2), "five": spaces.Discrete(5),
+    "tuple": spaces.Tuple((spaces.Discrete(3, start=1), spaces.MultiBinary(2), spaces.MultiDiscrete([4, 2]))),
+    "dict": spaces.Dict({"turn": spaces.Discrete(2), "jump": spaces.MultiBinary(1)}),
+    "boxes": spaces.Tuple((spaces.Box(-1, 1, (2,)), spaces.Box(0, 9, (1,)))), "matrix": spaces.Box(-1, 1, (2, 3)),
+    "binary matrix": spaces.MultiBinary((2, 2)),
+    "far": spaces.Box(np.array([100, -3], np.float32), np.array([101, 9], np.float32))}
+
+
+def of_spaces(seen="plain", acts="choice", masks=""):
+    return Shows(seen, acts, masks)

@@ -1,10 +1,8 @@
 """Rollouts of control tasks: what is in a batch, row by row; episodes that go on; failures that say where."""
 
 import itertools
-import re
 import time
 
-import environments
 import gymnasium
 import numpy as np
 import pytest
@@ -12,15 +10,14 @@ import torch
 from control import begun, config, in_memory, make, own, play, steps_of
 from gymnasium.wrappers.utils import RunningMeanStd
 
-from flows.control.environments import Watch, make_vector, spaces_of
+from flows.control.environments import Watch, make_vector
 from schemas.artifacts import Moments
-from schemas.errors import ConfigError, EnvironmentFailure
+from schemas.errors import EnvironmentFailure
 from schemas.tables import Trajectories
 from stages.control_rollout import metrics
 from stages.ops.episodes import Environments, actions_since_reset, episode_seed
 from stages.ops.learning_signal import of_actions
 from stages.ops.moments import RunningMoments
-from stages.ops.networks import ToEnvironment
 
 
 def test_rows_are_pieces_of_episodes_and_no_step_leads_over_a_reset():
@@ -315,7 +312,8 @@ def test_a_mask_is_said_wherever_it_is(caplog, how):
     c = config(environment=own("odd", how=how))
     play(c, *begun(c))
     (line,) = (record.message for record in caplog.records)
-    assert line.endswith("its info holds an action_mask, which is not used: actions that it forbids are sampled too")
+    assert line.endswith("its info holds an action_mask, which is not used: actions that it forbids are sampled too; "
+                         "environment.action_mask: true uses it")
 
 
 def test_binary_actions_are_choices_of_two():
@@ -325,35 +323,10 @@ def test_binary_actions_are_choices_of_two():
     assert actor.spaces.choices == (2, 2, 2) and len({tuple(a) for a in environments.vector.envs[0].unwrapped.acted}) > 1
 
 
-@pytest.mark.parametrize("place, space, words", [
-    ("acts_in", "matrix", r"TransformAction\(env, lambda a: a.reshape\(\(2, 3\)\), gymnasium.spaces.Box\("),
-    ("acts_in", "whole", r"MultiDiscrete\(env.action_space.high - env.action_space.low \+ 1\)\) counts them from 0"),
-    ("acts_in", "tuple", "a function that builds such an action from numbers"),
-    ("acts_in", "binary matrix", "reshapes them"),
-    ("shows", "sequence", "they have no fixed size: pad them to one in a gymnasium.ObservationWrapper"),
-    ("shows", "pair", "wrap it in gymnasium.wrappers.FlattenObservation in a file.py:function")])
-def test_spaces_that_no_policy_is_for_come_with_the_wrapper(place, space, words):
-    with pytest.raises(ConfigError, match=words):
-        begun(config(environment=own(place, space=space)))
-
-
-def test_the_wrappers_that_are_named_work():
-    for space in ("matrix", "whole"):
-        env = environments.acts_in(space)
-        with pytest.raises(ConfigError) as error:
-            spaces_of(env, "x")
-        code = re.search(r"in a file.py:function, (.*\)) (reshapes|counts)", str(error.value))[1]
-        wrapped = eval(code, {"gymnasium": gymnasium, "env": env})
-        found = spaces_of(wrapped, "x")
-        wrapped.reset(seed=0)
-        wrapped.step(ToEnvironment(found)(np.ones((1, found.action_size), np.float32))[0])
-    spaces_of(gymnasium.wrappers.FlattenObservation(environments.shows("pair")), "x")
-
-
 @pytest.mark.parametrize("space, reach", [("far", "0%"), ("wide", "0%"), ("unit", None)])
 def test_a_box_that_the_policy_does_not_reach_is_said(space, reach):
     c = config(environment=own("acts_in", space=space), rollout={"num_envs": 2, "num_steps": 60}, ppo={"minibatches": 1})
     actor, critic, there = begun(c)
     lines = list(of_actions(play(c, actor, critic, there).actions.values, actor.spaces))
-    assert all(f"reaches {reach} of the Box" in line and "RescaleAction(env, -1, 1)" in line for line in lines)
+    assert all(f"reaches {reach} of the Box" in line and "environment.scale_actions: true" in line for line in lines)
     assert bool(lines) == (reach is not None)

@@ -9,6 +9,7 @@ from flows.runs.functions import check_function, load_function
 from flows.runs.inputs import Checked, Files
 from flows.runs.rows import Rows
 from schemas.control import ControlConfig
+from schemas.errors import ConfigError
 
 
 def check(config: ControlConfig, files: Files) -> Checked:
@@ -17,7 +18,10 @@ def check(config: ControlConfig, files: Files) -> Checked:
     if "environment" in files:
         check_function(config.environment.id, files["environment"])
         function = load_function(config.environment.id, files["environment"])
-    look_at(config.environment, function, config.execution.environment_timeout)
+    spaces = look_at(config.environment, function, config.execution.environment_timeout)
+    if spaces.image and config.policy.normalize_observations:
+        raise ConfigError("policy.normalize_observations: the observations are pictures, whose numbers are divided by 255; "
+                          "set it to false")
     return Checked()
 
 

@@ -63,7 +63,7 @@ class ControlChain:
     # --- what each stage is called with ---
 
     def policy(self) -> StageCall:
-        config = settings_of(self.run.config.policy) | {"spaces": self._spaces().model_dump(mode="json")}
+        config = settings_of(self.run.config.policy) | {"spaces": settings_of(self._spaces())}
         return self.run.call("policy", 0, config, seed=self.run.seed(0, "policy"))
 
     def rollout(self, iteration: int, actor: ModelRef, critic: ModelRef, previous: ArtifactRef | None,

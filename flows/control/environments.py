@@ -13,10 +13,10 @@ from functools import partial
 import cloudpickle
 import gymnasium
 import numpy as np
-from gymnasium import spaces
 from gymnasium.error import DependencyNotInstalled, Error, NameNotFound, NamespaceNotFound
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from flows.control.spaces import fitted
 from flows.runs.functions import require_allowed
 from schemas.control import EnvironmentConfig, Spaces
 from schemas.errors import ConfigError, EnvironmentFailure
@@ -26,7 +26,7 @@ from stages.ops.guest import HungError, ring
 from stages.ops.user_errors import said
 
 gymnasium.logger.min_level = gymnasium.logger.ERROR + 1  # what it would say on stderr, errors here say in one line
-EXTRAS = {"mujoco": "mujoco", "pygame": "classic-control"}  # module that is missing → extra of Baton's that brings it
+EXTRAS = {"mujoco": "mujoco", "box2d": "box2d", "pygame": "classic-control"}  # module that is missing → Baton's extra
 
 
 def make_environment(
@@ -65,55 +65,12 @@ def _extra(error: Exception) -> str:
     return "install what it names"
 
 
-def spaces_of(environment: gymnasium.Env, name: str) -> Spaces:
-    """What a policy has to know of it. Raises `ConfigError` on spaces that no policy here is for."""
-    seen, actions = environment.observation_space, environment.action_space
-    if not isinstance(seen, spaces.Box) or len(seen.shape) != 1 or not seen.shape[0]:
-        flat = seen.is_np_flattenable
-        way = ("wrap it in gymnasium.wrappers.FlattenObservation" if flat else "they have no fixed size: pad them to one in "
-               "a gymnasium.ObservationWrapper whose observation_space is such a Box,")
-        raise ConfigError(f"environment {name!r}: its observations are {seen}, expected a Box of one dimension; {way} in a "
-                          "file.py:function")
-    size = {"observation_size": seen.shape[0]}
-    match actions:
-        case spaces.Box() if len(actions.shape) == 1 and actions.shape[0] and np.issubdtype(actions.dtype, np.floating):
-            low, high = ([float(x) if np.isfinite(x) else None for x in bound] for bound in (actions.low, actions.high))
-            return Spaces(kind="box", low=low, high=high, dtype=actions.dtype.name, **size)
-        case spaces.Discrete():
-            return Spaces(kind="discrete", choices=[int(actions.n)], start=[int(actions.start)], scalar=True, **size)
-        case spaces.MultiDiscrete() if actions.nvec.ndim == 1:
-            return Spaces(kind="discrete", choices=actions.nvec.tolist(), start=actions.start.tolist(), **size)
-        case spaces.MultiBinary() if len(actions.shape) == 1:
-            return Spaces(kind="discrete", choices=[2] * actions.shape[0], start=[0] * actions.shape[0], **size)
-    raise ConfigError(f"environment {name!r}: its actions are {actions}, expected a Box of floating-point numbers, "
-                      "Discrete, MultiDiscrete or MultiBinary, of one dimension; in a file.py:function, "
-                      f"{_wrapped(actions)}")
-
-
-def _wrapped(actions: spaces.Space) -> str:
-    """How an environment with those actions gets others."""
-    begin = "gymnasium.wrappers.TransformAction(env, "
-    match actions:
-        case spaces.Box() if np.issubdtype(actions.dtype, np.floating):
-            size = int(np.prod(actions.shape))
-            return (f"{begin}lambda a: a.reshape({actions.shape}), gymnasium.spaces.Box(env.action_space.low.reshape({size})"
-                    f", env.action_space.high.reshape({size}))) reshapes them")
-        case spaces.Box():
-            return (f"{begin}lambda a: (a + env.action_space.low).astype(env.action_space.dtype), "
-                    "gymnasium.spaces.MultiDiscrete(env.action_space.high - env.action_space.low + 1)) counts them from 0")
-        case spaces.MultiDiscrete() | spaces.MultiBinary():
-            return f"{begin}lambda a: a.reshape({actions.shape}), a space of one dimension) reshapes them"
-        case _:
-            return (f"{begin}a function that builds such an action from numbers, a MultiDiscrete or Box of these numbers) "
-                    "takes it apart")
-
-
 def look_at(config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | None, seconds: float) -> Spaces:
     """What an environment of that config gives and takes. Raises `ConfigError`, and `EnvironmentFailure` if it hangs."""
     with Watch(config.id, seconds)("making one"):
         environment = make_environment(config, function)
     try:
-        return spaces_of(environment, config.id)
+        return fitted(environment, config)[1]
     finally:
         with contextlib.suppress(Exception):  # harmless: it was never reset
             environment.close()
@@ -138,7 +95,7 @@ def make_vector(
 
 def _player(config: EnvironmentConfig, function: Callable[..., gymnasium.Env] | None, index: int) -> Player:
     unchecked = {} if function else {"disable_env_checker": True}  # Gymnasium's check of first calls; ours is of all
-    return Player(make_environment(config, function, **unchecked), config.id, index)
+    return Player(fitted(make_environment(config, function, **unchecked), config)[0], config.id, index)
 
 
 def _in_a_process(

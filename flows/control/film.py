@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from flows.control.environments import Watch, make_environment
+from flows.control.spaces import fitted
 from schemas.control import EnvironmentConfig
 from stages.control_evaluate import film
 from stages.ops.networks import Actor
@@ -37,7 +38,7 @@ def film_of(
     watch = Watch(config.id, timeout)
     try:
         with warnings.catch_warnings(action="ignore"):
-            environment = make_environment(config, function, render_mode="rgb_array")
+            environment, _ = fitted(make_environment(config, function, render_mode="rgb_array"), config)
             with closing(environment):
                 frames = film(actor, environment, seed=seed, max_steps=max_steps)
                 stride, images = _thinned(_watched(frames, watch))

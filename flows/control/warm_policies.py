@@ -13,6 +13,7 @@ import gymnasium
 from safetensors.torch import load_file, save
 
 from flows.control.environments import Watch, make_vector
+from flows.runs.kind import settings_of
 from flows.store.store import Attempt, Store
 from schemas.artifacts import ArtifactRef, ModelRef
 from schemas.control import EnvironmentConfig, PolicyConfig, Spaces
@@ -139,7 +140,7 @@ def batches_before(store: Store, rollout: ArtifactRef) -> Iterator[Trajectories]
 
 def save_network(attempt: Attempt, inner: str, network: Network) -> None:
     """`config.json`, what the network is, and `model.safetensors`, its weights and moments of observations."""
-    config = {"spaces": network.spaces.model_dump(mode="json"), "policy": network.config.model_dump(mode="json")}
+    config = {"spaces": settings_of(network.spaces), "policy": settings_of(network.config)}
     attempt.write(f"{inner}/config.json", (json.dumps(config, indent=1) + "\n").encode())
     tensors = {name: tensor.contiguous().clone() for name, tensor in network.state_dict().items()}
     attempt.write(f"{inner}/model.safetensors", save(tensors))

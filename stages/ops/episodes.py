@@ -237,10 +237,10 @@ class Environments:
         self._see(observations, np.zeros(len(self)))
 
     def _say(self, info: dict[str, Any]) -> None:
-        if "masked" in info and not self._told:
+        if "masked" in info and not self._told and not self.spaces.masked:
             self._told = True
-            log.warning("%s: its info holds an action_mask, which is not used: actions that it forbids are sampled too",
-                        self.name)
+            log.warning("%s: its info holds an action_mask, which is not used: actions that it forbids are sampled too; "
+                        "environment.action_mask: true uses it", self.name)
 
     def _replay(self, which: np.ndarray, actions: list[Any]) -> np.ndarray:
         """A step of those in `which`. (N,) bool: whose episodes are over by then."""

@@ -57,8 +57,7 @@ def of_actions(actions: np.ndarray, spaces: Spaces) -> Iterator[str]:
         covered = (np.quantile(given, 0.95) - np.quantile(given, 0.05)) / (high - low)
         if covered < NARROW:
             yield (f"the policy begins near 0 with a spread of {actions[:, i].std():.2g}, and its action {i} reaches "
-                   f"{covered:.0%} of the Box from {low:g} to {high:g}: gymnasium.wrappers.RescaleAction(env, -1, 1) in a "
-                   "file.py:function gives it all of it")
+                   f"{covered:.0%} of the Box from {low:g} to {high:g}: environment.scale_actions: true gives it all of it")
 
 
 def of_policy(entropy: float | None, vocabulary: int) -> Iterator[str]:

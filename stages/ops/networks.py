@@ -5,6 +5,8 @@ Letters: n states, D numbers of an observation, A numbers of an action.
     x = clip((o − μ)/√(σ² + ε), ±c)  if observations are normalised,    h = tanh(W·x + b) …,    outputs = W·h + b
     Box:       a ~ N(outputs, diag σ²), log σ a parameter or, if state_dependent_std, the other half of the outputs
     Discrete:  a ~ softmax(outputs), by the largest of outputs + Gumbel noise; one softmax for each choice
+    masked:    the outputs of actions that are forbidden are −10³⁰, so that their probability is 0
+    pictures:  x = o/255 through convolutions of 3 × 3 with stride 2 and ReLU, then the layers
 
 An action is stored and scored as it was sampled. Only the environment is given it clipped to the bounds of a Box: a
 clipped action's density is not that of the Gaussian (Huang et al. 2022, 9 details for continuous action domains).
@@ -25,6 +27,7 @@ from stages.ops.moments import RunningMoments
 
 EPSILON = 1e-8
 LOG_STD_RANGE = (-20.0, 2.0)  # of a state-dependent log σ, as in Haarnoja et al. 2018
+NEVER = -1e30  # an output: its exponential is 0, and so is 0 times it
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -35,7 +38,8 @@ class Network(nn.Module):
         super().__init__()
         self.spaces, self.config = spaces, config
         self.activation = torch.tanh if config.activation == "tanh" else torch.relu
-        sizes = (spaces.observation_size, *hidden)
+        self.pixels = Pixels(spaces.image, config.channels) if spaces.image else None
+        sizes = (self.pixels.size if self.pixels else spaces.seen_size, *hidden)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.head = nn.Linear(sizes[-1], outputs)
         if config.normalize_observations:
@@ -56,11 +60,15 @@ class Network(nn.Module):
     def normalize(self, observations: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
         """clip((o − μ)/√(σ² + ε), ±c), float32, of the observations' shape."""
         x, limit = (observations - mean) * (1 / np.sqrt(variance + EPSILON)), self.config.clip_observations
-        return np.minimum(np.maximum(x, -limit), limit).astype(np.float32)
+        x = np.minimum(np.maximum(x, -limit), limit).astype(np.float32)
+        if self.spaces.masked:
+            x[..., self.spaces.seen_size :] = observations[..., self.spaces.seen_size :]
+        return x
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(n, D) to (n, outputs)."""
-        x = inputs
+        x = inputs[:, : self.spaces.seen_size] if self.spaces.masked else inputs
+        x = self.pixels(x) if self.pixels else x
         for layer in self.layers:
             x = self.activation(functional.linear(x, layer.weight, layer.bias))
         return functional.linear(x, self.head.weight, self.head.bias)
@@ -78,6 +86,29 @@ class Network(nn.Module):
             self.observation_mean.copy_(torch.from_numpy(mean[-1]))
             self.observation_variance.copy_(torch.from_numpy(variance[-1]))
             self.observation_count.fill_(seen.moments.count)
+
+
+class Pixels(nn.Module):
+    """A picture's features: convolutions of 3 × 3 with stride 2, over numbers up to 255."""
+
+    def __init__(self, image: tuple[int, ...], channels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.image = image
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise((image[2], *channels)))
+        height, width = image[:2]
+        for _ in channels:
+            height, width = (height + 1) // 2, (width + 1) // 2
+        self.size = height * width * (channels[-1] if channels else image[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, D) to (n, size)."""
+        height, width, channels, first = self.image
+        shape = (channels, height, width) if first else (height, width, channels)
+        x = x.reshape(-1, *shape) / 255
+        x = x if first else x.permute(0, 3, 1, 2)
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x.flatten(1)
 
 
 class RunningInputs:
@@ -107,6 +138,12 @@ class Critic(Network):
 
 class Actor(Network):
     """π(a | o)."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = super().forward(inputs)
+        if not self.spaces.masked:
+            return outputs
+        return outputs.masked_fill(inputs[:, self.spaces.seen_size :] == 0, NEVER)
 
     def __init__(self, spaces: Spaces, config: PolicyConfig) -> None:
         box, size = spaces.kind == "box", spaces.action_size
