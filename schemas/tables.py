@@ -70,8 +70,8 @@ NAMED_TEXTS = pa.map_(pa.string(), pa.string())
 
 
 def column(type_: pa.DataType, doc: str, length: str = "", *, optional: bool = False) -> np.ndarray:
-    """A column's Parquet type, what it holds, and the letter of its row length if it is ragged; an `optional` one is
-    left out of tables that have none of it."""
+    """A column's Parquet type, what it holds (which is in the file: other words are other bytes), and the letter of its row
+    length if it is ragged; an `optional` one is left out of tables that have none of it."""
     metadata = {"type": type_, "doc": doc, "length": length, "optional": optional}
     return field(default=None, metadata=metadata) if optional else field(metadata=metadata)
 
@@ -266,7 +266,7 @@ ROW_ID_DOC = "0…B−1; joins the tables of one iteration"
 
 @dataclass(frozen=True, eq=False)
 class Rollouts(Table):
-    """Written by `rollout`: one row per response."""
+    """Written by `rollout`: one row per response. A finish reason is also `stop`, at a stop text or token."""
 
     file: ClassVar[str] = "rollouts.parquet"
     row_id: np.ndarray = column(pa.int64(), ROW_ID_DOC)
@@ -276,8 +276,7 @@ class Rollouts(Table):
     prompt_tokens: Ragged = column(TOKENS, "token ids given to the actor, chat template applied", "P")
     response_tokens: Ragged = column(TOKENS, "token ids sampled, EOS included where it was sampled", "R")
     logprobs: Ragged = column(FLOATS, "nats: log π_old(token) of the temperature-scaled logits", "R")
-    finish_reason: tuple[str, ...] = column(
-        pa.string(), "`eos`; `stop` at a stop string or token; `length` where the limit cut the response")
+    finish_reason: tuple[str, ...] = column(pa.string(), "`eos`, or `length` where the limit cut the response")
     sampled: Ragged | None = column(
         FLAGS, "several turns: whether the token was sampled, rather than part of a reply, where logprobs are 0", "R",
         optional=True)
@@ -435,19 +434,19 @@ class Advantages(Table):
 
 @dataclass(frozen=True, eq=False)
 class Samples(Table):
-    """Written by `evaluate`: one row per sample of a held-out prompt."""
+    """Written by `evaluate`: one row per sample of a held-out prompt. Of several samples `row_id` is 0…B−1, and `prompt_id`
+    the line; wins are over the baseline's samples, the mean of several."""
 
     file: ClassVar[str] = "samples.parquet"
-    row_id: np.ndarray = column(pa.int64(), "0…B−1; of one sample a prompt the line of the held-out prompts")
+    row_id: np.ndarray = column(pa.int64(), "line of the held-out prompt file, from 0")
     prompt: tuple[str, ...] = column(pa.string(), "the prompt as it stands in the file")
     response: tuple[str, ...] = column(pa.string(), "the response decoded, special tokens left out")
     response_length: np.ndarray = column(pa.int64(), "R, EOS included")
-    finish_reason: tuple[str, ...] = column(pa.string(), "`eos`, `stop` or `length`")
+    finish_reason: tuple[str, ...] = column(pa.string(), "`eos` or `length`")
     score: np.ndarray = column(pa.float32(), "the reward's raw_score")
     gold: np.ndarray = column(pa.float32(), "the judge's score, never trained on; the reward where no judge is set")
     kl: np.ndarray = column(pa.float32(), "nats a response: Σ_t log π(token) − log π_ref(token)")
-    win: np.ndarray = column(
-        pa.float32(), "1, ½ or 0: gold above, equal to or below the baseline's sample; of several the mean")
+    win: np.ndarray = column(pa.float32(), "1, ½ or 0: gold above, equal to or below the starting actor's sample")
     prompt_id: np.ndarray | None = column(pa.int64(), "line of the held-out prompts, where there are several samples of one",
                                           optional=True)
     greedy: np.ndarray | None = column(

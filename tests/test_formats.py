@@ -1,10 +1,12 @@
 """Stores of every format there has been are read, checked and gone on with: tests/formats has one of each."""
 
+import shutil
 import tarfile
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import rewrite
 from test_verify import files_of
 
@@ -54,6 +56,26 @@ def test_a_run_in_it_goes_on(store_of, number, prefect_server):
     root = store_of(number)
     assert run_command(["train", "--run", "control", "--iterations", "3", "--store", str(root), "--quiet"]) == 0
     assert open_run(Store(root), "control").last().iteration == 3 and verify(Store(root), None)[1] == []
+
+
+@pytest.mark.parametrize("number", range(1, 5))
+def test_a_language_run_in_it_goes_on_by_its_config_and_is_reproduced(store_of, number, tmp_path, prefect_server):
+    """Up to format 4 data was imported as the JSON lines that it was; those same lines are still the run's data."""
+    root = store_of(number)
+    run, folder = open_run(Store(root), "language"), tmp_path / "language"
+    folder.mkdir()
+    for ref in run.inputs.values():
+        for file in run.store.manifest(ref).files:
+            shutil.copy(run.store.file(ref, file.path), folder)
+    (folder / "config.yaml").write_text(yaml.safe_dump(run.record.config))
+    store = ["--store", str(root), "--quiet"]
+    stages = run.state(1).artifacts if number == 4 else ("rollout",)  # tables hold their columns' words: those are bytes too
+    for stage in stages:
+        assert run_command(["stage", stage, "language", "--iteration", "1", *store]) == 0, stage
+    assert run_command(["train", str(folder), "--run", "language", "--iterations", "2", *store]) == 0
+    assert open_run(Store(root), "language").last().iteration == 2
+    (folder / "prompts.jsonl").write_text('{"prompt": "other"}\n')
+    assert run_command(["train", str(folder), "--run", "language", "--iterations", "2", *store]) == 2
 
 
 def test_every_record_of_a_newer_format_is_refused_with_the_version_that_reads_it(copied):

@@ -139,8 +139,8 @@ def _with_plain_actions(environment: gymnasium.Env, config: EnvironmentConfig) -
 
 def _way_on(actions: spaces.Space) -> str:
     if isinstance(actions, spaces.Box):
-        return ("gymnasium.wrappers.TransformAction(env, lambda a: (a + env.action_space.low).astype(env.action_space.dtype), "
-                "a MultiDiscrete of high - low + 1) counts them from 0")
+        return ("gymnasium.wrappers.TransformAction(env, lambda a: (a + low).astype(dtype), a MultiDiscrete of "
+                "high - low + 1) counts them from 0")
     return "gymnasium.wrappers.TransformAction builds such an action from numbers or choices"
 
 

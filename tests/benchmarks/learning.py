@@ -10,6 +10,7 @@
 | walks | data/randomwalks, 3 seeds, 2,560 episodes | mean optimality of 400 sampled walks ≥ 0.95 |
 | digits | data/digits, 3 seeds; draws its picture | mean reward of the last ten iterations > 0.2 |
 | reverse | data/reverse, 2 seeds | twice the reward that `sft` has on held-out prompts |
+| arithmetic | data/arithmetic, 3 seeds | accuracy on held-out sums 20 points above that of `sft` |
 | adaptive | data/reviews with kl.target | mean KL of the last 24 of 80 iterations within 10% of it |
 | presets | data/reviews with each preset, 2 seeds | gold rises |
 | estimators | data/reviews with each estimator that has no critic | gold rises |
@@ -17,8 +18,10 @@
 | classic | CleanRL's ppo.py: 500,000 steps of CartPole-v1, Acrobot-v1, MountainCar-v0, 3 seeds | ≥ 475, ≥ −95, −200 |
 | pendulum | data/pendulum, 3 seeds | return > −200 |
 | mujoco | CleanRL's ppo_continuous_action.py: a million steps of Hopper-v4, 3 seeds | mean within 2,382.86 ± 271.74 |
+| inverted | the same of InvertedPendulum-v5, 3 seeds | mean ≥ 963.09 − 22.20, CleanRL's of the v4; SLM-Lab: 949.94 |
+| lunarlander | data/lunarlander, 3 seeds | mean ≥ 183.30, SLM-Lab's of as many steps |
 
-The last three are measured as in CleanRL's docs: the mean return of the last 100 episodes of training, by the policy that
+Control tasks are measured as in CleanRL's docs: the mean return of the last 100 episodes of training, by the policy that
 samples.
 """
 
@@ -280,9 +283,21 @@ def plot(curves: dict[str, dict]) -> None:
     figure.savefig(PICTURE, dpi=80)
 
 
+def arithmetic(store: Path, folder: Path) -> Check:
+    """Of sampled answers to held-out sums, and of the likeliest ones."""
+    for seed in (1, 2, 3):
+        states = train(store, ROOT / "data/arithmetic", f"arithmetic-{seed}", f"seed={seed}")
+        before, after = states[0], states[-1]
+        rise = after["evaluate/gold"] - before["evaluate/gold"]
+        parts = [f"{label} {before[key]:.3f} → {after[key]:.3f}" for label, key in (
+            ("accuracy", "evaluate/gold"), ("likeliest", "evaluate/greedy_gold"), ("pass@8", "evaluate/pass_at_8"))]
+        yield rise >= 0.2, f"arithmetic seed {seed}: {'  '.join(parts)}  {after['seconds']:.0f} s"
+
+
 # --- control ---
 
-CARTPOLE, PENDULUM, HALFCHEETAH = (ROOT / "data" / name for name in ("cartpole", "pendulum", "halfcheetah"))
+CARTPOLE, PENDULUM, HALFCHEETAH, LUNARLANDER = (
+    ROOT / "data" / name for name in ("cartpole", "pendulum", "halfcheetah", "lunarlander"))
 
 
 def last_returns(store: Path, run: str, count: int = 100) -> np.ndarray:
@@ -331,8 +346,27 @@ def mujoco(store: Path, folder: Path) -> Check:
     yield abs(np.mean(means) - 2382.86) <= 271.74, f"hopper: {np.mean(means):.2f} ± {np.std(means):.2f}"
 
 
+def inverted(store: Path, folder: Path) -> Check:
+    """CleanRL's table has three seeds' mean and spread, for the v4; SLM-Lab's that of ten million steps of the v5."""
+    means = []
+    for mean, line in control_runs(store, HALFCHEETAH, "inverted", "environment.id=InvertedPendulum-v5"):
+        means.append(mean)
+        yield True, line
+    yield np.mean(means) >= 963.09 - 22.20, f"inverted: {np.mean(means):.2f} ± {np.std(means):.2f}"
+
+
+def lunarlander(store: Path, folder: Path) -> Check:
+    """SLM-Lab's PPO comes to 183.30 within 300,000 steps of eight environments, four seeds' mean."""
+    means = []
+    for mean, line in control_runs(store, LUNARLANDER, "lunarlander"):
+        means.append(mean)
+        yield True, line
+    yield np.mean(means) >= 183.30, f"lunarlander: {np.mean(means):.2f} ± {np.std(means):.2f}"
+
+
 CHECKS = {check.__name__: check for check in (
-    reviews, bandit, walks, digits, reverse, adaptive, presets, estimators, overoptimization, classic, pendulum, mujoco)}
+    reviews, bandit, walks, digits, reverse, arithmetic, adaptive, presets, estimators, overoptimization, classic, pendulum,
+    mujoco, inverted, lunarlander)}
 
 
 def main() -> int:
