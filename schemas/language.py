@@ -228,6 +228,13 @@ class ComponentConfig(Settings):
             raise ValueError(f"{key}: {what}{known if first['type'] == 'extra_forbidden' else ''}") from None
 
     @property
+    def model(self) -> str | None:
+        """The model from elsewhere that it is, or embeds texts with; none for other kinds."""
+        if self.kind == "builtin":
+            return getattr(self.builtin, "model", None)
+        return self.source if self.kind == "model" else None
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """Columns of the prompts that a built-in or a server is given; what a function reads is in its signature."""
         if self.kind == "builtin":
@@ -405,7 +412,7 @@ class LanguageConfig(RunConfig):
     @property
     def models(self) -> dict[str, str]:
         """Role → source of every model that it names."""
-        named = {role: part.source for role, part in self.parts.items() if part.kind == "model"}
+        named = {role: part.model for role, part in self.parts.items() if part.model}
         base = {} if self.base_model.source is None else {"base_model": self.base_model.source}
         return base | named | ({"critic": self.value.start} if self.value and self.value.brought else {})
 
@@ -426,8 +433,15 @@ A_MODEL = "model"  # in the place of a model's source, whose content decides
 
 def by_content(components: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Dumped components, without where their models lie."""
-    return {name: part | ({"source": A_MODEL} if ComponentConfig.model_validate(part).kind == "model" else {})
+    return {name: with_model(part, A_MODEL) if ComponentConfig.model_validate(part).model else part
             for name, part in components.items()}
+
+
+def with_model(part: dict[str, Any], model: str) -> dict[str, Any]:
+    """A dumped component with another model."""
+    if part["source"] in BUILTINS:
+        return part | {"options": part["options"] | {"model": model}}
+    return part | {"source": model}
 
 
 def _inconsistencies(c: LanguageConfig):

@@ -112,9 +112,22 @@ class JSONValid(Builtin):
         return self
 
 
+class Similarity(Builtin):
+    """Cosine of the embeddings of response and answer, −1 to 1: means of an encoder's last hidden states over the tokens."""
+
+    model: str = Field(min_length=1)
+    """The encoder: a folder relative to the config, or a name on the hub (`org/name`, `org/name@revision`)."""
+    answer: str = "answer"
+    """The column of the prompts that holds the text to compare with."""
+
+    @property
+    def column(self) -> str:
+        return self.answer
+
+
 BUILTINS: dict[str, type[Builtin]] = {
     "sentiment": Sentiment, "length": Length, "regex": Regex, "exact_match": ExactMatch, "numeric": Numeric,
-    "repetition": Repetition, "json": JSONValid,
+    "repetition": Repetition, "json": JSONValid, "similarity": Similarity,
 }
 """Name → its options."""
 EXTRA = {"sentiment": "vaderSentiment", "numeric": "math_verify"}

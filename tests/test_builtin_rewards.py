@@ -6,7 +6,8 @@ import time
 
 import numpy as np
 import pytest
-from brought import write_brought
+import torch
+from brought import make_model, make_tokenizer, write_brought
 from test_reward_server import _Handler, server  # noqa: F401
 
 from flows.cli.main import run_command
@@ -249,3 +250,31 @@ def test_bad_settings_of_a_component_are_one_line(tmp_path, capsys):
     assert run_command(["train", str(folder), "--store", str(tmp_path / "store")]) == 2
     error = capsys.readouterr().err
     assert "reward.components.a: options.pattern: no regular expression" in error and error.count("\n") == 1
+
+
+def test_similarity_is_the_cosine_of_an_encoders_mean_states(tmp_path, prefect_server):
+    from transformers import AutoModel
+    folder = write_case(tmp_path / "case", {
+        "like": {"source": "similarity", "options": {"model": "encoder", "answer": "topic"}}})
+    tokenizer = make_tokenizer()
+    make_model("bert", AutoModel, tokenizer=tokenizer).save_pretrained(folder / "encoder")
+    tokenizer.save_pretrained(folder / "encoder")
+    store = ["--store", str(tmp_path / "store"), "--quiet"]
+    assert run_command(["train", str(folder), *store]) == 0
+    run = open_run(Store(str(tmp_path / "store")), "case")
+    made = run.state(1).artifacts
+    rollouts, rewards = run.store.table(made["rollout"], Rollouts), run.store.table(made["reward"], Rewards)
+    encoder = AutoModel.from_pretrained(folder / "encoder").eval()
+
+    def mean(text):
+        with torch.no_grad():
+            return encoder(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0].mean(0).double()
+
+    for row in range(4):
+        one, other = mean(rollouts.response[row]), mean(f"t{rollouts.prompt_id[row]}")
+        assert rewards.components["like"][row] == pytest.approx(float(one @ other / one.norm() / other.norm()), abs=1e-5)
+    recipe = run.store.manifest(made["reward"]).recipe
+    assert recipe.config["components"]["like"]["options"]["model"] == "model" and "reward.like" in recipe.inputs
+    assert run_command(["stage", "reward", "case", "--iteration", "1", *store]) == 0
+    (folder / "encoder/model.safetensors").unlink()
+    assert run_command(["train", str(folder), "--run", "other", *store]) == 2

@@ -10,7 +10,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from flows.language.check_model import check_model, check_scorer
+from flows.language.check_model import check_encoder, check_model, check_scorer
 from flows.language.fitting import Fit
 from flows.language.server_access import server_token
 from flows.runs.functions import check_function
@@ -166,7 +166,10 @@ def check_new(config: LanguageConfig, files: Files, data: Mapping[str, Rows]) ->
     _check_parts(config, data)
     for role, paths in files.items():
         if role in config.models:
-            check_scorer(setting_of(role), paths[0].parent, config.parts[role])
+            if config.parts[role].kind == "builtin":
+                check_encoder(setting_of(role), paths[0].parent)
+            else:
+                check_scorer(setting_of(role), paths[0].parent, config.parts[role])
         elif role in config.functions:
             check_function(config.functions[role], paths, partial(_require_columns, _prompts_of(config, role, data)))
 
@@ -180,6 +183,9 @@ def _scorers(
         if role != "base_model":
             part = config.parts.get(role)
             setting = setting_of(role)
+            if part and part.kind == "builtin":
+                found[role] = check_encoder(setting, files[role][0].parent)
+                continue
             theirs, found[role] = check_scorer(setting, files[role][0].parent, part)
             if part is None and (theirs.get_vocab() != tokenizer.get_vocab() or found[role].embeddings < embeddings):
                 raise ConfigError(f"{setting}: its tokenizer is not the base model's, and a critic reads the actor's "

@@ -12,7 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from flows.language.model_files import check_gguf, check_model_files
-from flows.language.model_folders import SAFE, load_classifier, load_gguf, load_tokenizer, require_all_weights, use_attention
+from flows.language.model_folders import (
+    SAFE,
+    load_classifier,
+    load_encoder,
+    load_gguf,
+    load_tokenizer,
+    require_all_weights,
+    use_attention,
+)
 from schemas.errors import ConfigError
 from schemas.language import ComponentConfig, LoRAConfig
 from schemas.metrics import BroughtModelMetrics, BroughtScorerMetrics
@@ -105,6 +113,19 @@ def check_scorer(
     return tokenizer, BroughtScorerMetrics(
         parameters=module.num_parameters(), vocab_size=len(tokenizer),
         embeddings=module.get_input_embeddings().num_embeddings, max_tokens=most)
+
+
+def check_encoder(setting: str, place: Path) -> BroughtScorerMetrics:
+    """A model that embeds texts. Raises `ConfigError` with the setting that names it and what failed."""
+    with _named(setting, place):
+        check_model_files(place)
+        tokenizer, module = load_tokenizer(place, needs_eos=False), load_encoder(place)
+        _require_tokens_fit(module, tokenizer)
+        if not hasattr(module, "config") or module.config.is_encoder_decoder:
+            raise ConfigError("has an encoder and a decoder, of which neither embeds a text; name an encoder")
+        return BroughtScorerMetrics(
+            parameters=module.num_parameters(), vocab_size=len(tokenizer),
+            embeddings=module.get_input_embeddings().num_embeddings, max_tokens=most_tokens(module.config, tokenizer, None))
 
 
 @contextmanager

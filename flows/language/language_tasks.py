@@ -300,7 +300,8 @@ def _scorer(work: Work[WarmModels], role: str, part: ComponentConfig, tokenizer:
         case "model":
             return BroughtScorer(work.warm.scorer(work.model(role)), part, _columns(work))
         case "builtin":
-            return builtin_scorer(source, part.builtin, _patience(work), _columns(work))
+            encoder = work.warm.encoder(work.model(role)) if part.model else None
+            return builtin_scorer(source, part.builtin, _patience(work), _columns(work), encoder)
         case "server":
             scorer = RewardServer(source, server_token(source), execution.server_timeout, execution.server_tries,
                                   execution.server_batch_size, execution.server_concurrency, part.columns, _columns(work))

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -104,6 +105,16 @@ def load_classifier(folder: Path) -> PreTrainedModel:
     model, report = AutoModelForSequenceClassification.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE)
     require_all_weights(folder, report)
+    return _own_memory(model)
+
+
+def load_encoder(folder: Path) -> PreTrainedModel:
+    """A model's body as it was saved, whatever head it has, in float32. Raises `ConfigError` if weights are missing."""
+    model, report = AutoModel.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE)
+    heads = {"unexpected_keys"}  # of whatever it was trained for
+    require_all_weights(folder, {what: set() if what in heads else {key for key in keys if "pooler." not in str(key)}
+                                 for what, keys in report.items()})
     return _own_memory(model)
 
 

@@ -17,6 +17,7 @@ from flows.language.model_folders import (
     is_scorer,
     load_causal,
     load_classifier,
+    load_encoder,
     load_optimizers,
     load_scalar,
     load_tokenizer,
@@ -108,6 +109,10 @@ class WarmModels:
     def scorer(self, ref: ModelRef) -> LanguageModel:
         """A reward model that is brought."""
         return self._get("scorer", ref, load_classifier, FLOAT32)
+
+    def encoder(self, ref: ModelRef) -> LanguageModel:
+        """What texts are embedded with."""
+        return self._get("encoder", ref, load_encoder, FLOAT32)
 
     def own(self, ref: ModelRef, load: Load, precision: Precision = FLOAT32) -> LanguageModel:
         """A model that is not kept."""
@@ -232,7 +237,7 @@ class WarmModels:
 
     def _whole(self, ref: ModelRef, load: Load, weights: str) -> _Whole:
         """Without an adapter: one that is warm, in its memory; else read from its folder."""
-        folder, brought = self.store.folder(ref.artifact, ref.folder), load is load_classifier
+        folder, brought = self.store.folder(ref.artifact, ref.folder), load in (load_classifier, load_encoder)
         tokenizer = load_tokenizer(folder, needs_eos=not brought)  # one that is brought has its own
         for warm in self._warm_of(ref, weights, brought):
             scores = hasattr(warm.module, "score")
@@ -252,8 +257,8 @@ class WarmModels:
 
     def _warm_of(self, ref: ModelRef, weights: str, brought: bool = False) -> list[_Whole | LanguageModel]:
         """What is warm of it without an adapter; reward models that are brought have memory of their own."""
-        found = [model for (role, warm, precision), model in self._warm.items()
-                 if warm == ref and precision.weights == weights and model.base is None and (role == "scorer") == brought]
+        found = [model for (role, warm, precision), model in self._warm.items() if warm == ref
+                 and precision.weights == weights and model.base is None and (role in ("scorer", "encoder")) == brought]
         return [*([self._bases[ref, weights]] if (ref, weights) in self._bases and not brought else []), *found]
 
     def _trainable(self, ref: ModelRef, model: LanguageModel, adapters: Adapters | None) -> LanguageModel:

@@ -22,7 +22,7 @@ from schemas.artifacts import ArtifactRef, Recipe
 from schemas.config import apply_settings, parse_config
 from schemas.data import COLUMNS, PARTS
 from schemas.errors import ConfigError
-from schemas.language import LanguageConfig, is_gguf
+from schemas.language import LanguageConfig, is_gguf, with_model
 from schemas.metrics import DataMetrics, Metrics
 from schemas.settings import ExecutionConfig, RunConfig
 
@@ -128,7 +128,7 @@ def _name_source(values: dict[str, Any], role: str, source: str) -> None:
     elif "." in role:
         kind, name = role.split(".", 1)
         section, key = PARTS_OF[kind].split(".")
-        values[section][key][name]["source"] = source
+        values[section][key][name] = with_model(values[section][key][name], source)
     else:
         section, key = setting_of(role).split(".")
         values[section][key] = source

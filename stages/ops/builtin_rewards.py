@@ -21,9 +21,12 @@ from schemas.reward_options import (
     Regex,
     Repetition,
     Sentiment,
+    Similarity,
 )
 from schemas.tables import Rollouts
+from stages.ops.embeddings import cosine, embeddings
 from stages.ops.guest import FOREVER, Patience, call_guest
+from stages.ops.language_model import LanguageModel
 from stages.ops.reward_function import Columns
 from stages.ops.rewards import Scorer, as_scores
 from stages.ops.texts import Texts
@@ -31,16 +34,20 @@ from stages.ops.texts import Texts
 FENCED = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n\s*```\s*\Z", re.DOTALL)
 
 
-def builtin_scorer(name: str, options: Builtin, patience: Patience = FOREVER, columns: Columns | None = None) -> Scorer:
-    """`columns`: where prompts' columns are, if it reads one."""
-    score = SCORES[type(options)]
+def builtin_scorer(
+    name: str, options: Builtin, patience: Patience = FOREVER, columns: Columns | None = None,
+    encoder: LanguageModel | None = None,
+) -> Scorer:
+    """`columns`: where prompts' columns are, if it reads one; `encoder`: what `similarity` embeds texts with."""
 
     def scores(rollouts: Rollouts | Texts) -> np.ndarray:
         answers = columns.of(rollouts, [options.column])[options.column] if options.column else [None] * len(rollouts)
         for row, answer in zip(rollouts.row_id, answers, strict=True) if options.column else ():
             if (said := unusable_answer(options, answer)) is not None:
                 raise RewardError(f"reward {name}: column {options.column!r} of the prompt of row {row}: {said}")
-        given = zip(rollouts.response, answers, rollouts.response_tokens.lengths, strict=True)
+        if isinstance(options, Similarity):
+            return cosine(embeddings(encoder, rollouts.response), embeddings(encoder, [str(answer) for answer in answers]))
+        score, given = SCORES[type(options)], zip(rollouts.response, answers, rollouts.sampled_lengths, strict=True)
         values = call_guest(f"reward {name}: {type(options).__name__.lower()}",
                             lambda: [score(options, *each) for each in given], error=RewardError, patience=patience)
         return as_scores(f"reward {name}", values, rollouts)
