@@ -199,20 +199,19 @@ class Stops:
         return cls(eos, frozenset(token_ids(tokenizer, config.stop_tokens, "rollout.stop_tokens")), config.stop, tokenizer,
                    config.min_new_tokens)
 
-    def reasons(self, tokens: np.ndarray) -> list[str]:
-        """(b, t) tokens so far of b responses → why each ends with its last token: `eos`, `stop`, or nothing."""
-        last = tokens[:, -1]
-        found = ["eos" if i in self.eos else "stop" if i in self.tokens else "" for i in last.tolist()]
-        if self.texts and tokens.shape[1] >= max(self.min_new_tokens, 1):
-            tails = self.tokenizer.batch_decode(tokens[:, -self._reach :], skip_special_tokens=False)
+    def reasons(self, tails: np.ndarray, length: int) -> list[str]:
+        """The last `reach` tokens of b responses of that length → why each ends with its last: `eos`, `stop`, or nothing."""
+        found = ["eos" if i in self.eos else "stop" if i in self.tokens else "" for i in tails[:, -1].tolist()]
+        if self.texts and length >= self.min_new_tokens:
+            tails = self.tokenizer.batch_decode(tails, skip_special_tokens=False)
             found = [reason or ("stop" if any(text in tail for text in self.texts) else "")
                      for reason, tail in zip(found, tails, strict=True)]
         return found
 
     @property
-    def _reach(self) -> int:
-        """Tokens at the end that a text may lie in: none is shorter than a byte."""
-        return max(len(text.encode()) for text in self.texts) + 4
+    def reach(self) -> int:
+        """Tokens at the end that decide: those that a text may lie in, none of them shorter than a byte."""
+        return max((len(text.encode()) + 4 for text in self.texts), default=1)
 
 
 def row_uniforms(seed: int, rows: np.ndarray, steps: int) -> np.ndarray:
@@ -283,7 +282,8 @@ def sample(
         tokens[batch.rows, step] = token
         logprobs[batch.rows, step] = pi.gather(-1, token[:, None]).squeeze(-1)
         batch.append(token)
-        stopped = np.array(stops.reasons(tokens[batch.rows, : step + 1].cpu().numpy()), object)
+        tails = tokens[batch.rows, max(0, step + 1 - stops.reach) : step + 1].cpu().numpy()
+        stopped = np.array(stops.reasons(tails, step + 1), object)
         ended = open_rows & ((stopped != "") | (limits[batch.rows] == step + 1))
         lengths[batch.rows[ended]] = step + 1
         reasons[batch.rows[ended]] = np.where(stopped[ended] == "", "length", stopped[ended])
