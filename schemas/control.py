@@ -30,7 +30,7 @@ class EnvironmentConfig(Settings):
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """What `gymnasium.make`, or the function, is given besides."""
     wrappers: Annotated[tuple[WrapperConfig, ...], Later(before=())] = ()
-    """What it is wrapped in, the innermost first."""
+    """What it is wrapped in, the innermost first; a wrapper may keep nothing from one episode to the next."""
     scale_actions: Annotated[bool, Later(before=False)] = False
     """Whether a policy's −1 to 1 is a bounded Box's low to high; else the environment is given what is sampled, clipped."""
     action_mask: Annotated[bool, Later(before=False)] = False

@@ -99,7 +99,8 @@ class DataConfig(Settings):
     pretraining: SourceConfig | None = None
     """What `ppo.ptx_coef` mixes in instead of the demonstrations: `text`."""
     heldout: HeldoutConfig | None = None
-    """How much is cut off from `prompts` and `pairs` where no held-out file is named."""
+    """How much is cut off from `prompts` and `pairs` where no held-out file is named; demonstrations of the source that the
+    prompts are of lose the held-out ones too."""
     too_long: Literal["refuse", "drop", "cut"] = "refuse"
     """What becomes of rows longer than the model's context beside the response: the run is refused with a list of them, they
     are dropped, or prompts lose their beginning (conversations their oldest turns, but not the system's) and what is still
@@ -130,4 +131,14 @@ class DataConfig(Settings):
         part = {role: "part" for role in PARTS if self.cuts_off(role)} | {
             PARTS[role]: "rest" for role in PARTS if self.cuts_off(role)}
         cut = {"heldout": self.heldout.model_dump(mode="json") | {"kept": part[role]}} if role in part else {}
+        if role == "demonstrations" and self.shares_prompts:
+            cut = {"without": self.reading("heldout_prompts")}
         return self.source(role).reading | cut
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether demonstrations are of the source that held-out prompts are cut off from, so that they lose those too."""
+        if self.demonstrations is None or not self.cuts_off("heldout_prompts"):
+            return False
+        ours, theirs = self.demonstrations, self.prompts
+        return (ours.source, ours.subset, ours.split) == (theirs.source, theirs.subset, theirs.split)

@@ -207,6 +207,8 @@ class ComponentConfig(Settings):
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> Self:
+        if taken := {"prompts", "responses"} & {*self.columns}:
+            raise ValueError(f"columns: a server is sent {sorted(taken)[0]!r} anyway; take it out")
         if not self.source.strip():
             raise ValueError("source is empty; name reward_model, a model, file.py:function, or a server")
         for kind, names in OF_KIND.items():
@@ -396,6 +398,12 @@ class LanguageConfig(RunConfig):
         if problems:
             raise ValueError(problems[0])
         return self
+
+    def reserved(self, role: str) -> int:
+        """Tokens of the context beside those of a row of that role: for the response and replies to it, or for EOS."""
+        turns = self.rollout.turns
+        replies = turns.max_reply_tokens * (turns.max_turns - 1) if turns else 0
+        return self.rollout.max_new_tokens + replies if role in ("prompts", "heldout_prompts") else 1
 
     @property
     def functions(self) -> dict[str, str]:

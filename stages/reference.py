@@ -17,6 +17,7 @@ def reference(model: LanguageModel, rollouts: Rollouts, distribution: Distributi
     return ReferenceLogprobs(row_id=rollouts.row_id, logprobs=score_tokens(model, rollouts, distribution, "reference"))
 
 
-def metrics(reference: ReferenceLogprobs) -> ReferenceMetrics:
-    """Mean logprob."""
-    return ReferenceMetrics(logprob=reference.logprobs.values.mean(dtype=np.float64))
+def metrics(reference: ReferenceLogprobs, rollouts: Rollouts) -> ReferenceMetrics:
+    """Mean logprob of the sampled tokens."""
+    scored = reference if rollouts.sampled is None else reference.sampled_alone(rollouts.sampled)
+    return ReferenceMetrics(logprob=scored.logprobs.values.mean(dtype=np.float64))

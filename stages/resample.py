@@ -2,8 +2,8 @@
 
 Such a group says nothing of which response is better, and its advantages are 0 (Yu et al. 2025, DAPO,
 https://arxiv.org/abs/2503.14476, section 3.2, dynamic sampling). A round samples as many prompts as are missing, over the
-fraction that had spread so far; a prompt comes once in a batch. Where the rounds do not suffice, the batch is filled
-with the first that were dropped, so that its size stays.
+fraction that had spread so far, none of them prompts that the batch has had. Where the rounds do not suffice, the batch
+is filled with the first that were dropped, so that its size stays.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def resample(
     """
     rounds, groups = [_Round(*first, 1)], config.batch_size // config.responses_per_prompt
     for number in range(2, config.resample_rounds + 2):
-        spread = [has for each in rounds for has in _with_spread(each)]
+        spread = [has for each in rounds for has in _with_spread(each, config.responses_per_prompt)]
         missing = groups - sum(spread)
         used = {i for each in rounds for i in each.rollouts.prompt_id.tolist()}
         count = min(groups, ceil(missing / max(sum(spread) / len(spread), LEAST_RATE)))
@@ -68,18 +68,17 @@ def resample(
     return _chosen(rounds, groups, config.responses_per_prompt)
 
 
-def _with_spread(each: _Round) -> list[bool]:
-    """Of each group, in order, whether its responses have several scores."""
-    _, begins = np.unique(each.rollouts.prompt_id, return_index=True)
-    scores = np.split(each.rewards.score, np.sort(begins)[1:])
-    return [bool((group != group[0]).any()) for group in scores]
+def _with_spread(each: _Round, k: int) -> list[bool]:
+    """Of each group, k responses one after the other, whether they have several scores."""
+    scores = each.rewards.score.reshape(-1, k)
+    return (scores != scores[:, :1]).any(1).tolist()
 
 
 def _chosen(rounds: list[_Round], groups: int, k: int) -> Resampled:
     """The first groups with spread, filled up with the first without."""
     rollouts, rewards = (table.joined([getattr(each, name) for each in rounds])
                          for name, table in (("rollouts", Rollouts), ("rewards", Rewards)))
-    spread = np.array([has for each in rounds for has in _with_spread(each)])
+    spread = np.array([has for each in rounds for has in _with_spread(each, k)])
     order = np.concatenate([np.flatnonzero(spread), np.flatnonzero(~spread)])
     kept, left = (np.sort(part) for part in (order[:groups], order[groups:]))
     rows, others = ((part[:, None] * k + np.arange(k)).reshape(-1) for part in (kept, left))
@@ -97,7 +96,7 @@ def _chosen(rounds: list[_Round], groups: int, k: int) -> Resampled:
 def metrics(resampled: Resampled, k: int) -> ResampleMetrics:
     """What it cost, and what it came to."""
     everything = len(resampled.rollouts) + len(resampled.dropped)
-    flat = _with_spread(_Round(resampled.rollouts, resampled.rewards, None, 1)).count(False)
+    flat = _with_spread(_Round(resampled.rollouts, resampled.rewards, None, 1), k).count(False)
     return ResampleMetrics(
         responses=everything, rounds=resampled.rounds, dropped_groups=len(resampled.dropped) // k, flat_groups=flat,
         score=resampled.rewards.score.mean(dtype=np.float64))

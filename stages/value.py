@@ -25,7 +25,8 @@ def value(critic: LanguageModel, rollouts: Rollouts) -> Values:
     return Values(row_id=rollouts.row_id, values=values, bootstrap=bootstrap)
 
 
-def metrics(values: Values) -> ValueMetrics:
-    """Mean and spread."""
+def metrics(values: Values, rollouts: Rollouts) -> ValueMetrics:
+    """Mean and spread over the sampled tokens."""
+    values = values if rollouts.sampled is None else values.sampled_alone(rollouts.sampled)
     flat = values.values.values.astype(np.float64)
     return ValueMetrics(value=flat.mean(), value_std=flat.std())

@@ -260,7 +260,8 @@ SEEN = {
     "tuple": spaces.Tuple((spaces.Discrete(2), spaces.MultiBinary(3))), "discrete": spaces.Discrete(7, start=2),
     "multi": spaces.MultiDiscrete([2, 3]), "matrix": spaces.Box(-1, 1, (2, 3)),
     "image": spaces.Box(0, 255, (9, 8, 3), np.uint8),
-    "frames": spaces.Box(0, 255, (4, 9, 8), np.uint8), "gray": spaces.Box(0, 255, (9, 8), np.uint8)}
+    "cube": spaces.Box(0, 1, (4, 3, 2)), "frames": spaces.Box(0, 255, (4, 9, 8), np.uint8),
+    "gray": spaces.Box(0, 255, (9, 8), np.uint8)}
 ACTS = {
     "choice": spaces.Discrete(2), "five": spaces.Discrete(5),
     "tuple": spaces.Tuple((spaces.Discrete(3, start=1), spaces.MultiBinary(2), spaces.MultiDiscrete([4, 2]))),

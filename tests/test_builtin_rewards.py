@@ -16,6 +16,7 @@ from flows.store.store import Store
 from schemas.errors import RewardError
 from schemas.language import ComponentConfig, RewardConfig
 from schemas.tables import Ragged, Rewards, Rollouts
+from stages.ops import math_answers
 from stages.ops.builtin_rewards import builtin_scorer
 from stages.ops.rewards import normalized_components
 
@@ -59,7 +60,7 @@ def scores(source, responses, answers=None, **options):
     ("json", {}, "{'a': 1}", None, 0),
     ("json", {"schema": {"required": ["b"]}}, '{"a": 1}', None, 0),
     ("json", {"schema": {"required": ["a"]}}, '{"a": 1}', None, 1),
-    ("json", {}, "[" * 100_000, None, 0),
+    ("json", {}, "[" * 100_000, None, 0), ("json", {}, "[NaN]", None, 0),
 ])
 def test_each_by_hand(source, options, response, answer, expected):
     assert scores(source, [response], [answer], **options) == pytest.approx([expected], abs=1e-6)
@@ -93,6 +94,7 @@ def test_an_answer_of_another_kind_is_named(source, answer, words):
      "options is about a built-in reward, and source='x.py:f' is none; remove it"),
     ({"source": "length", "max_tokens": 3}, "max_tokens is about a model that is brought"),
     ({"source": "length", "columns": ["a"]}, "columns is about a reward server"),
+    ({"source": "http://a/b", "columns": ["responses"]}, "a server is sent 'responses' anyway; take it out"),
 ])
 def test_options_that_mean_nothing(part, words):
     with pytest.raises(ValueError) as error:
@@ -103,6 +105,12 @@ def test_options_that_mean_nothing(part, words):
 def test_a_built_in_has_no_part_in_the_identity_of_other_components():
     assert ComponentConfig(source="x.py:f").model_dump() == {"source": "x.py:f", "weight": 1.0}
     assert ComponentConfig(source="length").model_dump() == {"source": "length", "weight": 1.0, "options": {}}
+
+
+def test_what_cannot_be_worked_out_is_wrong_and_the_next_is_right(monkeypatch):
+    """9^(9^9) is one call of C code that nothing interrupts: its process is killed."""
+    monkeypatch.setattr(math_answers, "LIMIT", 1.0)
+    assert scores("numeric", ["it is $9^{9^{9}}$", "it is 72"], [72, 72]) == [0, 1]
 
 
 # --- normalised components ---

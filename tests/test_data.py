@@ -53,7 +53,7 @@ def rows_of_layout(name):
     """Source → rows of that schema, invented."""
     numbers = range(8)
     questions = [f"What is {n} + {n}?" for n in numbers]
-    chat = [[user("The soup"), assistant("is warm"), user(f"is it {n}?"), assistant("it is")] for n in numbers]
+    chat = [[user(f"The soup {n}"), assistant("is warm"), user(f"is it {n}?"), assistant("it is")] for n in numbers]
     match name:
         case "gsm8k":
             return {"openai/gsm8k": [{"question": q, "answer": f"{n} + {n} = <<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n}"}
@@ -165,15 +165,17 @@ def _looked_at(name, run):
             assert row["prompt"].startswith("What is") and "messages" not in row
             assert {"answer": 0} | row != {"answer": 0} and first == f"<|bos|>user: {row['prompt']}<|eos|><|bos|>assistant:"
         case "alpaca":
-            assert sorted(row["prompt"] for row in rows["demonstrations"])[:5] == [
-                *["Name a soup."] * 4, "Name a soup.\n\nwarm 0"]
+            prompts = {row["prompt"] for row in rows["prompts"]}
+            assert prompts == {row["prompt"] for row in rows["demonstrations"]}
+            assert not prompts & {row["prompt"] for row in rows["heldout_prompts"]}
+            assert all(prompt.startswith("Name a soup.") for prompt in prompts)
             assert rows["demonstrations"][0]["completion"] == "the soup is warm"
         case "sharegpt" | "ultrachat" | "trl-completion":
             learned = rows["demonstrations"][0]
             assert learned["completion"] == "it is"
             assert [m["role"] for m in learned["messages"]] == ["user", "assistant", "user"]
-            expected = "<|bos|>user: The soup" + ("" if name == "ultrachat" else "<|eos|><|bos|>assistant: is warm<|eos|>")
-            assert first.startswith(expected)
+            assert first.startswith("<|bos|>user: The soup ")
+            assert ("<|eos|><|bos|>assistant: is warm<|eos|>" in first) == (name != "ultrachat")
         case "ultrafeedback":
             pairs = rows["pairs"] + rows["heldout_pairs"]
             assert len(pairs) == 7 and {pair["chosen"] for pair in pairs} == {"it is warm"}
@@ -249,7 +251,8 @@ def read(folder, source, role="prompts", *, chat=False):
 @pytest.mark.parametrize("name", KINDS)
 def test_rows_are_the_same_in_every_kind_of_file(tmp_path, name):
     KINDS[name](tmp_path / name)
-    assert read(tmp_path, name) == ROWS
+    expected = [{key: str(value) for key, value in row.items()} for row in ROWS] if name in ("p.csv", "p.tsv") else ROWS
+    assert read(tmp_path, name) == expected
 
 
 def test_imported_rows_are_read_by_need_as_they_were(tmp_path):
@@ -290,6 +293,40 @@ def test_what_cannot_be_read_is_named_with_the_way_on(tmp_path, data, words):
     with pytest.raises(ConfigError, match=words) as error:
         read(tmp_path, "p.jsonl")
     assert "p.jsonl" in str(error.value)
+
+
+def test_numbers_keep_their_kind_and_columns_that_mean_nothing_here_come_along(tmp_path):
+    rows = [{"prompt": "a", "answer": 12, "tags": [1, 2.5], "text": "x", "score": 3}, {"prompt": "b", "answer": 3.5}]
+    (tmp_path / "p.jsonl").write_bytes(jsonl(rows))
+    found = read(tmp_path, "p.jsonl")
+    assert found == rows and [type(row["answer"]) for row in found] == [int, float]
+    assert [type(tag) for tag in found[0]["tags"]] == [int, float]
+
+
+@pytest.mark.parametrize("write, words", [
+    (lambda path: zipped(path, {"a.jsonl": "{}", "b.jsonl": "{}"}), "holds 2 files, expected one; unpack it, and name a"),
+    (lambda path: path.write_bytes(b"PK\x03\x04 and no more"), r"cannot be unpacked \(zip\)"),
+    (lambda path: path.write_text('{"prompt": "a", "note": "\\ud800"}'), "line 1: column 'note': .* half of a surrogate"),
+    (lambda path: path.write_text('{"prompt": [{"from": ["x"], "value": "s"}]}'), "expected a role, such as user"),
+    (lambda path: path.with_suffix(".csv").write_text("prompt,prompt\na,b\n"), "two columns are called 'prompt'"),
+    (lambda path: path.with_suffix(".csv").write_text("prompt,x\na\n"), "line 2 has 1 fields, expected 2"),
+])
+def test_files_that_would_be_read_otherwise_than_they_are_meant(tmp_path, write, words):
+    write(tmp_path / "p.jsonl")
+    name = next(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=words):
+        read(tmp_path, name)
+
+
+def zipped(path, files):
+    with zipfile.ZipFile(path, "w") as packed:
+        for name, text in files.items():
+            packed.writestr(name, text)
+
+
+def test_values_of_csv_are_its_texts_and_the_file_in_a_zip_says_what_it_is(tmp_path):
+    zipped(tmp_path / "p.zip", {"folder/": "", "folder/a.csv": 'prompt,answer\n"a, ""b""\nc",007\nd,\n'})
+    assert read(tmp_path, "p.zip") == [{"prompt": 'a, "b"\nc', "answer": "007"}, {"prompt": "d", "answer": ""}]
 
 
 @pytest.mark.parametrize("source, words", [
@@ -340,8 +377,9 @@ def test_a_transcript_without_a_chat_template_stays_text(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(jsonl([{"chosen": f"{text} good", "rejected": f"{text} gone"}]))
     source = {"source": "p.jsonl", "turns": {"user": "\n\nHuman:", "assistant": "\n\nAssistant:"}}
     assert read(tmp_path, source, "pairs") == [{"prompt": text, "chosen": " good", "rejected": " gone"}]
-    assert read(tmp_path, source | {"columns": {"prompt": "chosen"}}) == [{"prompt": text}]
-    assert read(tmp_path, source | {"columns": {"messages": "chosen"}}, "demonstrations") == [
+    left_out = {"rejected": None}
+    assert read(tmp_path, source | {"columns": {"prompt": "chosen"} | left_out}) == [{"prompt": text}]
+    assert read(tmp_path, source | {"columns": {"messages": "chosen"} | left_out}, "demonstrations") == [
         {"prompt": text, "completion": " good"}]
 
 

@@ -148,7 +148,9 @@ def test_how_rows_are_batched_does_not_decide_where_they_stop(tiny_model):
 def test_a_stop_text_before_the_least_length_ends_nothing(tiny_model):
     stops = Stops(frozenset(), texts=("a",), tokenizer=tiny_model.tokenizer, min_new_tokens=3)
     token = tiny_model.tokenizer("a")["input_ids"][0]
-    assert stops.reasons(np.array([[token]]), 1) == [""] and stops.reasons(np.array([[token] * 3]), 3) == ["stop"]
+    other = tiny_model.tokenizer("x")["input_ids"][0]
+    assert stops.reasons(np.array([[token]]), 1) == [""] and stops.reasons(np.array([[other, other, token]]), 3) == ["stop"]
+    assert stops.reasons(np.array([[token, other, other]]), 3) == [""]  # it ends with another token
 
 
 # --- a run ---

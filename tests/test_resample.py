@@ -70,6 +70,18 @@ def test_the_batch_is_full_of_groups_with_spread_and_says_what_it_cost(resampled
         assert abs(metrics["ppo/ratio_min"] - 1) < 1e-5 > abs(metrics["ppo/ratio_max"] - 1)
 
 
+def test_a_prompt_that_comes_twice_in_the_batch_is_two_groups(tmp_path, prefect_server):
+    """Three prompts for six groups; what is flat among them is found by where it stands."""
+    folder = write_case(tmp_path / "case", count=3, iterations=1)
+    assert run_command(["train", str(folder), "--store", str(tmp_path / "store"), "--quiet"]) == 0
+    run = open_run(Store(str(tmp_path / "store")), "case")
+    rollouts = run.store.table(run.state(1).artifacts["resample"], Rollouts)
+    rewards = run.store.table(run.state(1).artifacts["resample"], Rewards)
+    flat = (rewards.score.reshape(-1, 4).std(1) == 0).sum()
+    assert len(rollouts) == 24 and run.state(1).metrics["resample/flat_groups"] == flat >= 4
+    assert (rollouts.prompt_id.reshape(-1, 4) == rollouts.prompt_id.reshape(-1, 4)[:, :1]).all()
+
+
 def test_every_stage_again_and_kill_9_anywhere(resampled, tmp_path, capsys):
     for stage in ("rollout", "reward", "resample", "reference", "gae", "ppo"):
         assert run_command(["stage", stage, "case", "--iteration", "2", "--store", str(resampled[1]), "--json"]) == 0

@@ -29,7 +29,7 @@ def test_observations_of_every_kind_are_those_of_gymnasiums_flattening(seen):
     plain = of_spaces(seen)
     shown, _ = plain.reset(seed=int(batch.seed[0]))
     np.testing.assert_array_equal(batch.observations[0][0], gymnasium.spaces.flatten(space, shown).astype(np.float32))
-    assert bool(actor.spaces.image) == (seen in ("image", "frames", "gray"))
+    assert bool(actor.spaces.image) == (seen in ("image", "frames", "gray"))  # not "cube", whose numbers are no bytes
 
 
 @pytest.mark.parametrize("acts", ACTS)
@@ -172,6 +172,13 @@ def test_wrappers_are_put_around_in_order_with_what_they_are_given():
     assert isinstance(env, gymnasium.wrappers.RecordEpisodeStatistics) and isinstance(env.env, gymnasium.wrappers.TimeLimit)
     env.reset(seed=0)
     assert [env.step(0)[3] for _ in range(2)] == [False, True]
+
+
+@pytest.mark.parametrize("name, setting", [("NormalizeReward", "reward.normalize: scale"),
+                                           ("NormalizeObservation", "policy.normalize_observations: true")])
+def test_wrappers_that_remember_earlier_episodes_are_refused(name, setting):
+    with pytest.raises(ConfigError, match=f"so that a run that goes on would see others; {setting} does that"):
+        fitted(of_spaces(), EnvironmentConfig(id="x", wrappers=[{"name": name}]))
 
 
 def test_a_policy_of_other_spaces_has_the_files_it_had_before():

@@ -223,6 +223,8 @@ def test_warm_or_cold_the_same_bytes(conversed, tmp_path, prefect_server):
     ("return ['x ' * 100000] * len(messages)", "max_reply_tokens=80; make replies shorter, or raise it"),
     ("return [3] * len(messages)",
      "expected a text, a message {role, content}, or None to end the conversation, found '3' for"),
+    ("return [{'role': 'user', 'content': 'x', 'more': object()}] * len(messages)", "cannot be kept as JSON: "),
+    ("return ['\\ud800'] * len(messages)", "cannot be kept as JSON: "),
     ("return 'hello'", "replies, one a conversation, found hello"),
     ("import time; time.sleep(60)", "rollout.turns rewards.py:play: the function has not returned for 1 s"),
 ])

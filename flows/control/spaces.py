@@ -15,6 +15,8 @@ from schemas.control import EnvironmentConfig, Spaces, WrapperConfig
 from schemas.errors import ConfigError
 
 CHANNELS = (1, 2, 3, 4)  # of a picture, or frames of one
+STATEFUL = {"NormalizeObservation": "policy.normalize_observations: true", "NormalizeReward": "reward.normalize: scale"}
+"""Wrappers whose state outlives an episode → the setting that does the same, its state part of the run."""
 
 
 class MaskedObservation(gymnasium.Wrapper):
@@ -77,6 +79,9 @@ def fitted(environment: gymnasium.Env, config: EnvironmentConfig) -> tuple[gymna
 def _wrapped(environment: gymnasium.Env, wrapper: WrapperConfig) -> gymnasium.Env:
     """In a wrapper of Gymnasium's, or of a module."""
     where = f"environment.wrappers {wrapper.name!r}"
+    if (setting := STATEFUL.get(wrapper.name.rpartition(":")[2])) is not None:
+        raise ConfigError(f"{where}: what it has seen in earlier episodes is not kept, so that a run that goes on would see "
+                          f"others; {setting} does that")
     if ":" in wrapper.name:
         require_allowed(wrapper.name)
     module, _, name = wrapper.name.rpartition(":")
@@ -99,9 +104,9 @@ def _is_vector(seen: spaces.Space) -> bool:
 
 def _image(seen: spaces.Space) -> tuple[int, ...]:
     """Height, width and channels of a picture, and 1 where its channels come first, else 0; () where it is none."""
-    if not isinstance(seen, spaces.Box):
+    if not isinstance(seen, spaces.Box) or seen.dtype != np.uint8:
         return ()
-    if len(seen.shape) == 2 and seen.dtype == np.uint8:
+    if len(seen.shape) == 2:
         return (*seen.shape, 1, 0)
     if len(seen.shape) != 3:
         return ()

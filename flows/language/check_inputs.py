@@ -51,17 +51,10 @@ def check(config: LanguageConfig, files: Files) -> Checked:
     scorers = _scorers(config, files, tokenizer, embeddings)
     contexts = [context, scorers["critic"].max_tokens if "critic" in scorers else None]
     context = min((each for each in contexts if each is not None), default=None)
-    fitted = {role: Fit(tokenizer, template, context, _reserved(config, role)).fitted(role, table, config.data.too_long)
+    fitted = {role: Fit(tokenizer, template, context, config.reserved(role)).fitted(role, table, config.data.too_long)
               for role, table in data.items()}
     _say(fitted)
     return Checked(found | scorers, fitted)
-
-
-def _reserved(config: LanguageConfig, role: str) -> int:
-    """Tokens of the context that are for the response and replies to it, beside those of a row; else EOS."""
-    turns = config.rollout.turns
-    replies = turns.max_reply_tokens * (turns.max_turns - 1) if turns else 0
-    return config.rollout.max_new_tokens + replies if role in ("prompts", "heldout_prompts") else 1
 
 
 def _require_sampling(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:

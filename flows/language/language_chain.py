@@ -24,6 +24,7 @@ from stages.ops.optim import learning_rate_factor
 from stages.ops.reward_function import asked
 
 READING = frozenset({"special_tokens_in_text"})  # settings of the base model that are about texts, beside the template
+OF_A_BATCH = frozenset({"batch_size", "responses_per_prompt", "resample_rounds"})  # settings of rollouts for training
 HOW_IT_IS_USED = READING | {"precision"}  # settings of the base model that do not decide what a new one is
 
 
@@ -214,7 +215,7 @@ class LanguageChain:
     def evaluate(self, iteration: int, actor: ModelRef, reference_model: ModelRef, reward_model: ModelRef | None,
                  baseline: ArtifactRef | None, bias: float) -> StageCall:
         config = self.run.config
-        settings = {"rollout": settings_of(config.rollout, exclude={"batch_size", "responses_per_prompt"}),
+        settings = {"rollout": settings_of(config.rollout, exclude=OF_A_BATCH),
                     "reward": _components(config.reward), "bias": bias, "judge": config.evaluate.judge}
         settings |= settings_of(config.evaluate, exclude={"every", "judge", "against"})
         if config.evaluate.judges:
@@ -339,8 +340,11 @@ class LanguageChain:
                 return self.ppo(iteration, before.actor, critic, before.optimizer, rollouts, made.get("reference"),
                                 self._values(recorded, iteration), made["gae"], self._kl_coef(recorded, before))
             case "evaluate":
-                return self.evaluate(iteration, after.actor, after.reference, after.reward_model,
-                                     after.baseline if iteration else self._against(), self._bias(recorded, after))
+                baseline = after.baseline if iteration else None
+                if run.config.evaluate.against or recorded.config.evaluate.against != run.config.evaluate.against:
+                    baseline = self._against()
+                return self.evaluate(iteration, after.actor, after.reference, after.reward_model, baseline,
+                                     self._bias(recorded, after))
         raise ConfigError(f"stage {stage!r}: a run of this kind has none of that name")
 
     def forked(self, recorded: Run, state: TrainState) -> TrainState:
@@ -349,6 +353,8 @@ class LanguageChain:
         if config.gae.has_critic and not state.critic:
             raise ConfigError(f"gae.estimator={config.gae.estimator}: it needs a critic, and run {recorded.name!r} has none")
         judge, old_judge = (c.evaluate.judge or c.evaluate.judges or _raw(c.reward) for c in (config, old))
+        if config.evaluate.against != old.evaluate.against:
+            raise ConfigError("evaluate.against: what wins are over was decided when the run was made; make another run")
         if judge != old_judge:
             raise ConfigError("evaluate.judge: wins are over what the starting actor got from the judge of the run, "
                               "or from its reward where there is none; make another run")

@@ -122,7 +122,7 @@ def reference(work: Work[WarmModels]) -> StageOutput:
     distribution = distribution_of(_sampling(work), model.tokenizer, model.eos_ids)
     scored = reference_stage.reference(model, rollouts, distribution)
     work.attempt.table(scored)
-    return StageOutput(reference_stage.metrics(scored), _tokens(rollouts))
+    return StageOutput(reference_stage.metrics(scored, rollouts), _tokens(rollouts))
 
 
 def reward(work: Work[WarmModels]) -> StageOutput:
@@ -175,7 +175,7 @@ def value(work: Work[WarmModels]) -> StageOutput:
     rollouts = work.table("rollouts", Rollouts)
     values = value_stage.value(work.warm.critic(work.model("critic"), _precision(work)), rollouts)
     work.attempt.table(values)
-    return StageOutput(value_stage.metrics(values), _tokens(rollouts))
+    return StageOutput(value_stage.metrics(values, rollouts), _tokens(rollouts))
 
 
 def gae(work: Work[WarmModels]) -> StageOutput:

@@ -15,7 +15,7 @@ from flows.runs.functions import function_files
 from flows.runs.hub import commit_of, download
 from flows.runs.layouts import Layout
 from flows.runs.produce import StageOutput, write
-from flows.runs.rows import DataTable, JSONLines, ParquetRows, Rows, held_out, table_of
+from flows.runs.rows import DataTable, JSONLines, ParquetRows, Rows, held_out, table_of, without
 from flows.runs.sources import source_files, source_rows
 from flows.store.store import Attempt, Store, sha256_file
 from schemas.artifacts import ArtifactRef, Recipe
@@ -93,6 +93,8 @@ def data_tables(config: LanguageConfig, files: Mapping[str, Sequence[Path]]) -> 
     for role, whole in PARTS.items():
         if data.cuts_off(role):
             found[whole], found[role] = held_out(found[whole], data.heldout, whole)
+    if data.shares_prompts:
+        found["demonstrations"] = without(found["demonstrations"], found["heldout_prompts"], "demonstrations")
     return found
 
 
@@ -221,7 +223,7 @@ def _data_recipe(config: LanguageConfig, role: str, paths: Sequence[Path], model
                 "conversations": bool(config.base_model.chat_template)}
     if config.data.too_long != "refuse":
         read_by = {role: models[role].ref.identity for role in ("base_model", "critic") if role in models}
-        settings["fit"] = {"too_long": config.data.too_long, "max_new_tokens": config.rollout.max_new_tokens,
+        settings["fit"] = {"too_long": config.data.too_long, "reserved": config.reserved(role),
                            "special_tokens_in_text": config.base_model.special_tokens_in_text,
                            "chat_template": config.base_model.chat_template, **read_by}
     return Recipe(stage=f"input.{role}", version=OLDER + 1, config=settings, inputs={})

@@ -12,6 +12,7 @@ A prompt that is more than one user's turn has its turns in `messages` too. All 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,8 +29,10 @@ Row = dict[str, Any]
 SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
             "function_call": "assistant", "observation": "tool", "function_response": "tool"}
 CONVERSATION = "a list of messages, {role, content} each"
-MINE = ("prompt", "messages", "completion", "chosen", "rejected", "text", "response", "score")
-"""Columns that have a meaning here: those of them that a role does not have do not come along."""
+PROMPT, PAIR = ("prompt", "messages"), ("prompt", "messages", "chosen", "rejected", "response", "score")
+USED = {"prompts": PROMPT, "heldout_prompts": PROMPT, "demonstrations": (*PROMPT, "completion"), "pairs": PAIR,
+        "heldout_pairs": PAIR, "pretraining": ("text",)}
+"""Role → columns that rows are made from; the others come along."""
 
 
 @dataclass
@@ -45,26 +48,30 @@ class Layout:
 
     def rows(self, source: Iterable[SourceRow]) -> Iterator[SourceRow]:
         """The rows with this role's columns. Raises `ConfigError` naming row and column."""
-        mapped = ((where, self._mapped(where, row)) for where, row in source)
+        mapped = self._with_unequal_ids((where, self._mapped(where, row)) for where, row in source)
         if self.role in PAIRS and self._rated:
             mapped = self._pairs_of_rated(mapped)
         make: Callable = {"prompts": self._prompt, "heldout_prompts": self._prompt, "demonstrations": self._demonstration,
                           "pairs": self._pair, "heldout_pairs": self._pair, "pretraining": self._text}[self.role]
-        ids: dict[str, str] = {}
+        used = USED[self.role]
         for where, row in mapped:
-            made = make(where, row)
-            if made is None:
-                continue
-            if (key := row.get("id")) is not None and (first := ids.setdefault(repr(key), where)) != where:
-                raise ConfigError(f"{where}: has the id {key!r}, which {first} has too; make them unique, or leave the "
-                                  f"column out: data.{self.role}.columns: {{id: null}}")
-            yield SourceRow(where, made | {name: value for name, value in row.items() if name not in MINE})
+            if (made := make(where, row)) is not None:
+                yield SourceRow(where, made | {name: value for name, value in row.items() if name not in used})
         if self.ties and self.config.ties == "refuse":
             raise ConfigError(f"data.{self.role}: {len(self.ties)} pairs are ties ({', '.join(self.ties[:8])}"
                               f"{'…' if len(self.ties) > 8 else ''}): their responses are equal, or have equal scores, so "
                               f"that neither is preferred; take them out, or set data.{self.role}.ties: drop")
 
     # --- columns ---
+
+    def _with_unequal_ids(self, rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
+        """The rows. Raises `ConfigError` naming two with one id."""
+        ids: dict[str, str] = {}
+        for where, row in rows:
+            if (key := row.get("id")) is not None and (first := ids.setdefault(repr(key), where)) != where:
+                raise ConfigError(f"{where}: has the id {key!r}, which {first} has too; make them unique, or leave the "
+                                  f"column out: data.{self.role}.columns: {{id: null}}")
+            yield where, row
 
     def _mapped(self, where: str, row: Row) -> Row:
         """The row in our names."""
@@ -102,6 +109,9 @@ class Layout:
         return value
 
     def _number(self, where: str, name: str, value: Any) -> float:
+        if isinstance(value, str):  # of CSV
+            with contextlib.suppress(ValueError):
+                value = float(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"{where}: column {name!r}: expected a number as score, found {value!r:.40}")
         return float(value)
@@ -217,7 +227,7 @@ class Layout:
         if not isinstance(message, Mapping):
             raise ConfigError(f"{where}: expected {{role, content}}, found {message!r:.40}")
         found = {name: value for name, value in message.items() if value is not None}  # Arrow fills in what is not there
-        if "from" in found and "role" not in found:
+        if isinstance(found.get("from"), str) and "role" not in found:
             found["role"], found["content"] = SHAREGPT.get(found["from"], found.pop("from")), found.pop("value", None)
             found.pop("from", None)
         if not isinstance(found.get("role"), str):

@@ -162,9 +162,9 @@ def table_of(rows: Iterable[SourceRow]) -> DataTable:
         places.append(where)
         group.append(row)
         if len(group) == GROUP:
-            parts.append(_columns(group))
+            parts.append(_columns(group, places[-GROUP:]))
             group = []
-    parts.append(_columns(group))
+    parts.append(_columns(group, places[len(places) - len(group) :]))
     names = list(dict.fromkeys(name for part in parts for name in part))
     sizes = [GROUP] * (len(parts) - 1) + [len(group)]
     found = {name: _joined([part.get(name) or Column(pa.nulls(size)) for part, size in zip(parts, sizes, strict=True)])
@@ -183,21 +183,43 @@ class Column:
     as_json: bool = False
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
-    """Name → values, a null where a row has none."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: _column([row.get(name) for row in rows]) for name in names}
+def _columns(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> dict[str, Column]:
+    """Name → values, a null where a row has none. Raises `ConfigError` naming a row that holds no text."""
+    names, found = dict.fromkeys(name for row in rows for name in row), {}
+    for name in names:
+        try:
+            found[name] = _column([row.get(name) for row in rows])
+        except UnicodeEncodeError as error:
+            place = next(place for place, row in zip(places, rows, strict=True) if _no_text(row.get(name)))
+            raise ConfigError(f"{place}: column {name!r}: {error.object[error.start]!a} at character {error.start + 1} "
+                              "is half of a surrogate pair, which is no text; take it out") from None
+    return found
+
+
+def _no_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _column(values: list[Any]) -> Column:
     """As Arrow's own type if that gives the same values back, else as JSON."""
     try:
         array = pa.array(values)
-        if (_flat(array.type) or not pa.types.is_nested(array.type)) and array.to_pylist() == values:
+        if (_flat(array.type) or not pa.types.is_nested(array.type)) and _same(array.to_pylist(), values):
             return Column(array)
     except (pa.ArrowException, OverflowError):
         pass
     return _as_json(values)
+
+
+def _same(found: Any, value: Any) -> bool:
+    """Whether it is the value to its type: 12 is not 12.0."""
+    if isinstance(value, list):
+        return isinstance(found, list) and len(found) == len(value) and all(map(_same, found, value))
+    return type(found) is type(value) and (found == value or found != found)
 
 
 def _flat(type_: pa.DataType) -> bool:
@@ -233,6 +255,16 @@ def held_out(table: DataTable, config: HeldoutConfig, role: str) -> tuple[DataTa
         raise ConfigError(f"data.heldout: rows={config.rows} would leave nothing of the {len(table)} rows of data.{role}; "
                           "lower it, or name a held-out file")
     return table.only(kept), table.only(~kept)
+
+
+def without(table: DataTable, other: DataTable, role: str) -> DataTable:
+    """The rows whose prompts are not among the other's. Raises `ConfigError` where none is left."""
+    known = set(other.table["prompt"].to_pylist())
+    kept = np.array([prompt not in known for prompt in table.table["prompt"].to_pylist()])
+    if not kept.any():
+        raise ConfigError(f"data.heldout: the prompts of all {len(table)} rows of data.{role} are held out; lower its "
+                          "rows, or name a held-out file")
+    return table.only(kept)
 
 
 def _place(prompt: str, seed: int) -> str:

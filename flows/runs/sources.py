@@ -4,15 +4,16 @@ folders that `datasets` reads, and data sets on the hub. What they mean here is 
 from __future__ import annotations
 
 import codecs
+import csv
 import io
 import json
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from flows.runs.hub import download
@@ -79,10 +80,13 @@ def _file_rows(setting: str, path: Path) -> Iterator[SourceRow]:
         return _checked(setting, path, lambda: _parquet(path))
     if begin.startswith(b"ARROW1") or path.suffix == ".arrow":
         return _checked(setting, path, lambda: _arrow(path))
-    data = _decompressed(setting, path, compressed) if compressed else path.read_bytes()
+    suffixes = {*path.suffixes}
+    if compressed == "zip":
+        data, suffixes = _unzipped(setting, path)
+    else:
+        data = _decompressed(setting, path, compressed) if compressed else path.read_bytes()
     if data.startswith(b"PAR1"):
         return _checked(setting, path, lambda: _parquet(io.BytesIO(data)))
-    suffixes = {*path.suffixes}
     if suffixes & {".csv", ".tsv"}:
         return _checked(setting, path, lambda: _csv(data, "\t" if ".tsv" in suffixes else ","))
     return text_rows(setting, path, data)
@@ -100,12 +104,24 @@ def _decompressed(setting: str, path: Path, compression: str) -> bytes:
         raise ConfigError(f"{setting}: {path} cannot be unpacked ({compression}): {_words(error)}; {way_on}") from None
 
 
+def _unzipped(setting: str, path: Path) -> tuple[bytes, set[str]]:
+    """The one file that is in it, and its suffixes."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            names = [name for name in packed.namelist() if not name.endswith("/")]
+            if len(names) != 1:
+                raise ConfigError(f"{setting}: {path} holds {len(names)} files, expected one; unpack it, and name a folder")
+            return packed.read(names[0]), {*Path(names[0]).suffixes}
+    except (zipfile.BadZipFile, OSError, RuntimeError) as error:
+        raise ConfigError(f"{setting}: {path} cannot be unpacked (zip): {_words(error)}; is it whole?") from None
+
+
 def _checked(setting: str, path: Path, read: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[SourceRow]:
     """Rows of a columnar file, with their numbers; what its reader raises, as an error of the file."""
     try:
         for number, values in enumerate(read(), 1):
             yield SourceRow(f"{path}, row {number}", values)
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, csv.Error, OSError, ValueError) as error:
         raise ConfigError(f"{setting}: {path} cannot be read: {_words(error)}") from None
 
 
@@ -127,10 +143,17 @@ def _batches(reader: pa.ipc.RecordBatchFileReader) -> Iterator[pa.RecordBatch]:
 
 
 def _csv(data: bytes, delimiter: str) -> Iterator[dict[str, Any]]:
-    table = pyarrow.csv.read_csv(
-        io.BytesIO(data), parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True))
-    for batch in table.to_batches(BATCH):
-        yield from batch.to_pylist()
+    """Every value as its text: 007 is not 7."""
+    csv.field_size_limit(max(len(data), csv.field_size_limit()))
+    rows = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), delimiter=delimiter, strict=True)
+    names = next(rows, [])
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two columns are called {twice[0]!r}")
+    for row in rows:
+        if row and len(row) != len(names):
+            raise ValueError(f"line {rows.line_num} has {len(row)} fields, expected {len(names)}")
+        if row:
+            yield dict(zip(names, row, strict=True))
 
 
 # --- JSON ---

@@ -146,7 +146,8 @@ def with_new_inputs(run: Run, recorded: Run, check_new: CheckNew) -> Run:
     if start and was and start != was:
         raise ConfigError("--set value.start: it was decided before the first iteration; make another run with it")
     files |= {role: model_files(setting_of(role), source, Path.cwd()) for role, source in models.items()}
-    if not files:  # nothing is fetched for a check of nothing
+    if not files and all(getattr(run.config, section, None) == getattr(recorded.config, section, None)
+                         for section in ("reward", "evaluate")):  # nothing is fetched for a check of nothing
         return run
     check_new(run.config, files, {role: stored_rows(run.store, ref) for role, ref in run.inputs.items() if role in COLUMNS})
     imported = import_files(run.store, run.config.execution, files, recipes_of(run.config, files), Checked())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable
 from functools import cache
@@ -27,6 +26,7 @@ from schemas.tables import Rollouts
 from stages.ops.embeddings import cosine, embeddings
 from stages.ops.guest import FOREVER, Patience, call_guest
 from stages.ops.language_model import LanguageModel
+from stages.ops.math_answers import verifier
 from stages.ops.reward_function import Columns
 from stages.ops.rewards import Scorer, as_scores
 from stages.ops.texts import Texts
@@ -60,7 +60,7 @@ def unusable_answer(options: Builtin, answer: Any) -> str | None:
     right = answer if isinstance(options, ExactMatch) and isinstance(answer, list) else [answer]
     if any(isinstance(one, bool) or not isinstance(one, (str, int, float)) for one in right):
         return f"expected a number or a text, found {answer!r:.60}"
-    if isinstance(options, Numeric) and not _parsed(_after_mark(str(answer))):
+    if isinstance(options, Numeric) and verifier()(_after_mark(str(answer)), "") == "-":
         return f"expected a number or a formula, found {answer!r:.60}"
     return None
 
@@ -103,23 +103,7 @@ def _exact_match(options: ExactMatch, response: str, answer: Any, tokens: int) -
 
 
 def _numeric(options: Numeric, response: str, answer: Any, tokens: int) -> float:
-    from math_verify import verify
-
-    return float(verify(list(_parsed(_after_mark(str(answer)))), _parsed(response), timeout_seconds=None))
-
-
-@cache
-def _quiet() -> None:
-    """Its timeouts are signals, which only the main thread may set: `execution.function_timeout` holds in their place."""
-    for module in ("math_verify", "latex2sympy2_extended"):
-        logging.getLogger(module).setLevel(logging.ERROR)
-
-
-def _parsed(text: str) -> list[Any]:
-    from math_verify import parse
-
-    _quiet()
-    return parse(text, parsing_timeout=None)
+    return float(verifier()(_after_mark(str(answer)), response) == "1")
 
 
 def _after_mark(answer: str) -> str:
@@ -135,7 +119,7 @@ def _repetition(options: Repetition, response: str, answer: Any, tokens: int) ->
 def _json(options: JSONValid, response: str, answer: Any, tokens: int) -> float:
     fenced = FENCED.match(response)
     try:
-        value = json.loads(fenced[1] if fenced else response)
+        value = json.loads(fenced[1] if fenced else response, parse_constant=_no_json)
     except (ValueError, RecursionError):
         return 0.0
     if options.schema_ is None:
@@ -143,6 +127,11 @@ def _json(options: JSONValid, response: str, answer: Any, tokens: int) -> float:
     from jsonschema import validators
 
     return float(validators.validator_for(options.schema_)(options.schema_).is_valid(value))
+
+
+def _no_json(constant: str) -> None:
+    """NaN and infinities, which Python would take."""
+    raise ValueError(constant)
 
 
 SCORES: dict[type[Builtin], Callable[..., float]] = {

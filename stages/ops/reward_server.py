@@ -34,6 +34,7 @@ MAX_REPLY_PER_RESPONSE = 1024
 TRIED_AGAIN = (429, 500, 502, 503, 504)
 WAITS = (2, 10, 30)  # seconds before it is asked again, where it does not say itself; the last from then on
 MAX_WAIT = 300
+JSON = {"Content-Type": "application/json"}
 SHOWN = 200  # characters of a reply in an error
 HINTS = {401: "set BATON_REWARD_TOKEN=host=token", 403: "check the token in BATON_REWARD_TOKEN",
          404: "check the path in the address", 413: "fewer responses at once: execution.server_batch_size"}
@@ -106,7 +107,7 @@ class RewardServer:
     def _ask(self, client: httpx.Client, body: dict[str, list[Any]], limit: int) -> tuple[int, httpx.Headers, bytes]:
         """Status, headers and the reply's bytes. Raises `RewardError` once there are more than `limit`."""
         reply = bytearray()
-        with client.stream("POST", self.url, json=body) as response:
+        with client.stream("POST", self.url, content=json.dumps(body, default=str), headers=JSON) as response:
             if response.is_redirect:
                 raise self._error(f"redirects to {response.headers.get('location')}, which is not followed; name it in the "
                                   "config")

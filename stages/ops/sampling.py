@@ -203,9 +203,9 @@ class Stops:
         """The last `reach` tokens of b responses of that length → why each ends with its last: `eos`, `stop`, or nothing."""
         found = ["eos" if i in self.eos else "stop" if i in self.tokens else "" for i in tails[:, -1].tolist()]
         if self.texts and length >= self.min_new_tokens:
-            tails = self.tokenizer.batch_decode(tails, skip_special_tokens=False)
-            found = [reason or ("stop" if any(text in tail for text in self.texts) else "")
-                     for reason, tail in zip(found, tails, strict=True)]
+            now, before = (self.tokenizer.batch_decode(part, skip_special_tokens=False) for part in (tails, tails[:, :-1]))
+            found = [reason or ("stop" if any(text in tail and text not in earlier for text in self.texts) else "")
+                     for reason, tail, earlier in zip(found, now, before, strict=True)]
         return found
 
     @property

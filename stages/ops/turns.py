@@ -5,6 +5,7 @@ What it says is in the response's tokens, marked as not sampled: losses, KL and 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,11 @@ class Partner:
         if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise RewardError(f"rollout.turns {self.name}: expected a text, a message {{role, content}}, or None to end the "
                               f"conversation, found {str(reply)[:60]!r} for row {row}")
+        try:
+            json.dumps(dict(message), ensure_ascii=False).encode()
+        except (TypeError, ValueError) as error:  # also half of a surrogate pair
+            raise RewardError(f"rollout.turns {self.name}: the reply to row {row} cannot be kept as JSON: "
+                              f"{' '.join(str(error).split())}") from None
         return dict(message)
 
     def tokens(
@@ -79,10 +85,14 @@ def _templated(
     """What the template writes after a response when a reply follows; that the response has ended itself comes once."""
     marks = [PLACEHOLDER.format("response"), PLACEHOLDER.format("reply")]
     marked = [*turns[:-1], {**turns[-1], "content": marks[0]}, {**reply, "content": marks[1]}]
-    after = render(tokenizer, marked, template).rpartition(marks[0])[2]
+    _, said, after = render(tokenizer, marked, template).rpartition(marks[0])
     before, found, rest = after.partition(marks[1])
+    if not said:
+        raise RewardError("rollout.turns: the chat template leaves out the assistant's turns; change its "
+                          "chat_template.jinja")
     if not found:
         raise RewardError(f"rollout.turns: the chat template leaves out the {reply['role']}'s turn; give replies another "
                           "role")
-    before = before.removeprefix(tokenizer.decode([last])) if last in tokenizer.all_special_ids else before
+    token = tokenizer.added_tokens_decoder.get(last)
+    before = before.removeprefix(token.content) if token is not None and token.special else before
     return tokens_of_parts(tokenizer, [(before, False), (reply["content"], tokenizer.split_special_tokens), (rest, False)])
