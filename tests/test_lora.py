@@ -264,7 +264,7 @@ def in_memory(folder, run, tmp_path):
     learner = LanguageModelLearner(actor, critic, config.ppo, Distribution(config.rollout.temperature))
 
     def samples(baseline=None):
-        return evaluate(ModelSampler(actor), ref, PROMPTS[:3], scorers, None, baseline, config.rollout, config.reward,
+        return evaluate(ModelSampler(actor), ref, PROMPTS[:3], scorers, {}, baseline, config.rollout, config.reward,
                         bias=0.0, seed=seed(0, "evaluate"))
 
     baseline, size = samples(), config.rollout.batch_size
