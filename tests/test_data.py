@@ -492,3 +492,45 @@ def test_an_imported_source_is_found_again_and_named_where_it_changed(tmp_path, 
     shutil.rmtree(tmp_path / "store/artifacts/input.prompts")
     assert run_command(train) == 0
     assert [path.read_bytes() for path in (tmp_path / "store/artifacts/input.prompts").rglob("prompts.parquet")] == [content]
+
+
+def test_what_is_too_long_depends_on_the_room_for_replies(tmp_path, prefect_server):
+    """Another run of the same data in the same store, with turns, imports what fits beside the replies."""
+    rows = [{"prompt": "it"}, {"prompt": "zq" * 15}]
+    train = brought_with(tmp_path, rows, too_long="drop")
+    (tmp_path / "case/rewards.py").write_text(
+        "def score(p, r):\n    return [0.0] * len(r)\n\ndef play(messages):\n    return [None] * len(messages)\n")
+    turns = ["--set", "rollout={batch_size: 8, max_new_tokens: 8, turns: {function: 'rewards.py:play', max_turns: 2, "
+             "max_reply_tokens: 20}}"]
+    for name, more, count in (("one", [], 2), ("two", turns, 1)):
+        assert run_command([*train, "--run", name, *more]) == 0
+        run = open_run(Store(str(tmp_path / "store")), name)
+        assert len(stored_rows(run.store, run.inputs["prompts"])) == count
+
+
+def test_ids_are_of_the_rows_that_are_there_not_of_the_pairs_made_of_them(tmp_path):
+    rows = [{"prompt": "a", "response": word, "score": score, "id": score} for score, word in enumerate("xyz")]
+    (tmp_path / "p.jsonl").write_bytes(jsonl(rows))
+    assert len(read(tmp_path, {"source": "p.jsonl", "columns": {"score": "score"}}, "pairs")) == 3
+
+
+def test_a_tool_turn_that_a_template_writes_as_json_is_there(tmp_path):
+    from flows.language.fitting import Fit
+    tokenizer = make_tokenizer(chat_template=TEMPLATE.replace("{{ m['content'] }}", (
+        "{% if m['role'] == 'tool' %}{{ m['content'] | tojson }}{% else %}{{ m['content'] }}{% endif %}")))
+    turns = [user("a"), {"role": "tool", "content": '{"x": 1}'}]
+    (tmp_path / "p.jsonl").write_bytes(jsonl([{"prompt": turns}]))
+    source = SourceConfig(source="p.jsonl")
+    table = table_of(Layout("prompts", source, True).rows(source_rows("prompts", source, [tmp_path / "p.jsonl"])))
+    assert len(Fit(tokenizer, True, 400, 8).fitted("prompts", table, "refuse")) == 1
+
+
+def test_a_special_token_where_the_template_changes_a_text_is_named_with_its_row_at_the_start(tmp_path):
+    from flows.language.fitting import Fit
+    tokenizer = make_tokenizer(chat_template=TEMPLATE.replace("m['content']", "m['content'].replace('secret', '')"))
+    tokenizer.split_special_tokens = True
+    (tmp_path / "p.jsonl").write_bytes(jsonl([{"prompt": "a"}, {"prompt": "a secret <|eos|>"}]))
+    source = SourceConfig(source="p.jsonl")
+    table = table_of(Layout("prompts", source, True).rows(source_rows("prompts", source, [tmp_path / "p.jsonl"])))
+    with pytest.raises(ConfigError, match=r"p\.jsonl, line 2: a prompt holds a special token"):
+        Fit(tokenizer, True, 4000, 8).fitted("prompts", table, "refuse")

@@ -194,3 +194,20 @@ def test_a_run_against_another_with_judges_of_all_kinds(tmp_path, capsys, prefec
     assert "evaluate.against: that run was evaluated on other prompts, from row 1 on" in capsys.readouterr().err
     assert run_command([*train, "--run", "fourth", "--set", "evaluate.against=nobody@1"]) == 2
     assert "no run 'nobody'" in capsys.readouterr().err
+
+
+def test_what_wins_are_over_is_not_changed_without_a_word(tmp_path, capsys, prefect_server):
+    folder = write_brought(tmp_path / "case")
+    store = ["--store", str(tmp_path / "store"), "--quiet"]
+    for name in ("base", "run"):
+        assert run_command(["train", str(folder), "--run", name, *store, "--set", f"seed={len(name)}"]) == 0
+    assert run_command(["fork", "run", "--at", "1", "--run", "new", *store, "--set", "evaluate.against=base@1"]) == 2
+    assert "evaluate.against: what wins are over was decided when the run was made" in capsys.readouterr().err
+    call = ["stage", "evaluate", "run", "--iteration", "1", *store[:2], "--print-call", "--set"]
+    assert run_command([*call, "evaluate.against=base@1"]) == 0
+    theirs = open_run(Store(store[1]), "base").state(1).artifacts["evaluate"]
+    assert json.loads(capsys.readouterr().out)["inputs"]["baseline"]["identity"] == theirs.identity
+    assert run_command([*call, "evaluate.against=nobody@1"]) == 2
+    assert run_command(["stage", "reward", "run", "--iteration", "1", *store, "--print-call", "--set",
+                        'reward.components={s: {source: "http://127.0.0.1:9/x", columns: [nope]}}']) == 2
+    assert "reads the column 'nope', and data.prompts has no such column" in capsys.readouterr().err

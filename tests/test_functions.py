@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from brought import write_brought
 
 from flows.cli.main import run_command
 from flows.control.environments import make_environment
@@ -182,3 +184,42 @@ def test_what_a_file_switches_and_prints_when_it_is_run_is_put_back(tmp_path, ca
     file.write_text("def score(p, r)\n")
     with pytest.raises(ConfigError, match=r"rewards.py cannot be run: it raised SyntaxError: .*\(rewards.py, line 1\)$"):
         load_function("rewards.py:score", [file])
+
+
+# --- data beside a function ---
+
+READS = '''
+from pathlib import Path
+
+FILES = ["words.txt", "lists/*.txt"]
+HERE = Path(__file__).parent
+
+def score(prompts, responses):
+    words = (HERE / "words.txt").read_text().split() + (HERE / "lists/more.txt").read_text().split()
+    return [float(sum(word in response for word in words)) for response in responses]
+'''
+
+
+def test_data_that_a_functions_file_names_is_kept_with_it(tmp_path, prefect_server):
+    folder = write_brought(tmp_path / "case", rewards_py=READS)
+    (folder / "words.txt").write_text("a e")
+    (folder / "lists").mkdir()
+    (folder / "lists/more.txt").write_text("i")
+    store = ["--store", str(tmp_path / "store"), "--quiet"]
+    assert run_command(["train", str(folder), *store]) == 0
+    run = open_run(Store(str(tmp_path / "store")), "case")
+    entries = run.store.manifest(run.inputs["reward.length"]).files
+    assert sorted(entry.path for entry in entries) == ["lists/more.txt", "rewards.py", "words.txt"]
+    shutil.rmtree(folder)
+    assert run_command(["stage", "reward", "case", "--iteration", "1", *store]) == 0
+
+
+@pytest.mark.parametrize("line, words", [
+    ('FILES = ["none.txt"]', "FILES in rewards.py names 'none.txt', and there is no such file"),
+    ('FILES = ["../secret"]', "FILES in rewards.py names '../secret', and there is no such file"),
+    ("FILES = [name for name in ()]", "is not a list of texts as it stands"),
+])
+def test_data_that_is_not_there_is_named(tmp_path, line, words):
+    (tmp_path / "rewards.py").write_text(f"{line}\n\ndef score(prompts, responses): ...\n")
+    with pytest.raises(ConfigError, match=words):
+        function_files("rewards.py:score", tmp_path)

@@ -13,6 +13,7 @@ from test_kill import kill_anywhere
 from flows.cli.main import run_command
 from flows.runs.run import open_run
 from flows.store.store import Store
+from schemas.errors import RewardError
 from schemas.language import RolloutConfig
 from schemas.settings import GAEConfig, KLConfig, PPOConfig
 from schemas.tables import Advantages, ReferenceLogprobs, Rewards, Rollouts, Samples, Values
@@ -247,3 +248,22 @@ def test_prompts_have_to_leave_room_for_replies(tmp_path, capsys):
     assert run_command(["train", str(folder), "--store", str(tmp_path / "store"), "--set",
                         "rollout.turns.max_reply_tokens=250"]) == 2
     assert "the model's context of 512 leaves -12 beside 524 for the response" in capsys.readouterr().err
+
+
+def test_a_templates_end_of_turn_comes_once_also_if_it_is_a_token_without_a_name():
+    """As Phi-3 ends turns by `<|end|>`, which is none of its named special tokens."""
+    special = ["<|bos|>", "<|eos|>", "<|pad|>", "<|end|>"]
+    tokenizer = make_tokenizer(special, chat_template=TEMPLATE.replace("<|eos|>", "<|end|>"))
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    said = [{"role": "assistant", "content": "it"}]
+    for last, expected in ((end, "<|bos|>user: so<|end|>"), (5, "<|end|><|bos|>user: so<|end|>")):
+        tokens = partner(twice).tokens(tokenizer, True, "p", said, {"role": "user", "content": "so"}, last, 0)
+        assert tokenizer.decode(tokens).startswith(expected)
+
+
+def test_a_template_that_leaves_out_what_the_assistant_said_is_refused():
+    template = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'assistant' %}")
+    tokenizer = make_tokenizer(chat_template=template)
+    with pytest.raises(RewardError, match="leaves out the assistant's turns"):
+        partner(twice).tokens(tokenizer, True, "p", [{"role": "assistant", "content": "it"}],
+                              {"role": "user", "content": "so"}, 1, 0)

@@ -30,7 +30,8 @@ from stages.ops.user_errors import said
 
 
 def function_files(source: str, folder: Path) -> list[Path]:
-    """The Python file of `file.py:function` (below `folder`), and the modules beside it that it imports, and these theirs.
+    """The Python file of `file.py:function` (below `folder`), the modules beside it that it imports, and these theirs,
+    and the data that their `FILES` name.
 
     Of `package.module:function` the module's file alone; nothing is imported. Raises `ConfigError`.
     """
@@ -40,7 +41,10 @@ def function_files(source: str, folder: Path) -> list[Path]:
     path = folder / place if place.endswith(".py") else _installed(place)
     if path is None or not path.is_file():
         raise ConfigError(f"function {source!r}: no such {f'file: {path}' if place.endswith('.py') else f'module: {place}'}")
-    return _with_modules_beside(path) if place.endswith(".py") else [path]
+    if not place.endswith(".py"):
+        return [path]
+    modules = _with_modules_beside(path)
+    return list(dict.fromkeys([*modules, *(data for module in modules for data in _data_of(source, module, path.parent))]))
 
 
 def _installed(module: str) -> Path | None:
@@ -65,6 +69,31 @@ def _with_modules_beside(file: Path) -> list[Path]:
             new = [path for path in beside if path.is_file() and path not in files]
             files, todo = files + new, todo + new
     return files
+
+
+def _data_of(source: str, module: Path, folder: Path) -> list[Path]:
+    """What a module's FILES = ["words.txt", "lists/*.json"] name below the folder. Raises `ConfigError`."""
+    try:
+        tree = ast.parse(module.read_bytes())
+    except (SyntaxError, ValueError):  # said when it is run
+        return []
+    named = [node.value for node in tree.body if isinstance(node, ast.Assign) and any(
+        isinstance(target, ast.Name) and target.id == "FILES" for target in node.targets)]
+    found: list[Path] = []
+    for value in named:
+        try:
+            patterns = [str(pattern) for pattern in ast.literal_eval(value)]
+        except (ValueError, TypeError):
+            raise ConfigError(f"function {source!r}: FILES in {module.name} is not a list of texts as it stands; write the "
+                              "names of the files out") from None
+        for pattern in patterns:
+            inside = not Path(pattern).is_absolute() and ".." not in Path(pattern).parts
+            new = sorted(path for path in folder.glob(pattern) if path.is_file()) if inside and pattern else []
+            if not new:
+                raise ConfigError(f"function {source!r}: FILES in {module.name} names {pattern!r}, and there is no such "
+                                  f"file in {folder}")
+            found += new
+    return found
 
 
 def _imported(file: Path) -> list[str]:
