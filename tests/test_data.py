@@ -9,6 +9,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -266,6 +267,8 @@ def test_imported_rows_are_read_by_need_as_they_were(tmp_path):
     there = ParquetRows(tmp_path / "p.parquet")
     assert list(there) == rows and there[-1] == rows[-1] and there[513] == rows[513] and len(there) == 1200
     assert table.lacks("late").endswith("p.jsonl, line 1") and table.lacks("n") is None
+    assert table.only(np.arange(1200) >= 700).lacks("late").endswith("p.jsonl, line 702")
+    assert table.only(np.arange(1200) == 700).lacks("late") is None  # those that lack it are gone
     with pytest.raises(IndexError):
         there[1200]
 
@@ -331,6 +334,7 @@ def test_values_of_csv_are_its_texts_and_the_file_in_a_zip_says_what_it_is(tmp_p
 
 @pytest.mark.parametrize("source, words", [
     ("none.jsonl", "data.prompts: no such file: .*none.jsonl"), ("./none", "no such file"),
+    ("none.csv.gz", "no such file"), ("org/name-2.5", "is no folder .* and the hub gave"), ("org/name@v1.0", "the hub gave"),
     ("empty", "holds no file of data"), ({"source": "splits", "split": "dev"}, "has no split 'dev'; it has test, train"),
     ({"source": "shards", "split": "dev"}, "cannot be read: .*dev"),
     ({"source": "p.jsonl", "split": "dev"}, "is one file, and has no subset or split"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -203,23 +204,27 @@ def _gguf(setting: str, source: str, place: Path) -> Path:
 
 def recipes_of(config: RunConfig, files: Files) -> dict[str, Recipe]:
     """Role → recipe of every input; reads all their bytes, so that it is done once."""
-    recipes = {role: _recipe(role, paths) for role, paths in files.items() if role not in COLUMNS}
-    return recipes | {role: _data_recipe(config, role, paths, recipes) for role, paths in files.items() if role in COLUMNS}
+    digest = cache(sha256_file)  # roles may share a source
+    recipes = {role: _recipe(role, paths, digest) for role, paths in files.items() if role not in COLUMNS}
+    return recipes | {role: _data_recipe(config, role, paths, recipes, digest)
+                      for role, paths in files.items() if role in COLUMNS}
 
 
-def _recipe(role: str, paths: Sequence[Path]) -> Recipe:
+def _recipe(role: str, paths: Sequence[Path], digest: Callable[[Path], str]) -> Recipe:
     """The recipe of a model or function: its identity is that of its content, and of its file name where that matters."""
     kind = "base_model" if role == "base_model" else "scorer" if _is_model(paths) else "function"
     return Recipe(stage=f"input.{kind}", version=1, config={"sha256": {
-        _inner(path, paths): sha256_file(path) for path in paths}}, inputs={})
+        _inner(path, paths): digest(path) for path in paths}}, inputs={})
 
 
-def _data_recipe(config: LanguageConfig, role: str, paths: Sequence[Path], models: Mapping[str, Recipe]) -> Recipe:
+def _data_recipe(
+    config: LanguageConfig, role: str, paths: Sequence[Path], models: Mapping[str, Recipe], digest: Callable[[Path], str]
+) -> Recipe:
     """The recipe of a role's rows: the content of their source, and all that decides how it is read."""
     place, *files = paths if len(paths) > 1 else (paths[0].parent, paths[0])
     names = ["source" + "".join(paths[0].suffixes)] if len(paths) == 1 else [
         path.relative_to(place).as_posix() for path in files]
-    settings = {"sha256": dict(zip(names, map(sha256_file, files), strict=True)), "reading": config.data.reading(role),
+    settings = {"sha256": dict(zip(names, map(digest, files), strict=True)), "reading": config.data.reading(role),
                 "conversations": bool(config.base_model.chat_template)}
     if config.data.too_long != "refuse":
         read_by = {role: models[role].ref.identity for role in ("base_model", "critic") if role in models}
@@ -229,12 +234,12 @@ def _data_recipe(config: LanguageConfig, role: str, paths: Sequence[Path], model
     return Recipe(stage=f"input.{role}", version=OLDER + 1, config=settings, inputs={})
 
 
-def older_recipe(role: str, config: LanguageConfig, paths: Sequence[Path]) -> Recipe | None:
-    """The recipe of a file of JSON lines as older versions imported it; none if they could not."""
-    if len(paths) > 1 or config.data.reading(role):
+def older_recipe(role: str, paths: Sequence[Path], recipe: Recipe) -> Recipe | None:
+    """The recipe of a file of JSON lines as older versions imported it, from that of now; none if they could not."""
+    if len(paths) > 1 or recipe.config["reading"]:
         return None
-    content = {f"{role}.jsonl": sha256_file(paths[0])}
-    return Recipe(stage=f"input.{role}", version=OLDER, config={"sha256": content}, inputs={})
+    (content,) = recipe.config["sha256"].values()
+    return Recipe(stage=f"input.{role}", version=OLDER, config={"sha256": {f"{role}.jsonl": content}}, inputs={})
 
 
 def _inner(path: Path, paths: Sequence[Path]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -117,8 +117,8 @@ class DataTable:
 
     table: pa.Table
     places: np.ndarray  # (N,) object: `p.jsonl, line 3`
-    lacking: Mapping[str, str] = field(default_factory=dict)
-    """Column → where the first row is that lacks it, of those that some row has."""
+    lacking: Mapping[str, Set[str]] = field(default_factory=dict)
+    """Column → places of the rows that lack it, perhaps of more than are left; a null that is written out is there."""
     ties: int = 0
     """Pairs that were dropped, since neither response was preferred."""
     too_long: int = 0
@@ -141,7 +141,10 @@ class DataTable:
         return tuple(self.table.column_names)
 
     def lacks(self, column: str) -> str | None:
-        return self.lacking.get(column) if column in self.columns else self.places[0]
+        if column not in self.columns:
+            return self.places[0]
+        lacking = self.lacking.get(column, frozenset())
+        return next((place for place in self.places if place in lacking), None) if lacking else None
 
     def only(self, kept: np.ndarray) -> DataTable:
         """(N,) bool: those rows."""
@@ -153,12 +156,12 @@ class DataTable:
 
 def table_of(rows: Iterable[SourceRow]) -> DataTable:
     """All of them, in memory as columns."""
-    parts, places, group, lacking = [], [], [], {}
-    known: set[str] = set()
+    parts, places, group = [], [], []
+    lacking: dict[str, set[str]] = {}  # every column's
     for where, row in rows:
-        lacking |= {name: where for name in known - row.keys() if name not in lacking}
-        lacking |= {name: places[0] for name in row.keys() - known if places}
-        known |= row.keys()
+        for name in lacking.keys() - row.keys():
+            lacking[name].add(where)
+        lacking |= {name: set(places) for name in row.keys() - lacking.keys()}
         places.append(where)
         group.append(row)
         if len(group) == GROUP:

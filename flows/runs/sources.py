@@ -44,7 +44,7 @@ def source_files(role: str, config: SourceConfig, folder: Path) -> list[Path]:
     if place.is_file():
         return [place]
     if not place.is_dir():
-        if Path(config.source).suffix or config.source.startswith((".", "/", "~")):
+        if _data_suffix(place) or place.suffix in COMPRESSED or config.source.startswith((".", "/", "~")):
             raise ConfigError(f"data.{role}: no such file: {place}")
         place = download(f"data.{role}", config.source, place, HUB_FILES, kind="dataset")
     found = sorted(path for path in place.rglob("*") if path.is_file() and not _hidden(path.relative_to(place)))

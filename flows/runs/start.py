@@ -89,7 +89,7 @@ def _made(store: Store, request: Request, check: Check) -> tuple[Run, RunConfig]
     recipes = recipes_of(config, files)
     run = find_run(store, name)
     if run is not None:
-        recipes |= _as_made(run, config, files)
+        recipes |= _as_made(run, config, files, recipes)
         require_same(run, config, {role: recipe.ref for role, recipe in recipes.items()})
         _require_writable(store)
         if any(store.find(recipe.ref) is None for recipe in recipes.values()):  # it is not there any more
@@ -103,11 +103,11 @@ def _made(store: Store, request: Request, check: Check) -> tuple[Run, RunConfig]
     return _create(store, name, pinned(config, folder, files), files, recipes, checked), config
 
 
-def _as_made(run: Run, config: RunConfig, files: Files) -> dict[str, Recipe]:
+def _as_made(run: Run, config: RunConfig, files: Files, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
     """Recipes by which an older version imported data of that run, where that is what these files hold."""
     if not isinstance(config, LanguageConfig):
         return {}
-    older = {role: older_recipe(role, config, files[role]) for role in config.data.roles if role in run.inputs}
+    older = {role: older_recipe(role, files[role], recipes[role]) for role in config.data.roles if role in run.inputs}
     return {role: recipe for role, recipe in older.items() if recipe and recipe.ref == run.inputs[role]}
 
 
