@@ -86,8 +86,8 @@ class ModelSampler:
                 limits = config.max_new_tokens - begun[group]
                 uniforms = np.zeros((len(group), config.max_new_tokens)) if greedy else row_uniforms(
                     seed, rows[group], config.max_new_tokens)
-                for row, first in zip(uniforms, begun[group], strict=True):  # those of its sampled tokens, in order
-                    row[: len(row) - first] = row[first:].copy()
+                for i, first in enumerate(begun[group]):  # those of its sampled tokens, in order
+                    uniforms[i] = np.roll(uniforms[i], -first)
                 sampled = sample(self.model, [prompts[i] for i in group], uniforms[:, : limits.max()], distribution, stops,
                                  limits=limits, precision=config.precision, greedy=greedy, on_finished=bar.update)
                 for i, *each in zip(group, *sampled, strict=True):
@@ -109,8 +109,7 @@ def respond(
     while True:
         heads = [np.concatenate([prompt_tokens[i], *whole[i].tokens]) for i in open_rows]
         begun = np.array([whole[i].sampled for i in open_rows])
-        found = sampler.sample(heads, config, seed=seed, progress=progress, rows=open_rows, begun=begun,
-                               greedy=greedy)
+        found = sampler.sample(heads, config, seed=seed, progress=progress, rows=open_rows, begun=begun, greedy=greedy)
         texts = response_texts(sampler.tokenizer, heads, found.tokens)
         for i, text, *each in zip(open_rows, texts, *found, strict=True):
             whole[i].add(text, *each)
@@ -165,12 +164,12 @@ def _answered(
     whole: list[_Conversation],
 ) -> np.ndarray:
     """Adds the replies to these rows; those of them whose conversation goes on."""
-    last = [whole[i].tokens[-1] for i in rows]
     turns = Rollouts(
         row_id=rows, prompt_id=prompt_id[rows], prompt=tuple(shown(prompts[i]) for i in rows),
         response=tuple(whole[i].said[-1]["content"] for i in rows),
-        prompt_tokens=Ragged.from_rows([np.empty(0)] * len(rows), np.int32), response_tokens=Ragged.from_rows(last,
-        np.int32), logprobs=Ragged.from_rows([whole[i].logprobs[-1] for i in rows], np.float32),
+        prompt_tokens=Ragged.from_rows([np.empty(0)] * len(rows), np.int32),
+        response_tokens=Ragged.from_rows([whole[i].tokens[-1] for i in rows], np.int32),
+        logprobs=Ragged.from_rows([whole[i].logprobs[-1] for i in rows], np.float32),
         finish_reason=tuple(whole[i].reason for i in rows),
         turns=tuple(json.dumps(whole[i].said, ensure_ascii=False) for i in rows))
     replies = partner.replies(turns)
