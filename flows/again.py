@@ -2,12 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass
 
-from flows.chains import chain_of, check_new
+from flows.chains import chain_of, check_new, warm_of
+from flows.perform import perform
+from flows.runs.kind import Perform
 from flows.runs.run import Run, changed
-from flows.runs.start import with_new_inputs
-from schemas.artifacts import StageCall
+from flows.runs.start import check_device, with_new_inputs
+from flows.store.lease import wait_for_gc
+from schemas.artifacts import ArtifactRef, Produced, StageCall
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a rerun came to."""
+
+    recorded: ArtifactRef  # what the run has
+    produced: Produced
+    models_loaded: int
+    metrics: dict[str, tuple[float | None, float]]  # name → (as the run has it, as it is now)
+
+    @property
+    def verdict(self) -> str:
+        """`same` or `different` bytes, or `new` artifact."""
+        return {"reproduced": "same", "different": "different"}.get(self.produced.how, "new")
+
+    @property
+    def summary(self) -> str:
+        """The verdict in words."""
+        return {"same": "reproduced, the same bytes", "different": "NOT reproduced, other bytes",
+                "new": "a new artifact; the run is as it was"}[self.verdict]
+
+
+def stage_again(
+    recorded: Run, stage: str, iteration: int, settings: Iterable[str],
+    performing: Callable[[Callable[[StageCall], Produced]], Perform] | None = None,
+) -> StageResult:
+    """That stage once more, from saved states. `performing`: what performs its call, where that is not this process alone.
+
+    Raises `ConfigError` where what was saved cannot be used with these settings.
+    """
+    wait_for_gc(recorded.store)
+    call = call_again(recorded, stage, iteration, settings)
+    check_device(call.execution)
+    ref, store = recorded.recorded(stage, iteration), recorded.store
+    with closing(warm_of(call.kind, store, call.execution)) as warm:
+        def again(one: StageCall) -> Produced:
+            return perform(one, store, warm, again=True)
+
+        produced = performing(again)(call)[stage] if performing else again(call)
+        before = store.manifest(ref).metrics
+        metrics = {name: (before.get(name), value) for name, value in produced.metrics.items()}
+        return StageResult(ref, produced, warm.loaded, metrics)
 
 
 def call_again(recorded: Run, stage: str, iteration: int, settings: Iterable[str]) -> StageCall:

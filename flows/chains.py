@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flows.runs.inputs import Checked, Files
-from flows.runs.kind import Chain, KindOfRun, Warm
+from flows.runs.kind import Chain, KindOfRun, Warm, WarmLater
 from flows.runs.rows import Rows
 from flows.runs.run import Run
 from flows.store.store import Store
@@ -31,7 +31,7 @@ def chain_of(run: Run) -> Chain:
 
 def warm_of(kind: Kind, store: Store, execution: ExecutionConfig) -> Warm:
     """What a process keeps in memory between calls of that kind."""
-    return kind_of(kind).warm(store, execution)
+    return WarmLater(lambda: kind_of(kind).warm(store, execution))
 
 
 def check_new(config: RunConfig, files: Files, data: Mapping[str, Rows]) -> None:

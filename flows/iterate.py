@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from contextvars import copy_context
 
 from prefect import flow
 
@@ -15,12 +16,15 @@ from flows.orchestration import page
 from flows.orchestration.tasks import StageTasks, untagged
 from flows.perform import perform
 from flows.runs.best import best_after
+from flows.runs.kind import Warm
 from flows.runs.retention import Retention
 from flows.runs.run import Run, lease_key, require_there
 from flows.runs.start import Source
 from flows.store.lease import working_on
+from flows.store.writer import Writer
 from flows.tracking.mirror import Mirror
 from schemas.artifacts import Produced, StageCall, TrainState
+from schemas.errors import SupersededError
 from schemas.settings import NO_OVERRIDES, Name, Overrides
 from schemas.stages import STAGES
 
@@ -29,10 +33,14 @@ LOG_INTERVAL = 1.0  # seconds: of faster iterations not every one gets a line
 
 
 class Session:
-    """A run that this process works on: its chain, what is warm, and what is reported to people meanwhile."""
+    """A run that this process works on: its chain, what is warm, and what is reported to people meanwhile.
 
-    def __init__(self, run: Run, tasks: StageTasks, mirror: Mirror) -> None:
-        self.run, self.tasks, self.mirror = run, tasks, mirror
+    What an iteration makes is committed while the next one samples and scores; a state is saved after all that it names.
+    """
+
+    def __init__(self, run: Run, warm: Warm, mirror: Mirror, writer: Writer) -> None:
+        self.run, self.warm, self.mirror, self.writer = run, warm, mirror, writer
+        self.tasks = StageTasks(run.name, self._perform, run.config.execution.concurrent_stages)
         self.chain, self.retention = chain_of(run), Retention(run)
         self.iterations = run.config.iterations
         self._logged = float("-inf")  # when an iteration last got a line
@@ -48,8 +56,23 @@ class Session:
         page.report(self.run, state, None)
         return state
 
-    def iterate(self, state: TrainState) -> TrainState:
-        """The iteration after `state`, committed."""
+    def train(self, state: TrainState, until: int) -> TrainState:
+        """From that state up to iteration `until`, all of it committed."""
+        while True:
+            try:
+                while state.iteration < until:
+                    state = self._iterate(state)
+                self.writer.wait()
+                return state
+            except SupersededError as error:
+                log.warning("%s; going on from what is committed", error)
+                self.writer.clear()
+                self.run.store.forget_pending()
+                self.warm.close()
+                state = self.run.last()
+
+    def _iterate(self, state: TrainState) -> TrainState:
+        """The iteration after `state`, computed; it is committed later."""
         started, found = time.perf_counter(), []
 
         def tracked(*calls: StageCall) -> dict[str, Produced]:
@@ -61,14 +84,23 @@ class Session:
         after = self.chain.iteration(state, tracked, evaluated)
         after = after.model_copy(update={"seconds": time.perf_counter() - started,
                                          "best": best_after(self.run, state, after)})
-        self.run.save(after)
-        self.mirror.push(after)
-        self.retention.after(state, after)
-        if time.monotonic() - self._logged >= LOG_INTERVAL or after.iteration >= self.iterations:
-            self._logged = time.monotonic()
-            self._log(after, found)
-            page.report(self.run, after, state)
+        here = copy_context()  # in which Prefect knows the flow run
+        self.writer.later(lambda: here.run(self._save, after, state, found))
         return after
+
+    def _save(self, state: TrainState, before: TrainState, found: list[str]) -> None:
+        """A state whose artifacts are committed, and what is said of it."""
+        self.run.save(state)
+        self.mirror.push(state)
+        self.retention.after(before, state)
+        if time.monotonic() - self._logged >= LOG_INTERVAL or state.iteration >= self.iterations:
+            self._logged = time.monotonic()
+            self._log(state, found)
+            page.report(self.run, state, before)
+
+    def _perform(self, call: StageCall) -> Produced:
+        """What comes before the first iteration is committed at once."""
+        return perform(call, self.run.store, self.warm, writer=self.writer if call.iteration else None)
 
     def _announced(self, *calls: StageCall) -> dict[str, Produced]:
         """Performs what comes before the first iteration, with a line for each stage."""
@@ -93,10 +125,10 @@ def session(name: str, config: Source | None, overrides: Overrides, store: str |
     """The run of that name, held by this process alone."""
     run = requested(name, config, overrides, store)
     warm = warm_of(run.config.kind, run.store, run.config.execution)
-    tasks = StageTasks(name, lambda call: perform(call, run.store, warm), run.config.execution.concurrent_stages)
-    with (untagged(), working_on(run.store, lease_key(name), f"run {name!r}"), closing(warm), Mirror(run) as mirror):
+    with (untagged(), working_on(run.store, lease_key(name), f"run {name!r}"), closing(warm), Mirror(run) as mirror,
+          Writer() as writer):
         require_there(run)
-        yield Session(run, tasks, mirror)
+        yield Session(run, warm, mirror, writer)
 
 
 @flow(name="iterate", flow_run_name="{run}-iterate", persist_result=False)
@@ -121,7 +153,7 @@ def iterate_flow(
             state = work.prepare()
         elif state.iteration < work.iterations:
             page.rename(f"{run}-iterate-{state.iteration + 1:06d}")
-            state = work.iterate(state)
+            state = work.train(state, state.iteration + 1)
         else:
             log.info(f"run {run}: all {work.iterations} iterations are there; nothing to do")
             work.mirror.push(state)

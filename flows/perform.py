@@ -6,41 +6,114 @@ A call names all that decides a result by references alone, so that nothing else
 
 from __future__ import annotations
 
+import logging
+import threading
+from contextlib import closing
+from itertools import groupby
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from flows.chains import kind_of
 from flows.runs.kind import Warm
-from flows.runs.produce import produce
+from flows.runs.produce import environment, produce
 from flows.runs.work import Work
 from flows.store.store import Store
-from schemas.artifacts import Produced, StageCall
-from schemas.errors import ConfigError, NonFiniteError
+from flows.store.writer import Writer
+from schemas.artifacts import ArtifactRef, ModelRef, Produced, StageCall, call_of
+from schemas.errors import ConfigError, NonFiniteError, ReplayError
 from schemas.records import first_finding
 from schemas.stages import STAGES
 from stages.ops.device import Device, keep_freed_memory
 
+log = logging.getLogger("baton")
+_RESTORING = threading.RLock()  # stages side by side may need the same weights
 
-def perform(call: StageCall, store: Store, warm: Warm, *, again: bool = False) -> Produced:
-    """Load → call → commit. Found, where the recipe was committed before; with `again` made once more beside that.
 
-    Raises `ConfigError` if this version of Baton has no such stage, and what the stage raises.
+def perform(
+    call: StageCall, store: Store, warm: Warm, *, again: bool = False, restoring: bool = False, writer: Writer | None = None
+) -> Produced:
+    """Load → call → commit. Found, where the recipe was committed before.
+
+    `again`: made once more beside what is committed; `restoring`: what is missing of that is then put back; `writer`: what
+    commits it later. Models that it reads which were not kept are restored first. Raises `ConfigError` if this version has
+    no such stage, `ReplayError` where a model cannot be restored, and what the stage raises.
     """
     stage = STAGES[call.kind].get(call.stage)
     if stage is None or stage.version != call.version:
         has = f"version {stage.version}" if stage else f"the stages {', '.join(STAGES[call.kind])}"
         raise ConfigError(f"call of {call.stage}, version {call.version}: this Baton has {has}; make the call with it")
+    if writer is not None:
+        writer.check()
     keep_freed_memory()
+    for model in call.inputs.values():
+        if isinstance(model, ModelRef) and not warm.holds(model):
+            restore(store, model)
     Device(call.execution.device).use_threads(call.execution.threads)
-    task = kind_of(call.kind).tasks[call.stage]
+    task = kind_of(call.kind).task(call.stage)
     try:
-        produced = produce(store, call, lambda attempt: task(Work(call, store, warm, attempt)), again=again)
+        produced = produce(store, call, lambda attempt: task(Work(call, store, warm, attempt)), again=again,
+                           restore=restoring, writer=writer)
     except NonFiniteError as error:
         raise NonFiniteError(f"{call.stage} of iteration {call.iteration}: {error}; nothing was committed") from error
     if produced.how == "adopted" and produced.different:
         warm.forget(produced.ref)  # what it holds is ours
     return produced
+
+
+# --- weights that were not kept ---
+
+def restore(store: Store, model: ModelRef) -> list[int]:
+    """Makes the weights of a model again that were not written, or not kept, and puts them back; the iterations whose
+    updates were made again for it, none if it is whole.
+
+    From the nearest checkpoint that is whole, each update over its saved tables, each result held against its digests.
+    Raises `ReplayError` where that gives other bytes, and `StoreError` where a table is missing.
+    """
+    with _RESTORING:
+        calls = [call_of(store.manifest(ref), store.absolute) for ref in reversed(_lacking(store, model))]
+        if calls:
+            log.info("making iteration %d again, %d updates from iteration %d on", calls[-1].iteration, len(calls),
+                     calls[0].iteration - 1)
+        for execution, alike in groupby(calls, lambda call: call.execution):  # which decides the last bits
+            *between, last = alike
+            with closing(kind_of(last.kind).warm(store, execution)) as warm:
+                for call in between:
+                    _again(call.model_copy(update={"snapshot": False}), store, warm, restoring=False)
+                _again(last, store, warm, restoring=True)
+    return [call.iteration for call in calls]
+
+
+def _again(call: StageCall, store: Store, warm: Warm, restoring: bool) -> None:
+    """Raises `ReplayError` if the call gives other bytes than it did."""
+    produced = perform(call, store, warm, again=True, restoring=restoring)
+    if produced.how == "different":
+        raise _not_replayed(store, call, produced)
+
+
+def _lacking(store: Store, model: ModelRef) -> list[ArtifactRef]:
+    """The model's artifact if weights of it are missing, the one it was trained from if so are they, and so on."""
+    found: list[ArtifactRef] = []
+    todo = [model]
+    while todo:
+        model = todo.pop()
+        if model.artifact not in found and store.missing(model.artifact, f"{model.folder}/"):
+            found.append(model.artifact)
+            inputs = call_of(store.manifest(model.artifact), store.absolute).inputs.values()
+            todo += [ref for ref in inputs if isinstance(ref, ModelRef)]
+    return found
+
+
+def _not_replayed(store: Store, call: StageCall, produced: Produced) -> ReplayError:
+    """Says in what this process differs from the one that made it."""
+    made, here = store.manifest(produced.ref).environment, environment(call.execution)
+    before, now = ({"device": of.device_name, "threads": of.threads, "Python": of.python, **of.packages}
+                   for of in (made, here))
+    other = [f"{name} {before[name]} → {now.get(name)}" for name in before if before[name] != now.get(name)]
+    reason = f"what differs from where it was made: {', '.join(other)}" if other else "nothing that is recorded differs"
+    return ReplayError(f"{call.stage} of iteration {call.iteration} gives other bytes here than were committed "
+                       f"({', '.join(produced.different)}); {reason}. Restore it on a machine like that one, or fork "
+                       "from an iteration whose weights are there")
 
 
 def read_call(path: Path) -> StageCall:

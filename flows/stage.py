@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import closing
-from dataclasses import dataclass
 from typing import Literal
 
 from prefect import flow
@@ -12,42 +10,16 @@ from prefect.runtime import deployment
 from prefect.states import Failed, State
 from pydantic import NonNegativeInt
 
-from flows.again import call_again
-from flows.chains import warm_of
+from flows.again import StageResult, stage_again
 from flows.opening import store_of_flow
 from flows.orchestration import page
 from flows.orchestration.tasks import StageTasks, untagged
-from flows.perform import perform
 from flows.runs.run import open_run
-from flows.runs.start import check_device
-from flows.store.lease import wait_for_gc
-from schemas.artifacts import ArtifactRef, Produced
 from schemas.settings import Name
 from schemas.stages import STAGE_NAMES
 
 log = logging.getLogger("baton")
 StageName = Literal[STAGE_NAMES]
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a rerun came to."""
-
-    recorded: ArtifactRef  # what the run has
-    produced: Produced
-    models_loaded: int
-    metrics: dict[str, tuple[float | None, float]]  # name → (as the run has it, as it is now)
-
-    @property
-    def verdict(self) -> str:
-        """`same` or `different` bytes, or `new` artifact."""
-        return {"reproduced": "same", "different": "different"}.get(self.produced.how, "new")
-
-    @property
-    def summary(self) -> str:
-        """The verdict in words."""
-        return {"same": "reproduced, the same bytes", "different": "NOT reproduced, other bytes",
-                "new": "a new artifact; the run is as it was"}[self.verdict]
 
 
 @flow(name="stage", flow_run_name="{run}-{stage}-{iteration}", persist_result=False)
@@ -66,19 +38,11 @@ def stage_flow(
         store: Where artifacts and runs are kept, a folder or s3://bucket/prefix; BATON_STORE of the worker by default.
     """
     recorded = open_run(store_of_flow(store), run)
-    wait_for_gc(recorded.store)
-    call = call_again(recorded, stage, iteration, settings or ())
-    check_device(call.execution)
-    ref, there = recorded.recorded(stage, iteration), recorded.store
-    with untagged(), closing(warm_of(call.kind, there, call.execution)) as warm:
-        tasks = StageTasks(run, lambda one: perform(one, there, warm, again=True), at_once=1)
-        produced = tasks(call)[stage]
-        before = there.manifest(ref).metrics
-        metrics = {name: (before.get(name), value) for name, value in produced.metrics.items()}
-        result = StageResult(ref, produced, warm.loaded, metrics)
-    page.compare(recorded, stage, iteration, metrics, result.summary)
+    with untagged():
+        result = stage_again(recorded, stage, iteration, settings or (), lambda one: StageTasks(run, one, at_once=1))
+    page.compare(recorded, stage, iteration, result.metrics, result.summary)
     if deployment.id is not None:  # the command line has words of its own
-        line = f"{stage} of iteration {iteration}: {result.summary}, {produced.ref.short}"
+        line = f"{stage} of iteration {iteration}: {result.summary}, {result.produced.ref.short}"
         log.info(line)
         if result.verdict == "different":
             return Failed(message=line)

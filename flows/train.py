@@ -33,8 +33,7 @@ def train_flow(
         gc.collect()
         gc.freeze()  # what is imported by now stays: the collector need not go through it again with every generation
         try:
-            while state.iteration < work.iterations:
-                state = work.iterate(state)
+            state = work.train(state, work.iterations)
         finally:
             gc.unfreeze()
         page.end_schedules(work.run, state.iteration)

@@ -113,6 +113,8 @@ class StageCall(Record):
     store: str
     """A folder, or s3://bucket/prefix."""
     execution: ExecutionConfig
+    snapshot: bool = True
+    """Whether weights that it makes are written, or their digests alone are taken."""
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -173,6 +175,8 @@ class Manifest(Record):
     attempt: Name
     """The folder below `attempts/` that holds the files."""
     files: tuple[FileEntry, ...]
+    unwritten: tuple[InnerPath, ...] = ()
+    """Those of `files` whose digests alone were taken: weights between snapshots. None before format 6."""
     metrics: dict[str, float]
     outputs: Outputs
     """In formats 1 and 2 they were taken from the metrics."""
@@ -211,8 +215,8 @@ class Manifest(Record):
 
     @property
     def bytes(self) -> int:
-        """Bytes of all files."""
-        return sum(entry.bytes for entry in self.files)
+        """Bytes of all files that were written."""
+        return sum(entry.bytes for entry in self.files if entry.path not in self.unwritten)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -259,7 +263,8 @@ class Produced(Record):
     metrics: dict[str, float]
     seconds: float
     """As the manifest has it."""
-    files: int
+    files: int = 0
+    """That were compared."""
     different: dict[str, tuple[str | None, str | None]] = Field(default_factory=dict)
     """Path → (committed digest, new digest) where those of this process differ."""
     folder: str | None = None

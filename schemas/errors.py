@@ -34,7 +34,15 @@ class DamageError(StoreError):
 
 
 class DroppedError(StoreError):
-    """A part of a checkpoint that retention does not keep."""
+    """A part of a checkpoint that was not written, or is not kept."""
+
+
+class ReplayError(StoreError):
+    """Weights that were not kept cannot be made again here."""
+
+
+class SupersededError(StoreError):
+    """Another process committed an artifact first, with other bytes than those that this process went on with."""
 
 
 class NonFiniteError(BatonError):

@@ -256,6 +256,15 @@ class TrackingConfig(Settings):
     null: evaluate/gold, or evaluate/episode_return of a control task."""
 
 
+class CheckpointsConfig(Settings):
+    """Which checkpoints are written; not part of any identity."""
+
+    every: PositiveInt = 1
+    """Every so many iterations, and after the last, the weights are written. Between these snapshots the digests of their
+    files alone are kept, and whatever needs the weights makes them again: from the snapshot before, by the updates since,
+    over the tables that are in the store. It costs the time of up to `every` − 1 updates."""
+
+
 PARTS = ("optimizer", "critic", "actor")  # of a checkpoint, what is missed least first
 
 
@@ -278,7 +287,7 @@ class RetentionConfig(Settings):
         return self
 
 
-FREE_SECTIONS = ("execution", "tracking", "retention")  # sections that may differ from call to call
+FREE_SECTIONS = ("execution", "tracking", "checkpoints", "retention")  # sections that may differ from call to call
 
 
 class Overrides(Settings):
@@ -290,6 +299,8 @@ class Overrides(Settings):
     """Where and how fast."""
     tracking: TrackingConfig | None = None
     """Which MLflow the run is mirrored to."""
+    checkpoints: CheckpointsConfig | None = None
+    """Which checkpoints are written."""
     retention: RetentionConfig | None = None
     """Which checkpoints are kept whole."""
 
@@ -319,10 +330,11 @@ class RunConfig(Settings):
     ppo: PPOConfig = PPOConfig()
     execution: ExecutionConfig = ExecutionConfig()
     tracking: TrackingConfig = TrackingConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
     retention: RetentionConfig = RetentionConfig()
 
     def decides(self) -> dict[str, Any]:
-        """The settings that decide what a run's artifacts are: all but its length, speed, tracking and retention."""
+        """The settings that decide what a run's artifacts are: all but its length, speed, tracking and checkpoints."""
         return self.model_dump(mode="json", exclude={"iterations", *FREE_SECTIONS})
 
     @property
@@ -344,6 +356,10 @@ class RunConfig(Settings):
         """Whether that iteration is evaluated; the `last` one always is."""
         every = self.evaluate.every
         return iteration == last or (every > 0 and iteration % every == 0)
+
+    def snapshot_due(self, iteration: int) -> bool:
+        """Whether that iteration's weights are written; those of the last one always are."""
+        return iteration >= self.iterations or iteration % self.checkpoints.every == 0
 
     @model_validator(mode="after")
     def _agreeing(self) -> Self:

@@ -185,10 +185,10 @@ class Watch:
 
     def __enter__(self) -> None:
         from flows.runs.run import Run
-        from flows.store.store import Store
+        from flows.store.local import LocalFiles
 
-        attempt, save = Store.attempt, Run.save
-        Store.attempt = lambda store, recipe: (self.begin(recipe.ref.short), attempt(store, recipe))[1]
+        begin, save = LocalFiles.begin, Run.save
+        LocalFiles.begin = lambda files, key: (self.begin("/".join(key.split("/")[1:3])[:-52]), begin(files, key))[1]
         Run.save = lambda run, state: (self.begin(f"state {state.iteration}"), save(run, state))[1]
         for name in ("mkdir", "fsync", "link", "unlink", "rmdir", "chmod"):
             self._wrap(name)

@@ -29,7 +29,7 @@ from flows.orchestration.pool import LEASES, WORKER, Processes, deploy
 PATIENCE = 240  # seconds for anything, on a busy machine
 
 HOLDING = '''
-import glob, os, time
+import os, sys, time
 
 import gymnasium
 import numpy as np
@@ -37,12 +37,11 @@ from gymnasium import spaces
 
 
 def held():
-    """Whether a rollout was committed since the file HOLD was written, which says how many there were."""
-    try:
-        before = int(open(os.environ["HOLD"]).read())
-    except (FileNotFoundError, ValueError):
-        return False
-    return len(glob.glob(os.path.join(os.environ["BATON_STORE"], "artifacts", "rollout", "*", "manifest.json"))) > before
+    """Whether the file HOLD is there, and this is a step of an evaluation."""
+    frame = sys._getframe()
+    while frame and frame.f_code.co_name != "control_evaluate":
+        frame = frame.f_back
+    return frame is not None and os.path.exists(os.environ["HOLD"])
 
 
 class Holding(gymnasium.Env):
@@ -124,18 +123,18 @@ class Pool:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside it the next iteration waits once it has its rollout."""
-        self.hold.write_text(str(self.committed("rollout")))
+        """Inside it the next iteration waits in its evaluation."""
+        self.hold.touch()
         try:
             yield
         finally:
             self.hold.unlink(missing_ok=True)
 
     def in_the_middle(self, begin: Callable[[], Any] = lambda: None) -> Any:
-        """Waits until the iteration that `begin`, or a schedule, begins has its rollout; what `begin` gave."""
-        rollouts = self.committed("rollout")
+        """Waits until the iteration that `begin`, or a schedule, begins has its update; what `begin` gave."""
+        updates = self.committed("ppo")
         begun = begin()
-        self.wait(lambda: self.committed("rollout") > rollouts, "the middle of an iteration")
+        self.wait(lambda: self.committed("ppo") > updates, "the middle of an iteration")
         return begun
 
     @contextmanager

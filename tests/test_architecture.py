@@ -65,7 +65,7 @@ def test_a_base_name_stands_in_one_room_and_a_package_says_what_it_is_for():
 @pytest.mark.parametrize("kind", STAGES)
 def test_every_stage_that_is_declared_has_a_task_and_a_call(kind):
     brought = kind_of(kind)
-    assert list(brought.tasks) == list(STAGES[kind])
+    assert all(callable(brought.task(name)) for name in STAGES[kind])
     assert all(callable(getattr(brought.chain, name)) for name in STAGES[kind])
 
 

@@ -288,6 +288,7 @@ def test_a_critic_over_any_family_is_saved_and_loaded_as_it_is(tmp_path, family)
         next(critic.base_model.parameters()).add_(0.25)
     attempt = Store(tmp_path / "store").attempt(Recipe(stage="test", version=1, config={}, inputs={}))
     save_model(attempt, "critic", LanguageModel(critic, make_tokenizer()))
+    attempt.seal()
     again = load_scalar(attempt.folder / "critic")
     assert equal(critic, again) and critic.base_model.config.model_type == again.base_model.config.model_type
 
@@ -302,7 +303,11 @@ def test_what_is_saved_is_what_was_trained(tmp_path, family, tied):
             parameter.add_(0.01 * (number + 1))
     attempt = Store(tmp_path / "store").attempt(Recipe(stage="test", version=1, config={}, inputs={}))
     save_model(attempt, "actor", LanguageModel(module, make_tokenizer()))
+    attempt.seal()
     assert equal(module, load_causal(attempt.folder / "actor"))
+    module.save_pretrained(tmp_path / "theirs")
+    for file in (tmp_path / "theirs").iterdir():
+        assert (attempt.folder / "actor" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def equal(one, other) -> bool:

@@ -33,7 +33,7 @@ def test_the_flow_through_storage_equals_the_loop_in_memory(controlled, tmp_path
     torch.set_num_threads(config(**RUNS[name]).execution.threads)
     learner, batches, returns = in_memory(config(**RUNS[name]))
     state = run.last()
-    attempt = Attempt(state.actor.artifact, tmp_path / "memory", LocalFiles(tmp_path))
+    attempt = Attempt(state.actor.artifact, LocalFiles(tmp_path / "memory"))
     save_learner(attempt, learner)
     ours = {entry.path: entry.sha256 for entry in attempt.seal()}
     assert ours == run.store.manifest(state.actor.artifact).digests()
@@ -129,9 +129,11 @@ def test_ten_lines_load_a_policy_without_baton(tmp_path):
     assert len(code.strip().splitlines()) <= 10 and "baton" not in code
     actor, *_ = begun(config(**yaml.safe_load((EXAMPLE / "config.yaml").read_text(encoding="utf-8"))))
     actor.observe(np.random.default_rng(1).normal(1, 2, (30, 1, 3)))
-    save_network(Attempt(ArtifactRef(stage="policy", identity="0" * 64), tmp_path, LocalFiles(tmp_path)), "actor", actor)
+    attempt = Attempt(ArtifactRef(stage="policy", identity="0" * 64), LocalFiles(tmp_path))
+    save_network(attempt, "actor", actor)
+    attempt.seal()
     scope = {}
-    exec(code.replace("ACTOR", str(tmp_path / "actor")), scope)
+    exec(code.replace("ACTOR", str(attempt.folder / "actor")), scope)
     observations = np.random.default_rng(0).normal(0, 3, (20, 3)).astype(np.float32)
     theirs = np.stack([scope["act"](observation) for observation in observations])
     with torch.no_grad():

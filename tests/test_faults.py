@@ -10,14 +10,14 @@ import pytest
 import torch
 from control import write_control
 from faults import HARMLESS_TO_A_FULL_DISK, Faults, same_as_reference
-from safetensors.torch import save_file
 from test_store import CONFIG, recipe
 
 from flows.cli.main import run_command
-from flows.runs.produce import write
+from flows.runs.produce import StageOutput, write
 from flows.runs.verify import verify
 from flows.store.store import Store
 from schemas.errors import StoreError
+from stages.ops.tensor_file import tensor_file
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,10 @@ def test_other_failures_of_a_disk(faults, how, message):
 
 
 def test_weights_that_do_not_fit_on_the_disk(tmp_path):
-    """safetensors writes by itself, and says so in its own way: where no file may grow beyond 8,000 bytes."""
+    """Where no file may grow beyond 8,000 bytes."""
     def make(attempt):
-        save_file({"weight": torch.zeros(10_000)}, attempt.path("model/model.safetensors"))
+        attempt.weights("model/model.safetensors", lambda: tensor_file({"weight": torch.zeros(10_000)}))
+        return StageOutput()
 
     store, limits = Store(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -15,6 +15,7 @@ from flows.cli.main import run_command
 from flows.runs.run import open_run, references
 from flows.runs.verify import verify
 from flows.store.store import Store, attempt_of, folder_of
+from schemas.errors import DroppedError
 from schemas.tables import Advantages
 
 
@@ -153,13 +154,13 @@ def test_retention_keeps_the_last_and_every_so_many(five, tmp_path, drop, left, 
     assert verify(Store(root), None)[1] == []
     mine, whole = open_run(Store(root), "small"), open_run(Store(five[1]), "small")
     assert [s.artifacts for s in mine.states()] == [s.artifacts for s in whole.states()]
-    capsys.readouterr()
-    assert baton(root, "stage", "ppo", "small", "--iteration", "2") == 1
-    assert "is not kept any more: retention of run 'small' dropped it" in capsys.readouterr().err
-    assert baton(root, "fork", "small", "--at", "2", "--run", "x") == 2
-    assert "iteration 2: its " in capsys.readouterr().err
-    assert baton(root, "fork", "small", "--at", "3", "--run", "x") == 0
+    with pytest.raises(DroppedError, match="is not kept any more: retention of run 'small' dropped it"):
+        mine.store.folder(mine.state(2).optimizer.artifact, "optimizer")
+    assert baton(root, "restore", "small", "--iteration", "2") == 0 and parts(root, "small", 2) == ALL
+    assert parts(root, "small", 1) == left and baton(root, "gc") == 0 and parts(root, "small", 2) == left
+    assert baton(root, "fork", "small", "--at", "2", "--run", "x") == 0
     assert baton(root, "train", "--run", "x", "--quiet") == 0
+    assert verify(Store(root), None)[1] == []
 
 
 def test_what_is_kept_elsewhere_stays_and_an_interrupted_drop_is_finished(own, capsys):

@@ -14,7 +14,7 @@ from test_kill import kill_anywhere
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from flows.cli.main import run_command
-from flows.language.model_folders import load_causal, load_tokenizer, save_learner, scalar_over
+from flows.language.model_folders import PYTORCH, load_causal, load_tokenizer, save_learner, scalar_over
 from flows.language.warm_models import Adapters, Reading, WarmModels
 from flows.runs.run import open_run
 from flows.store.local import LocalFiles
@@ -32,6 +32,7 @@ from stages.ops.language_model import LanguageModel
 from stages.ops.prompts import prompt_order
 from stages.ops.rewards import function_scorer, model_scorer
 from stages.ops.sampling import ModelSampler
+from stages.ops.tensor_file import tensor_file
 from stages.ppo import ppo
 from stages.reference import reference
 from stages.reward import reward
@@ -65,6 +66,13 @@ def adapted(family="llama", kind=AutoModelForCausalLM, **settings):
     return module
 
 
+def save_adapter(module, folder, base):
+    """Its folder alone."""
+    folder.mkdir(exist_ok=True)
+    lora.save_config(module, folder / lora.CONFIG, base)
+    (folder / lora.WEIGHTS).write_bytes(b"".join(tensor_file(lora.adapter_tensors(module), PYTORCH)))
+
+
 @torch.no_grad()
 def logits(module):
     return module(input_ids=IDS).logits
@@ -85,7 +93,7 @@ def test_peft_reads_the_folder_and_computes_the_same(tmp_path, settings):
     base = make_model()
     base.save_pretrained(tmp_path / "base")
     module = moved(adapted(**settings))
-    lora.save_adapter(module, tmp_path / "adapter", str(tmp_path / "base"))
+    save_adapter(module, tmp_path / "adapter", str(tmp_path / "base"))
     theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(module), logits(theirs), rtol=1e-5, atol=1e-5)
     assert (logits(module) - logits(base)).abs().max() > 1e-3
@@ -103,7 +111,7 @@ def test_peft_reads_a_classifier_with_its_head(tmp_path):
     base = make_model(kind=AutoModelForSequenceClassification, num_labels=1)
     base.save_pretrained(tmp_path / "base")
     module = moved(adapted(kind=AutoModelForSequenceClassification))
-    lora.save_adapter(module, tmp_path / "adapter", str(tmp_path / "base"))
+    save_adapter(module, tmp_path / "adapter", str(tmp_path / "base"))
     theirs = PeftModel.from_pretrained(
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(module)[0], logits(theirs)[0], rtol=1e-5, atol=1e-5)
@@ -115,14 +123,14 @@ def test_a_critic_begins_with_the_adapter_of_its_actor(tmp_path, family):
     from flows.language.model_folders import scalar_over
 
     actor = moved(adapted(family))
-    lora.save_adapter(actor, tmp_path / "actor", "base")
+    save_adapter(actor, tmp_path / "actor", "base")
     critic = scalar_over(make_model(family, **FAMILIES[family]))
     lora.load_adapter(critic, tmp_path / "actor")
     hidden = [m.base_model(input_ids=IDS).last_hidden_state for m in (actor, critic)]
     assert torch.equal(*hidden) and not critic.score.weight.any() and critic.score.weight.requires_grad
     with torch.no_grad():
         critic.score.weight.normal_()
-    lora.save_adapter(critic, tmp_path / "critic", "base")
+    save_adapter(critic, tmp_path / "critic", "base")
     again = scalar_over(make_model(family, **FAMILIES[family]))
     lora.load_adapter(again, tmp_path / "critic")
     assert torch.equal(critic.score.weight, again.score.weight)
@@ -130,7 +138,7 @@ def test_a_critic_begins_with_the_adapter_of_its_actor(tmp_path, family):
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):
-    lora.save_adapter(adapted(), tmp_path / "adapter", "base")
+    save_adapter(adapted(), tmp_path / "adapter", "base")
     with pytest.raises(ConfigError, match="is no linear layer of the model"):
         lora.load_adapter(make_model("gpt_neox"), tmp_path / "adapter")
 
@@ -231,7 +239,7 @@ def test_the_flow_through_storage_equals_the_loop_in_memory(trained, tmp_path):
     torch.set_num_threads(run.config.execution.threads)
     learner, samples = in_memory(place / "all", run, tmp_path)
     state = run.last()
-    attempt = Attempt(state.actor.artifact, tmp_path / "memory", LocalFiles(tmp_path))
+    attempt = Attempt(state.actor.artifact, LocalFiles(tmp_path / "memory"))
     save_learner(attempt, learner)
     assert {entry.path: entry.sha256 for entry in attempt.seal()} == store.manifest(state.actor.artifact).digests()
     assert store.table(state.artifacts["evaluate"], Samples).to_arrow().equals(samples.to_arrow())
@@ -249,7 +257,7 @@ def in_memory(folder, run, tmp_path):
         if adapter is None:
             lora.add_adapter(module, config.lora, seed=seed(0, "sft"))
         else:
-            lora.save_adapter(adapter.module, tmp_path / "adapter", name)
+            save_adapter(adapter.module, tmp_path / "adapter", name)
             lora.load_adapter(module, tmp_path / "adapter")
         return LanguageModel(module, tokenizer, base=name, micro_batch_tokens=config.execution.micro_batch_tokens)
 

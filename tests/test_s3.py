@@ -105,7 +105,7 @@ def test_what_is_being_made_is_never_let_go_of(uri, monkeypatch):
     monkeypatch.setenv("BATON_CACHE_GB", "1e-9")
     store = Store(uri)
     attempt = store.attempt(recipe())
-    attempt.write("data", bytes(1000))
+    attempt.path("data").write_bytes(bytes(1000))
     for path in (attempt.folder, attempt.folder / "data"):
         os.utime(path, (time.time() - 86400,) * 2)
     Store(uri).files.cache.make_room()

@@ -234,12 +234,14 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 recipe = Recipe(stage="test", version=1, config={"long": "x" * 2000}, inputs={})
 store, failed = Store(sys.argv[1]), 0
-attempt = store.attempt(recipe)
-for write in (lambda: attempt.write("file", b"x" * 2000), lambda: store.put("record.json", recipe)):
+small, large = store.attempt(recipe), store.attempt(recipe)
+small.write("file", b"x" * 2000)
+large.weights("file", lambda: [memoryview(b"x" * 2000)])
+for write in (small.seal, large.seal, lambda: store.put("record.json", recipe)):
     try:
         write()
     except (OSError, StoreError):
         failed += 1
-assert failed == 2 and not attempt.seal() and not Path(sys.argv[1], "record.json").exists()
+assert failed == 3 and not store.artifacts() and not Path(sys.argv[1], "record.json").exists()
 """
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 0

@@ -125,7 +125,7 @@ def require_equal(folder, store, name, tmp_path):
     torch.set_num_threads(run.config.execution.threads)
     learner, samples = in_memory(folder, run.config, tmp_path)
     state = run.last()
-    attempt = Attempt(state.actor.artifact, tmp_path / "memory", LocalFiles(tmp_path))
+    attempt = Attempt(state.actor.artifact, LocalFiles(tmp_path / "memory"))
     save_learner(attempt, learner)
     ours = {entry.path: entry.sha256 for entry in attempt.seal()}
     assert ours == run.store.manifest(state.actor.artifact).digests()
@@ -271,7 +271,7 @@ def _fresh_logger():
 def test_save_model_writes_the_same_bytes_twice(tiny_model, tmp_path):
     digests = []
     for name in ("one", "two"):
-        attempt = Attempt(ArtifactRef(stage="test", identity="0" * 64), tmp_path / name, LocalFiles(tmp_path))
+        attempt = Attempt(ArtifactRef(stage="test", identity="0" * 64), LocalFiles(tmp_path / name))
         save_model(attempt, "model", tiny_model)
         digests.append({entry.path: entry.sha256 for entry in attempt.seal()})
     assert digests[0] == digests[1] and "model/model.safetensors" in digests[0]

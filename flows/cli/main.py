@@ -38,14 +38,21 @@ def open_existing(root: str, name: str) -> Run:
 def tagged(flow: Callable[..., Any], name: str, **parameters: Any) -> Any:
     """Runs the flow, which is found on Prefect's page by the tags `baton` and the run's name."""
     from prefect import tags
-    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     from flows.orchestration.server import server_errors
 
-    alone = not PREFECT_API_URL.value()  # no server is watching for heartbeats, and stopping them takes a second
+    alone = not _server_is_named()  # no server is watching for heartbeats, and stopping them takes a second
     with (server_errors("what was committed is whole, the same command goes on"), tags("baton", name),
           temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None} if alone else {})):
         return flow(name, **parameters)
+
+
+def _server_is_named() -> bool:
+    """Whether the environment or Prefect's profile names a server, on whose page a flow run can be seen."""
+    from prefect.settings import PREFECT_API_URL
+
+    return bool(PREFECT_API_URL.value())
 
 
 # --- commands ---
@@ -91,15 +98,18 @@ def _made(run: Run, last: TrainState | None) -> Answer:
 
 
 def _nothing_to_do(run: Run) -> Answer:
-    from flows.tracking.mirror import Mirror
+    from flows.tracking.tracking_uri import is_mirrored
     from flows.views.overview import found
 
     log.info(f"run {run.name}: all {run.config.iterations} iterations are there; nothing to do")
     states = run.states()
     for line in (lines := found(states)):
         log.info(line)
-    with Mirror(run) as mirror:
-        mirror.push(states[-1])
+    if run.config.tracking.enabled and not is_mirrored(run, states[-1].iteration):
+        from flows.tracking.mirror import Mirror
+
+        with Mirror(run) as mirror:
+            mirror.push(states[-1])
     evaluated = next(state for state in reversed(states) if "evaluate" in state.artifacts)
     return _finished(run, states[0], evaluated, states[-1], lines)
 
@@ -151,9 +161,14 @@ def stage_command(
     from flows.runs.run import changed
 
     changed(there, settings=settings)
-    from flows.stage import stage_flow
+    if _server_is_named():
+        from flows.stage import stage_flow
 
-    result = tagged(stage_flow, run, stage=stage, iteration=iteration, settings=list(settings), store=root)
+        result = tagged(stage_flow, run, stage=stage, iteration=iteration, settings=list(settings), store=root)
+    else:  # nobody would see a flow run, and a server of its own takes Prefect ten seconds
+        from flows.again import stage_again
+
+        result = stage_again(there, stage, iteration, settings)
     produced, metrics = result.produced, result.metrics
     data = {"recorded": str(result.recorded), "artifact": str(produced.ref), "verdict": result.verdict,
             "models_loaded": result.models_loaded, "metrics": metrics, "different": sorted(produced.different)}
@@ -295,6 +310,7 @@ def export(
     if best and iteration is not None:
         raise ConfigError("--best: it names the iteration, as --iteration does; leave one out")
     from flows.language.export import export as export_model
+    from flows.perform import restore as restore_model
     from flows.runs.best import best_of
 
     if best:
@@ -305,10 +321,30 @@ def export(
     state = what.last() if iteration is None else what.state(iteration)
     if state is None:
         raise ConfigError(f"run {run!r} is not prepared yet; go on with baton train")
+    if (model := getattr(state, role)) is not None:
+        restore_model(what.store, model)
     made = export_model(what, state, role, folder, merge=merge)
     data = {"folder": str(made), "run": run, "iteration": state.iteration, "role": role}
     return Answer(data, lambda console: console.print(
         f"the {role} of run {run} after iteration {state.iteration} is in {made}", highlight=False, soft_wrap=True))
+
+
+@command
+@click.argument("run")
+@click.option("--iteration", type=click.IntRange(min=1), required=True, help="After which the weights are wanted.")
+def restore(run: str, iteration: int, root: str) -> Answer:
+    """Make weights of RUN again that were not kept. By the updates since the last checkpoint that is whole, over saved
+    tables; each result is held against its digests."""
+    there = open_existing(root, run)
+    state = there.state(iteration)
+    from flows.perform import restore as restore_model
+
+    models = [model for model in (state.optimizer, state.actor, state.critic) if model]
+    replayed = sorted({each for model in models for each in restore_model(there.store, model)})
+    folder = there.store.place(state.actor.artifact, state.actor.folder)
+    said = f"by the updates {replayed[0]} to {replayed[-1]}" if replayed else "nothing was missing"
+    return Answer({"run": run, "iteration": iteration, "updates": replayed, "actor": folder}, lambda console: console.print(
+        f"iteration {iteration} of run {run} is whole: {said}; the actor is in {folder}", highlight=False, soft_wrap=True))
 
 
 @command

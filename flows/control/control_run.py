@@ -8,4 +8,4 @@ from flows.control.control_tasks import TASKS
 from flows.control.warm_policies import WarmPolicies
 from flows.runs.kind import KindOfRun
 
-CONTROL = KindOfRun(chain=ControlChain, tasks=TASKS, warm=WarmPolicies, check=check, check_new=check_new)
+CONTROL = KindOfRun(chain=ControlChain, task=TASKS.__getitem__, warm=WarmPolicies, check=check, check_new=check_new)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import gymnasium
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
+from torch import Tensor
 
 from flows.control.environments import Watch, make_vector
 from flows.runs.kind import settings_of
@@ -24,6 +25,7 @@ from stages.ops.control_learner import ControlLearner
 from stages.ops.device import Device
 from stages.ops.episodes import Environments, actions_since_reset
 from stages.ops.networks import Actor, Critic, Network
+from stages.ops.tensor_file import tensor_file
 
 log = logging.getLogger("baton")
 N = TypeVar("N", bound=Network)
@@ -51,6 +53,7 @@ class WarmPolicies:
         self, actor: ModelRef, critic: ModelRef, optimizer: ModelRef | None, config: PPOConfig
     ) -> ControlLearner:
         """Actor, critic and optimizer to train; they leave the cache, since training changes them."""
+        self.store.manifest(actor.artifact)  # committed, or else it would be written while it is trained
         warm, self._learner = self._learner, None
         if warm and optimizer and warm[0] == optimizer.artifact and warm[1].config == config:
             return warm[1]
@@ -94,6 +97,10 @@ class WarmPolicies:
             vector = make_vector(config, function, count, self.execution)
         return Environments(vector, spaces, config.id, seed=seed, once=once, watch=watch)
 
+    def holds(self, model: ModelRef) -> bool:
+        """Whether the model is what the last update trained."""
+        return self._learner is not None and self._learner[0] == model.artifact
+
     def forget(self, artifact: ArtifactRef) -> None:
         """Lets go of what is warm of an artifact, so that it is read from the store."""
         if self._learner and self._learner[0] == artifact:
@@ -133,7 +140,7 @@ def batches_before(store: Store, rollout: ArtifactRef) -> Iterator[Trajectories]
     ref: ArtifactRef | None = rollout
     while ref is not None:
         yield store.table(ref, Trajectories)
-        ref = store.manifest(ref).recipe.inputs.get("previous")
+        ref = store.recipe(ref).inputs.get("previous")
 
 
 # --- one folder, one network ---
@@ -142,8 +149,7 @@ def save_network(attempt: Attempt, inner: str, network: Network) -> None:
     """`config.json`, what the network is, and `model.safetensors`, its weights and moments of observations."""
     config = {"spaces": settings_of(network.spaces), "policy": settings_of(network.config)}
     attempt.write(f"{inner}/config.json", (json.dumps(config, indent=1) + "\n").encode())
-    tensors = {name: tensor.contiguous().clone() for name, tensor in network.state_dict().items()}
-    attempt.write(f"{inner}/model.safetensors", save(tensors))
+    attempt.weights(f"{inner}/model.safetensors", _as_now(network.state_dict()))
 
 
 def load_network(folder: Path, kind: type[N]) -> N:
@@ -161,7 +167,13 @@ def save_learner(attempt: Attempt, learner: ControlLearner) -> None:
     """`actor/`, `critic/` and `optimizer/adamw.safetensors`."""
     for name, network in learner.networks.items():
         save_network(attempt, name, network)
-    attempt.write("optimizer/adamw.safetensors", save(learner.optimizer_tensors()))
+    attempt.weights("optimizer/adamw.safetensors", _as_now(learner.optimizer_tensors()))
+
+
+def _as_now(tensors: Mapping[str, Tensor]) -> Callable[[], Iterator[memoryview]]:
+    """A file of copies: a rollout moves the moments of observations."""
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    return lambda: tensor_file(copies)
 
 
 def load_optimizer(learner: ControlLearner, folder: Path) -> None:

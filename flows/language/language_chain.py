@@ -258,7 +258,7 @@ class LanguageChain:
 
     def _made_with(self, rollouts: ArtifactRef) -> dict[str, Any]:
         """Settings the rollouts were made with."""
-        return self.run.store.manifest(rollouts).recipe.config
+        return self.run.store.recipe(rollouts).config
 
     def _sampling(self, rollouts: ArtifactRef) -> dict[str, Any]:
         """What decides the distribution that the rollouts were drawn from, so that their tokens are scored by no other."""

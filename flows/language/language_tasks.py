@@ -32,11 +32,10 @@ from schemas.language import (
     RolloutConfig,
     SFTConfig,
 )
-from schemas.settings import GAEConfig, KLConfig, PPOConfig
+from schemas.settings import PPOConfig
 from schemas.tables import Advantages, ReferenceLogprobs, Rewards, Rollouts, Samples, TokenRewards, Values
 from stages import base_model as base_model_stage
 from stages import evaluate as evaluate_stage
-from stages import gae as gae_stage
 from stages import ppo as ppo_stage
 from stages import reference as reference_stage
 from stages import resample as resample_stage
@@ -52,7 +51,7 @@ from stages.ops.conversations import Prompt, prompt_of
 from stages.ops.distribution import SETTINGS, distribution_of
 from stages.ops.guest import Patience
 from stages.ops.language_model import LanguageModel
-from stages.ops.learning_signal import cut_texts, flat_groups, of_advantages, of_components, of_policy
+from stages.ops.learning_signal import cut_texts, flat_groups, of_components, of_policy
 from stages.ops.moments import updated_moments
 from stages.ops.precision import Precision
 from stages.ops.prompts import demonstrations_as_texts, pretraining_as_texts, prompt_order
@@ -178,20 +177,6 @@ def value(work: Work[WarmModels]) -> StageOutput:
     return StageOutput(value_stage.metrics(values, rollouts), _tokens(rollouts))
 
 
-def gae(work: Work[WarmModels]) -> StageOutput:
-    config, kl_coef = work.settings(GAEConfig), work.setting("kl_coef")
-    kl = KLConfig(coef=kl_coef, estimator=work.setting("kl_estimator"), placement=work.setting("kl_placement"))
-    rollouts, values = work.table("rollouts", Rollouts), work.table_if_given("values", Values)
-    reference, rewards = work.table_if_given("reference", ReferenceLogprobs), work.table("rewards", Rewards)
-    advantages = gae_stage.gae(rollouts, reference, rewards, values, config, kl, kl_coef=kl_coef,
-                               token_rewards=work.table_beside("rewards", TokenRewards))
-    work.attempt.table(advantages)
-    metrics = gae_stage.metrics(advantages, rollouts, values, config, kl_coef=kl_coef if reference else None,
-                                scores=rewards.score)
-    work.warn(of_advantages(advantages.raw_advantages.values, metrics.equal_groups, config, kl))
-    return StageOutput(metrics, outputs=Outputs(kl=gae_stage.mean_kl(advantages) if reference else None))
-
-
 def ppo(work: Work[WarmModels]) -> StageOutput:
     config, rollouts = work.settings(PPOConfig), work.table("rollouts", Rollouts)
     learner = work.warm.take_learner(work.model("actor"), work.model_if_given("critic"), work.model_if_given("optimizer"),
@@ -226,7 +211,7 @@ def evaluate(work: Work[WarmModels]) -> StageOutput:
 
 
 TASKS: dict[str, Task] = {task.__name__: task for task in (
-    base_model, sft, reward_model, reward_bias, rollout, reference, reward, resample, value, gae, ppo, evaluate)}
+    base_model, sft, reward_model, reward_bias, rollout, reference, reward, resample, value, ppo, evaluate)}
 
 
 # --- what several of them need ---

@@ -7,12 +7,14 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -25,6 +27,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from flows.store.store import Attempt
 from schemas.artifacts import ArtifactRef, ModelRef
@@ -33,10 +37,11 @@ from stages.ops import lora
 from stages.ops.language_learner import LanguageModelLearner
 from stages.ops.language_model import LanguageModel
 from stages.ops.optim import load_state_tensors, state_tensors
-from stages.ops.progress import progress_bar
-from stages.ops.scalar_head import ScalarHead
+from stages.ops.scalar_head import WEIGHTS, ScalarHead
+from stages.ops.tensor_file import tensor_file
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each product in 8 bits
+PYTORCH = {"format": "pt"}  # what transformers writes into a file of weights
 SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
 
 
@@ -249,23 +254,39 @@ def scalar_over(causal: PreTrainedModel) -> PreTrainedModel:
 def save_model(attempt: Attempt, inner: str, model: LanguageModel) -> None:
     """A Hugging Face folder that `from_pretrained` reads with nothing of Baton installed, but for a `ScalarHead`; of an
     adapter PEFT's, without the tokenizer, which is its base's."""
-    folder = attempt.path(inner)
+    module, tokenizer = model.module, model.tokenizer
     if model.base is not None:
-        lora.save_adapter(model.module, folder, model.base)
+        attempt.files_of(f"{inner}/{lora.CONFIG}", lambda file: lora.save_config(module, file, model.base))
+        attempt.weights(f"{inner}/{lora.WEIGHTS}", lambda: tensor_file(lora.adapter_tensors(module), PYTORCH))
         return
-    if isinstance(model.module, ScalarHead):
-        model.module.save(folder)
-    else:
-        model.module.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
+    attempt.files_of(inner, partial(_save_config, module))
+    attempt.files_of(inner, tokenizer.save_pretrained)
+    attempt.weights(f"{inner}/{WEIGHTS}", lambda: tensor_file(_weights(module), PYTORCH))
+
+
+def _save_config(module: PreTrainedModel, folder: Path) -> None:
+    """As `save_pretrained` does, without the weights."""
+    module.config.architectures, module.config.dtype = [type(module).__name__], str(module.dtype).removeprefix("torch.")
+    module.config.save_pretrained(folder)
+    if module.can_generate():
+        module.generation_config.save_pretrained(folder)
+
+
+def _weights(module: PreTrainedModel) -> dict[str, Tensor]:
+    """As `save_pretrained` names them: tied ones once, and as the family's own files have them."""
+    if isinstance(module, ScalarHead):
+        return module.state_dict()
+    left_out = module._keys_to_ignore_on_save or ()
+    tensors = {name: tensor for name, tensor in module.state_dict().items() if name not in left_out}
+    return revert_weight_conversion(module, remove_tied_weights_from_state_dict(tensors, module))
 
 
 def save_learner(attempt: Attempt, learner: LanguageModelLearner) -> None:
     """`actor/`, `critic/` if there is one, and `optimizer/actor.safetensors`, `optimizer/critic.safetensors`."""
-    parts = progress_bar(learner.networks.items(), "ppo: save")
-    for name, model in parts:
+    for name, model in learner.networks.items():
         save_model(attempt, name, model)
-        save_file(state_tensors(learner.optimizers[name], model.module), attempt.path(f"optimizer/{name}.safetensors"))
+        attempt.weights(f"optimizer/{name}.safetensors",
+                        lambda model=model, name=name: tensor_file(state_tensors(learner.optimizers[name], model.module)))
 
 
 def load_optimizers(learner: LanguageModelLearner, folder: Path) -> None:

@@ -80,7 +80,8 @@ class Reading:
 
 
 class WarmModels:
-    """A cache by (role, model), `execution.warm_models` large; the least recently used goes first.
+    """A cache by (role, model), `execution.warm_models` large, and larger by what is not in the store; the least recently
+    used goes first.
 
     A model that is warm in one role is the same memory in another, but for what is trained: that has weights of its own, or
     an adapter of its own over weights that stay. Stages that run side by side ask for models one after another.
@@ -133,10 +134,12 @@ class WarmModels:
 
         Raises `ConfigError` where there can be no such adapters.
         """
-        if adapters and optimizer and base_of(self.store.folder(actor.artifact, actor.folder)) is None:
-            raise ConfigError("lora: what is trained on was trained in full; make another run with adapters")
+        self.store.manifest(actor.artifact)  # committed, or else it would be written while it is trained
         warm = self._learners.pop(optimizer.artifact, None) if optimizer else None
-        actor_model = self._trainable(actor, self._take("actor", actor, load_causal, precision), adapters)
+        taken = self._take("actor", actor, load_causal, precision)
+        if adapters and optimizer and taken.base is None:
+            raise ConfigError("lora: what is trained on was trained in full; make another run with adapters")
+        actor_model = self._trainable(actor, taken, adapters)
         critic_model = critic and self._trainable(critic, self._take("critic", critic, load_scalar, precision), adapters)
         distribution = distribution_of(sampling, actor_model.tokenizer, actor_model.eos_ids)
         if warm and (warm.config, warm.distribution) == (config, distribution):
@@ -158,6 +161,12 @@ class WarmModels:
         if self._texts is None or self._texts[0] != key:
             self._texts = key, tokenize()
         return self._texts[1]
+
+    def holds(self, model: ModelRef) -> bool:
+        """Whether the model, or optimizer, is in memory."""
+        if model.folder == "optimizer":
+            return model.artifact in self._learners
+        return any(ref == model for _, ref, _ in self._warm)
 
     def forget(self, artifact: ArtifactRef) -> None:
         """Lets go of what is warm of an artifact, so that it is read from the store."""
@@ -203,9 +212,11 @@ class WarmModels:
         self._make_room(self.execution.warm_models)
 
     def _make_room(self, size: int) -> None:
-        while len(self._warm) > size:
-            (_, ref, _), _ = self._warm.popitem(last=False)
-            self._learners.pop(ref.artifact, None)
+        """The least recently used goes, but for what cannot be read again."""
+        for key in list(self._warm)[: max(0, len(self._warm) - size)]:
+            if self.store.holds_weights(key[1].artifact):
+                del self._warm[key]
+                self._learners.pop(key[1].artifact, None)
 
     def _load(self, ref: ModelRef, load: Load, precision: Precision) -> LanguageModel:
         """The model, in memory that is shared with whatever else is warm of it."""

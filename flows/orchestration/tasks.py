@@ -21,6 +21,7 @@ from prefect.states import Completed, State
 from prefect.utilities.annotations import quote
 
 from flows.orchestration import page
+from flows.store.writer import RETRY_DELAYS
 from schemas.artifacts import Produced, StageCall
 from schemas.errors import StoppedError, TransientError
 from stages.ops.progress import interrupted_by
@@ -28,7 +29,6 @@ from stages.ops.progress import interrupted_by
 log = logging.getLogger("baton")
 page.configure_events()  # now: Prefect begins to tell its server before it calls a flow
 PATIENCE = 30.0  # seconds that a signal waits for stages in threads of their own
-RETRY_DELAYS = (2, 10, 30)  # seconds before a stage is tried again that a server or a network has failed
 
 
 @dataclass(frozen=True)

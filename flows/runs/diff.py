@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from flows.runs.run import Run
 from schemas.artifacts import ArtifactRef, FileEntry, Manifest
 from schemas.config import differences
+from schemas.errors import DroppedError
 from schemas.stages import STAGES
 from schemas.tables import TABLES, Table
 
@@ -67,7 +69,8 @@ def _where(a: Run, b: Run, one: Manifest, other: Manifest, path: str) -> tuple[A
     if path in TABLES:
         return _in_tables(*(run.store.table(manifest.ref, TABLES[path]) for run, manifest in ((a, one), (b, other))))
     if path.endswith(".safetensors"):
-        return _in_tensors(*(run.store.file(manifest.ref, path) for run, manifest in ((a, one), (b, other))))
+        with contextlib.suppress(DroppedError):
+            return _in_tensors(*(run.store.file(manifest.ref, path) for run, manifest in ((a, one), (b, other))))
     return None, None, None, *(f"{_entry(manifest, path).bytes} bytes, sha256 {_entry(manifest, path).sha256[:12]}…"
                                for manifest in (one, other))
 

@@ -9,8 +9,7 @@ from flows.runs.kind import Chain
 from flows.runs.run import Run, changed, lease_key, record_key, remove_states, run_names
 from flows.runs.start import CheckNew, with_new_inputs
 from flows.store.lease import working_on
-from flows.store.store import attempt_of
-from schemas.artifacts import ModelRef, RunRecord, TrainState, check_name
+from schemas.artifacts import RunRecord, TrainState, check_name
 from schemas.errors import ConfigError
 from schemas.records import now
 from stages.ops.progress import progress_bar
@@ -33,7 +32,6 @@ def fork(
         new, old = (getattr(config, section, None) for config in (run.config, parent.config))
         if new != old and not (section == "value" and new is None):
             raise ConfigError(f"--set {section}…: it was decided before the first iteration; make another run with it")
-    _require_kept(state, run)
     with working_on(store, lease_key(name), f"run {name!r}"):  # gc spares what is imported and in no record yet
         if name in run_names(store):
             raise ConfigError(f"run {name!r} exists by now; choose another name with --run")
@@ -56,15 +54,4 @@ def _made(run: Run, parent: Run, state: TrainState, name: str, chain_of: Callabl
     for iteration in progress_bar([i for i in parent.iterations() if i <= state.iteration], "fork"):
         run.save(first if iteration == state.iteration else parent.state(iteration))
     run.store.put(record_key(name), record)
-    _require_kept(state, run)
     return run
-
-
-def _require_kept(state: TrainState, run: Run) -> None:
-    """Raises `ConfigError` if retention has dropped what the next iteration begins with."""
-    for part in (state.actor, state.critic, state.optimizer):
-        if isinstance(part, ModelRef):
-            there = run.store.files.names(f"{attempt_of(run.store.manifest(part.artifact))}/{part.folder}")
-            if not there:
-                raise ConfigError(f"iteration {state.iteration}: its {part.folder} is not kept any more; fork at a later "
-                                  "iteration, or raise retention.keep_last of runs to come")

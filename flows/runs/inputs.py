@@ -268,8 +268,7 @@ def import_files(
                     shutil.copyfile(path, attempt.path(inner))
                 return StageOutput(checked.found.get(role))
 
-            _, manifest = write(store, recipe, execution, produce)
-            store.commit(manifest)
+            store.commit(write(store, recipe, execution, produce))
     return {role: recipe.ref for role, recipe in recipes.items()}
 
 

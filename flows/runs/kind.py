@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 from flows.runs.run import Run
 from flows.runs.start import Check, CheckNew
 from flows.runs.work import Task
 from flows.store.store import Store
-from schemas.artifacts import ArtifactRef, Produced, StageCall, TrainState
+from schemas.artifacts import ArtifactRef, ModelRef, Produced, StageCall, TrainState
 from schemas.errors import StoreError
 from schemas.settings import ExecutionConfig, Settings, later_settings
 
@@ -53,6 +54,9 @@ class Warm(Protocol):
     loaded: int
     """How many models were read from the store."""
 
+    def holds(self, model: ModelRef) -> bool:
+        """Whether the model is in memory."""
+
     def forget(self, artifact: ArtifactRef) -> None:
         """Lets go of what is warm of an artifact, so that it is read from the store."""
 
@@ -60,13 +64,35 @@ class Warm(Protocol):
         """Lets go of everything."""
 
 
+class WarmLater:
+    """What a process will keep in memory once a stage asks for it; the libraries of models take seconds to import."""
+
+    def __init__(self, make: Callable[[], Warm]) -> None:
+        self._make = make
+
+    @cached_property
+    def _warm(self) -> Warm:
+        return self._make()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._warm, name)
+
+    @property
+    def loaded(self) -> int:
+        return self._warm.loaded if "_warm" in self.__dict__ else 0
+
+    def close(self) -> None:
+        if "_warm" in self.__dict__:
+            self._warm.close()
+
+
 @dataclass(frozen=True)
 class KindOfRun:
     """What a kind of run brings: declared once, in flows/language/language_run.py and flows/control/control_run.py."""
 
     chain: Callable[[Run], Chain]
-    tasks: Mapping[str, Task]
-    """Stage → what does its work."""
+    task: Callable[[str], Task]
+    """What does the work of a stage; libraries that others need are not imported for it."""
     warm: Callable[[Store, ExecutionConfig], Warm]
     check: Check
     """Raises `ConfigError`."""

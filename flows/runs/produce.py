@@ -8,14 +8,15 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
 from flows.store.files import disk_errors
 from flows.store.store import Attempt, Store
+from flows.store.writer import Writer
 from schemas.artifacts import Environment, Manifest, Outputs, Produced, Recipe, StageCall
-from schemas.errors import NonFiniteError, StoreError
+from schemas.errors import NonFiniteError, StoreError, SupersededError
 from schemas.metrics import Metrics
 from schemas.records import now
 from schemas.settings import ExecutionConfig
@@ -35,44 +36,86 @@ class StageOutput:
     outputs: Outputs = Outputs()
 
 
-def produce(store: Store, call: StageCall, make: Callable[[Attempt], StageOutput], *, again: bool = False) -> Produced:
-    """The call's artifact. `make` writes it into an attempt, and is not called if it is committed already.
+def produce(
+    store: Store, call: StageCall, make: Callable[[Attempt], StageOutput], *, again: bool = False, restore: bool = False,
+    writer: Writer | None = None,
+) -> Produced:
+    """The call's artifact. `make` says what it holds, and is not called if it is committed already.
 
-    `again`: a committed artifact is made again beside itself and the digests are compared.
+    `again`: a committed artifact is made again beside itself and the digests are compared; `restore`: what is missing of
+    it is then put back, if they are equal; `writer`: commits it later, and
+    raises `SupersededError` should another process have come first with other bytes.
     """
     there = store.find(call.recipe.ref)
     if there and not again:
         log.debug("found %s", there.ref.short)
         return _produced(there, "found")
-    attempt, ours = write(store, call.recipe, call.execution, make, call)
+    made = compute(store, call.recipe, call.execution, make, call)
     if there:
-        return _compared(store, there, ours, attempt)
-    theirs = _commit(store, ours, attempt)
+        return _compared(store, there, seal(store, made), made.attempt, restore)
+    if writer is not None:
+        made.attempt.stop = writer.stop
+        store.commit_later(made.attempt, call.recipe, lambda: _commit_ours(store, made), writer)
+        return Produced(ref=call.recipe.ref, how="made", outputs=made.output.outputs, metrics=made.metrics,
+                        seconds=made.seconds)
+    ours, theirs, different = _commit(store, made)
     if theirs.attempt == ours.attempt:
         return _produced(theirs, "made")
-    different = differing(theirs, ours)
-    log.warning("%s was committed by another writer meanwhile, with %s; it is used", theirs.ref.short,
-                "OTHER BYTES than ours" if different else "the same bytes")
+    log.warning("%s; it is used", _superseded(theirs, different))
     return _produced(theirs, "adopted", different)
 
 
-def write(
+@dataclass(frozen=True)
+class Made:
+    """What was computed, of which nothing need be written yet."""
+
+    recipe: Recipe
+    call: StageCall | None
+    attempt: Attempt
+    output: StageOutput
+    metrics: dict[str, float]
+    environment: Environment
+    seconds: float
+
+
+def write(store: Store, recipe: Recipe, execution: ExecutionConfig, make: Callable[[Attempt], StageOutput]) -> Manifest:
+    """A sealed attempt at an input, not committed; nothing is left behind if that fails."""
+    return seal(store, compute(store, recipe, execution, make))
+
+
+def compute(
     store: Store, recipe: Recipe, execution: ExecutionConfig, make: Callable[[Attempt], StageOutput],
     call: StageCall | None = None,
-) -> tuple[Attempt, Manifest]:
-    """A sealed attempt and its manifest, not committed; nothing is left behind if that fails. `call`: none for an input."""
-    attempt, started = store.attempt(recipe), time.perf_counter()
+) -> Made:
+    """What `make` gives an attempt, and what is known of it before it is written."""
+    started, attempt = time.perf_counter(), store.attempt(recipe)
+    with _nothing_left(store, attempt):
+        output = make(attempt)
+        metrics = _finite(recipe, output.metrics.flat() if output.metrics else {})
+    attempt.weights_kept = call is None or call.snapshot
+    return Made(recipe, call, attempt, output, metrics, environment(execution), time.perf_counter() - started)
+
+
+def seal(store: Store, made: Made) -> Manifest:
+    """Writes it; its manifest, not committed. Nothing is left behind if that fails."""
+    recipe, call, started = made.recipe, made.call, time.perf_counter()
+    with _nothing_left(store, made.attempt):
+        files = made.attempt.seal()
+        return Manifest(
+            identity=recipe.ref.identity, recipe=recipe, attempt=made.attempt.name, files=files,
+            unwritten=made.attempt.unwritten, tokens=made.output.tokens,
+            input_contents={role: store.manifest(ref).content for role, ref in recipe.inputs.items()},
+            metrics=made.metrics, outputs=made.output.outputs, kind=call and call.kind,
+            iteration=None if call is None else call.iteration, folders=call.folders if call else {},
+            environment=made.environment, created=now(), seconds=made.seconds + time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def _nothing_left(store: Store, attempt: Attempt) -> Iterator[None]:
+    """Discards the attempt where that fails."""
     try:
-        with disk_errors(store.uri, attempt.folder.parent):
-            made = make(attempt)
-            files = attempt.seal()
-        metrics = _finite(recipe, made.metrics.flat() if made.metrics else {})
-        return attempt, Manifest(
-            identity=recipe.ref.identity, recipe=recipe, attempt=attempt.name, files=files, tokens=made.tokens,
-            input_contents={role: store.manifest(ref).content for role, ref in recipe.inputs.items()}, metrics=metrics,
-            outputs=made.outputs, kind=call and call.kind, iteration=None if call is None else call.iteration,
-            folders=call.folders if call else {}, environment=environment(execution), created=now(),
-            seconds=time.perf_counter() - started)
+        with disk_errors(store.uri, store.files.beside):
+            yield
     except BaseException:
         with contextlib.suppress(OSError, StoreError):  # of a disk that is the reason why we are here
             store.discard(attempt)
@@ -86,15 +129,30 @@ def _finite(recipe: Recipe, metrics: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
-def _commit(store: Store, ours: Manifest, attempt: Attempt) -> Manifest:
-    """The manifest that is the artifact's now."""
+def _commit(store: Store, made: Made) -> tuple[Manifest, Manifest, dict[str, tuple[str | None, str | None]]]:
+    """Our manifest, the one that is the artifact's now, and in which files they differ."""
+    ours = seal(store, made)
     try:
-        return store.commit(ours, attempt.tables)
+        theirs = store.commit(ours, made.attempt.tables)
     except BaseException:
         with contextlib.suppress(OSError, StoreError):
-            if store.find(ours.ref) is None:  # another writer's, or ours after all
-                store.discard(attempt)
+            if store.committed(ours.ref) is None:  # another writer's, or ours after all
+                store.discard(made.attempt)
         raise
+    return ours, theirs, differing(theirs, ours)
+
+
+def _commit_ours(store: Store, made: Made) -> Manifest:
+    """As `_commit`, of what this process has gone on with. Raises `SupersededError` if another's is the artifact now."""
+    _, theirs, different = _commit(store, made)
+    if different:
+        raise SupersededError(_superseded(theirs, different))
+    return theirs
+
+
+def _superseded(theirs: Manifest, different: dict) -> str:
+    how = "OTHER BYTES than ours" if different else "the same bytes"
+    return f"{theirs.ref.short} was committed by another writer meanwhile, with {how}"
 
 
 def _produced(manifest: Manifest, how: str, different: dict | None = None, folder: str | None = None) -> Produced:
@@ -103,10 +161,12 @@ def _produced(manifest: Manifest, how: str, different: dict | None = None, folde
                     files=files, different=different or {}, folder=folder)
 
 
-def _compared(store: Store, there: Manifest, again: Manifest, attempt: Attempt) -> Produced:
+def _compared(store: Store, there: Manifest, again: Manifest, attempt: Attempt, restore: bool) -> Produced:
     different = differing(there, again)
     if different:
         return _produced(there, "different", different, str(attempt.folder))
+    if restore:
+        store.restore(there, attempt)
     store.discard(attempt)
     return _produced(there, "reproduced")
 

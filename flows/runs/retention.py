@@ -1,10 +1,11 @@
 """Which parts of a run's checkpoints are kept: `retention` in its config, after each iteration and by `baton gc`.
 
-    whole:   those of the last `keep_last` iterations, of every `keep_every`-th, and of the best
+    whole:   those of the last `keep_last` iterations, the newest one that was written (checkpoints.every) and all since,
+             those of every `keep_every`-th iteration, and that of the best
     others:  lose optimizer, critic and actor, in this order, up to `drop`
 
-What goes is recorded beside the manifest (`dropped/<part>.json`) before it goes, so that it is not taken for damage. A part
-that another run keeps stays.
+What goes is recorded beside the manifest (`dropped/<part>.json`) before it goes, so that it is not taken for damage; `baton
+restore` makes it again. A part that another run keeps stays.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from flows.runs.best import best_by
 from flows.runs.run import Run, find_run, possible_runs, state_key
 from flows.store.store import Store, attempt_of, folder_of
-from schemas.artifacts import ArtifactRef, Best, Dropped, TrainState
+from schemas.artifacts import ArtifactRef, Best, Dropped, Manifest, TrainState
 from schemas.errors import ConfigError, StoreError
 from schemas.records import now
 from schemas.settings import PARTS, RetentionConfig
@@ -32,11 +33,21 @@ class Part:
     bytes: int
 
 
-def kept_whole(config: RetentionConfig, iteration: int, last: int, best: Best | None) -> bool:
-    """Whether a run whose last iteration is `last`, and `best` the best so far, keeps that checkpoint whole."""
-    return (config.keep_last is None or iteration > last - config.keep_last
+def kept_whole(config: RetentionConfig, iteration: int, last: int, snapshot: int, best: Best | None) -> bool:
+    """Whether a run keeps that checkpoint whole; its last iteration is `last`, the newest whose weights were written
+    `snapshot`, the best so far `best`."""
+    return (config.keep_last is None or iteration > last - config.keep_last or iteration >= snapshot
             or (config.keep_every is not None and iteration % config.keep_every == 0)
             or (config.keep_best and best is not None and iteration == best.iteration))
+
+
+def snapshot_before(run: Run, last: TrainState) -> int:
+    """The newest iteration whose weights were written; 0 if there was none."""
+    iteration, state = last.iteration, last
+    while iteration > 0 and run.store.manifest(state.artifacts["ppo"]).unwritten:
+        iteration -= 1
+        state = run.state(iteration)
+    return iteration
 
 
 class Retention:
@@ -47,20 +58,19 @@ class Retention:
 
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config.retention
+        self._snapshots: dict[int, int] = {}  # of the last state that was asked for
 
     def droppable(self, iterations: Iterable[int], last: TrainState) -> Iterator[Part]:
         """The parts that are still there and need not be, of those iterations; `last`: the run's latest state."""
-        best = best_by(self.run, last)
+        best, snapshot = best_by(self.run, last), self._snapshot(last)
         for iteration in iterations:
-            if iteration < 1 or kept_whole(self.config, iteration, last.iteration, best):
+            if iteration < 1 or kept_whole(self.config, iteration, last.iteration, snapshot, best):
                 continue
             ref = self.run.state(iteration).artifacts["ppo"]
-            manifest = self.run.store.manifest(ref)
-            there = [name for name in PARTS[: PARTS.index(self.config.drop) + 1]
-                     if self.run.store.files.names(f"{attempt_of(manifest)}/{name}")]
+            there = {name: size for name in PARTS[: PARTS.index(self.config.drop) + 1]
+                     if (size := self._bytes(self.run.store.manifest(ref), name))}
             if there and not self._kept_elsewhere(ref, iteration):
-                for name in there:
-                    size = sum(entry.bytes for entry in manifest.files if entry.path.startswith(f"{name}/"))
+                for name, size in there.items():
                     yield Part(ref, name, self.run.name, iteration, size)
 
     def before(self, last: TrainState) -> None:
@@ -73,9 +83,27 @@ class Retention:
         """After an iteration: drops what is not kept of the one that it has pushed out of the last ones, and of the one that
         was the best before it."""
         if self.config.keep_last is not None:
+            snapshot = self._snapshot(before)
             pushed = {state.iteration - self.config.keep_last, *([before.best.iteration] if before.best else [])}
+            if self._snapshot(state) != snapshot:  # all that waited for the next one
+                pushed |= set(range(snapshot, state.iteration - self.config.keep_last + 1))
             for part in list(self.droppable(sorted(pushed), state)):
                 drop(self.run.store, part)
+
+    def _snapshot(self, last: TrainState) -> int:
+        """As `snapshot_before`, found once of each state."""
+        if last.iteration not in self._snapshots:
+            written = last.iteration == 0 or not self.run.store.manifest(last.artifacts["ppo"]).unwritten
+            known = last.iteration if written else self._snapshots.get(last.iteration - 1)
+            self._snapshots = {last.iteration: snapshot_before(self.run, last) if known is None else known}
+        return self._snapshots[last.iteration]
+
+    def _bytes(self, manifest: Manifest, part: str) -> int:
+        """Of the part that are in the store."""
+        if not self.run.store.files.names(f"{attempt_of(manifest)}/{part}"):
+            return 0
+        gone = {entry.path for entry in self.run.store.missing(manifest.ref, f"{part}/")}
+        return sum(entry.bytes for entry in manifest.files if entry.path.startswith(f"{part}/") and entry.path not in gone)
 
     def _kept_elsewhere(self, ref: ArtifactRef, iteration: int) -> bool:
         """Whether another run keeps that checkpoint whole; if it has it, then as that iteration."""
@@ -91,7 +119,8 @@ class Retention:
             if other is None:  # a fork that is just being made needs what its states name
                 return True
             last = other.last()
-            return kept_whole(other.config.retention, iteration, last.iteration, best_by(other, last))
+            return kept_whole(other.config.retention, iteration, last.iteration, snapshot_before(other, last),
+                              best_by(other, last))
         except (StoreError, ConfigError):  # a run that cannot be read keeps everything
             return True
 

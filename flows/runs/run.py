@@ -57,7 +57,7 @@ class Run:
         return StageCall(
             kind=declared.kind, stage=declared.name, version=declared.version, settings=settings, seed=seed,
             inputs={role: ref for role, ref in inputs.items() if ref is not None}, iteration=iteration,
-            store=self.store.absolute, execution=self.config.execution)
+            store=self.store.absolute, execution=self.config.execution, snapshot=self.config.snapshot_due(iteration))
 
     # --- iterations ---
 

@@ -77,7 +77,7 @@ class Work(Generic[W]):
 
     def made_with(self, role: str) -> dict[str, Any]:
         """The settings that an artifact which is read was made with."""
-        return self.store.manifest(self.ref(role)).recipe.config
+        return self.store.recipe(self.ref(role)).config
 
     def table(self, role: str, kind: type[T]) -> T:
         """A table that is read."""
@@ -89,8 +89,7 @@ class Work(Generic[W]):
 
     def table_beside(self, role: str, kind: type[T]) -> T | None:
         """Another table of the artifact in that role, none if it has none."""
-        files = self.store.manifest(self.ref(role)).files
-        return self.table(role, kind) if any(file.path == kind.file for file in files) else None
+        return self.table(role, kind) if self.store.has_table(self.ref(role), kind) else None
 
     def rows(self, role: str) -> Rows:
         """The rows of an imported file."""

@@ -75,6 +75,9 @@ class Files(Protocol):
     def publish(self, key: str) -> None:
         """Puts the files of a begun folder where others read them."""
 
+    def put_file(self, path: Path, key: str) -> None:
+        """Moves a synced file of a begun folder to where others read it as `key`, whole."""
+
     def local(self, key: str, inner: str) -> Path:
         """Where a file below the folder `key` can be read. Raises `StoreError` if that leaves the folder."""
 

@@ -105,6 +105,12 @@ class LocalFiles:
     def publish(self, key: str) -> None:
         """They are there, and synced."""
 
+    def put_file(self, path: Path, key: str) -> None:
+        target = self.root / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+        self._sync_up(target.parent)
+
     def _sync_up(self, folder: Path) -> None:
         """Syncs the folder, and those above it whose own names may not be on disk yet."""
         self.sync(folder)

@@ -138,14 +138,14 @@ class S3Files:
         folder = self.cache.making(key)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
-        def upload(path: Path) -> None:
-            inner = path.relative_to(folder).as_posix()
-            with self._errors(f"{key}/{inner}"):
-                self.fs.put_file(str(path), self._path(f"{key}/{inner}"), chunksize=PART, max_concurrency=AT_ONCE)
-
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(progress_bar(pool.map(upload, files), "upload", total=len(files)))
+            uploads = pool.map(lambda path: self.put_file(path, f"{key}/{path.relative_to(folder).as_posix()}"), files)
+            list(progress_bar(uploads, "upload", total=len(files)))
         self.cache.keep(key)
+
+    def put_file(self, path: Path, key: str) -> None:
+        with self._errors(key):
+            self.fs.put_file(str(path), self._path(key), chunksize=PART, max_concurrency=AT_ONCE)
 
     def remove(self, key: str) -> None:
         with self._errors(key):

@@ -11,6 +11,7 @@ one exists already, so that of two writers the first wins and the second adopts 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -18,11 +19,12 @@ import socket
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,9 +32,10 @@ from pydantic import BaseModel
 
 from flows.store.files import Files, disk_errors
 from flows.store.local import LocalFiles
+from flows.store.writer import Writer
 from schemas.addresses import without_user_info
 from schemas.artifacts import ArtifactRef, Dropped, FileEntry, Manifest, Recipe
-from schemas.errors import ConfigError, DamageError, DroppedError, StoreError, TableError
+from schemas.errors import ConfigError, DamageError, DroppedError, StoppedError, StoreError, TableError
 from schemas.records import HINT, decode, encode
 from schemas.settings import NAME_PATTERN
 from schemas.tables import Table
@@ -40,39 +43,107 @@ from stages.ops.progress import progress_bar
 
 KNOWN, TABLES_KEPT = 256, 8  # artifacts whose manifests, and whose tables, are kept in memory: an iteration makes fewer
 CONCURRENT_SYNCS = 4  # files and folders: both waiting for the disk and hashing leave the interpreter to others
+PIECE, SYNC_EVERY = 2**22, 2**26  # bytes of weights that are hashed and written at once; and after which the disk takes them
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 T = TypeVar("T", bound=Table)
 M = TypeVar("M", bound=BaseModel)
 
 
 class Attempt:
-    """A folder in which one attempt at an artifact is written."""
+    """What one attempt at an artifact holds. It is written when it is sealed, which may be later and in another thread, so
+    that what it is given must stay as it is until then."""
 
-    def __init__(self, ref: ArtifactRef, folder: Path, files: Files) -> None:
-        self.ref, self.folder, self.files = ref, folder, files
-        self.tables: dict[type[Table], Table] = {}  # those written, as they are in memory
+    def __init__(self, ref: ArtifactRef, files: Files) -> None:
+        self.ref, self.files, self.name = ref, files, uuid.uuid4().hex
+        self.tables: dict[type[Table], Table] = {}  # as they are in memory
+        self.weights_kept = True
+        """Whether weights are written, or hashed alone."""
+        self.stop = threading.Event()
+        """Once set, `seal` raises `StoppedError` in the middle of a large file."""
+        self._writes: list[Callable[[], None]] = []
+        self._weights: dict[str, Callable[[], Iterable[memoryview]]] = {}
         self._entries: dict[str, FileEntry] = {}  # files that are synced and hashed already
-        self._folders: set[Path] = {folder, folder.parent}  # to be synced; above `attempts` that is done with the manifest
+        self._folders: set[Path] = set()  # to be synced; above `attempts` that is done with the manifest
         self._others = False  # whether a library writes files of its own below the folder
 
+    @cached_property
+    def folder(self) -> Path:
+        """Where it is written; made when it is first asked for."""
+        with disk_errors(self.files.uri):
+            folder = self.files.begin(f"{folder_of(self.ref)}/attempts/{self.name}")
+        self._folders |= {folder, folder.parent}
+        return folder
+
     @property
-    def name(self) -> str:
-        return self.folder.name
+    def begun(self) -> bool:
+        """Whether anything was written."""
+        return "folder" in self.__dict__
+
+    def begin_anew(self) -> None:
+        """After what was written was removed."""
+        del self.folder
+        self._entries.clear()
+        self._folders.clear()
+
+    # --- what it is given ---
 
     def table(self, table: Table) -> None:
-        """Writes `table` as Parquet under its file name."""
+        """A table, as Parquet under its file name."""
+        self.tables[type(table)] = table
+        self._writes.append(lambda: self._write_table(table))
+
+    def write(self, inner: str, data: bytes) -> None:
+        """A file that fits into memory."""
+        self._writes.append(lambda: self._write(inner, data))
+
+    def weights(self, inner: str, pieces: Callable[[], Iterable[memoryview]]) -> None:
+        """A file of weights, as it comes."""
+        self._weights[inner] = pieces
+
+    def files_of(self, inner: str, write: Callable[[Path], object]) -> None:
+        """What a library writes, called with the path of a file or folder whose parent exists."""
+        self._writes.append(lambda: write(self.path(inner)))
+
+    def path(self, inner: str) -> Path:
+        """Where a library writes a file or folder at once; its parent exists."""
+        self._others = True
+        path = self.folder / inner
+        self._make_parent(path)
+        return path
+
+    # --- writing it ---
+
+    def seal(self) -> tuple[FileEntry, ...]:
+        """Writes, hashes and syncs everything, large files several at once; all entries, sorted by path."""
+        for write in self._writes:
+            write()
+        for inner in self._weights if self.weights_kept else ():
+            self._make_parent(self.folder / inner)
+        others = [path for path in self.folder.rglob("*") if self._inner(path) not in self._entries] if self._others else []
+        works = [*(partial(self._write_weights, *item) for item in self._weights.items()),
+                 *(partial(self._seal, path) for path in others)]
+        with ThreadPoolExecutor(CONCURRENT_SYNCS) as pool:
+            found = progress_bar(pool.map(lambda work: work(), works), f"{self.ref.stage}: commit", total=len(works))
+            entries = [entry for entry in found if entry is not None]
+        for folder in self._folders:
+            self.files.sync(folder)
+        return tuple(sorted([*self._entries.values(), *entries], key=lambda entry: entry.path))
+
+    @property
+    def unwritten(self) -> tuple[str, ...]:
+        """Files whose digests alone were taken."""
+        return () if self.weights_kept else tuple(sorted(self._weights))
+
+    def _write_table(self, table: Table) -> None:
         sink, arrow = pa.BufferOutputStream(), table.to_arrow()
         texts = [f.name for f in arrow.schema if pa.types.is_string(f.type)]
         pq.write_table(arrow, sink, compression="zstd", use_dictionary=texts, write_statistics=False)  # one row group
-        self.write(table.file, sink.getvalue(), arrow)
-        self.tables[type(table)] = table
+        self._write(table.file, sink.getvalue(), arrow)
 
-    def write(self, inner: str, data: bytes | pa.Buffer, table: pa.Table | None = None) -> None:
-        """A file that fits into memory: written, synced and hashed in one go. `table`: what it holds, if it is one."""
+    def _write(self, inner: str, data: bytes | pa.Buffer, table: pa.Table | None = None) -> None:
+        """Written, synced and hashed in one go. `table`: what it holds, if it is one."""
         path = self.folder / inner
-        if path.parent not in self._folders:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._folders |= {folder for folder in path.parents if folder.is_relative_to(self.folder)}
+        self._make_parent(path)
         with path.open("wb") as file:  # buffered: a raw write may be a part of it and say nothing
             file.write(data)
         self.files.sync(path)
@@ -80,33 +151,59 @@ class Attempt:
             path=inner, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=None if table is None else len(table),
             columns=None if table is None else {f.name: str(f.type) for f in table.schema})
 
-    def path(self, inner: str) -> Path:
-        """Where a library writes a file or folder of the artifact; its parent exists."""
-        self._others = True
-        path = self.folder / inner
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+    def _write_weights(self, inner: str, pieces: Callable[[], Iterable[memoryview]]) -> FileEntry:
+        """Hashed as it is written, if it is."""
+        digest, size, synced = hashlib.sha256(), 0, 0
+        path = self.folder / inner if self.weights_kept else None
+        with path.open("wb") if path else contextlib.nullcontext() as file:
+            for piece in pieces():
+                for begin in range(0, len(piece), PIECE):
+                    if self.stop.is_set():
+                        raise StoppedError(f"{self.ref.short}: ended in the middle of its commit")
+                    part = piece[begin : begin + PIECE]
+                    digest.update(part)
+                    size += len(part)
+                    if file:
+                        file.write(part)
+                        if size - synced >= SYNC_EVERY:
+                            synced = size
+                            self._sync_so_far(path, file)
+            if file:
+                self._sync_so_far(path, file)
+        return FileEntry(path=inner, bytes=size, sha256=digest.hexdigest())
 
-    def seal(self) -> tuple[FileEntry, ...]:
-        """Hashes and syncs what is not yet, several files at once; all entries, sorted by path."""
-        others = [path for path in self.folder.rglob("*") if self._inner(path) not in self._entries] if self._others else []
-        with ThreadPoolExecutor(CONCURRENT_SYNCS) as pool:
-            found = progress_bar(pool.map(self._seal, others), f"{self.ref.stage}: commit", total=len(others))
-            entries = [entry for entry in found if entry is not None]
-        for folder in self._folders:
-            self.files.sync(folder)
-        return tuple(sorted([*self._entries.values(), *entries], key=lambda entry: entry.path))
+    def _sync_so_far(self, path: Path, file: BinaryIO) -> None:
+        """Has the disk take what was written, and the system forget it: memory that was never touched costs a virtual
+        machine more than the disk, and a checkpoint would touch as much as it has bytes."""
+        file.flush()
+        self.files.sync(path)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _seal(self, path: Path) -> FileEntry | None:
         entry = None
         if path.is_file():
-            path.chmod(0o644)  # safetensors files are made for their owner alone; stores are shared
+            path.chmod(0o644)  # libraries may make files for their owner alone; stores are shared
             entry = FileEntry(path=self._inner(path), bytes=path.stat().st_size, sha256=sha256_file(path))
         self.files.sync(path)
         return entry
 
+    def _make_parent(self, path: Path) -> None:
+        if path.parent not in self._folders:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._folders |= {folder for folder in path.parents if folder.is_relative_to(self.folder)}
+
     def _inner(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """An artifact that this process has computed, and is about to commit."""
+
+    attempt: Attempt
+    recipe: Recipe
+    committed: Future[Manifest]
 
 
 @dataclass(frozen=True)
@@ -124,6 +221,7 @@ class Store:
         self.files = open_files(root)
         self.uri = self.files.uri
         self._known: OrderedDict[ArtifactRef, _Known] = OrderedDict()
+        self._pending: dict[ArtifactRef, _Pending] = {}
         self._lock = threading.Lock()  # of what is known: stages may run side by side
 
     @property
@@ -134,10 +232,8 @@ class Store:
     # --- writing ---
 
     def attempt(self, recipe: Recipe) -> Attempt:
-        """A fresh folder for one attempt at the recipe's artifact."""
-        with disk_errors(self.uri):
-            folder = self.files.begin(f"{folder_of(recipe.ref)}/attempts/{uuid.uuid4().hex}")
-        return Attempt(recipe.ref, folder, self.files)
+        """One attempt at the recipe's artifact, of which nothing is written yet."""
+        return Attempt(recipe.ref, self.files)
 
     def commit(self, manifest: Manifest, tables: Mapping[type[Table], Table] | None = None) -> Manifest:
         """Publishes a sealed attempt; the manifest that is now the artifact's, another writer's if that came first.
@@ -150,19 +246,46 @@ class Store:
             self._keep(manifest, tables or {})
             return manifest
         self.files.remove(attempt_of(manifest))
-        return self.manifest(manifest.ref)
+        return self._require(manifest.ref, self.committed(manifest.ref))
+
+    def commit_later(
+        self, attempt: Attempt, recipe: Recipe, commit: Callable[[], Manifest], writer: Writer
+    ) -> None:
+        """Has the writer commit it. Until then its recipe and tables are those in memory, and who asks for more waits."""
+
+        def done() -> Manifest:
+            manifest = commit()
+            with self._lock:
+                del self._pending[recipe.ref]
+            return manifest
+
+        with self._lock:
+            self._pending[recipe.ref] = _Pending(attempt, recipe, writer.later(done))
+
+    def forget_pending(self) -> None:
+        """After a writer that has failed: what it has not committed is not there."""
+        with self._lock:
+            self._pending.clear()
 
     def discard(self, attempt: Attempt) -> None:
-        """Removes an attempt that was not committed."""
-        self.files.remove(f"{folder_of(attempt.ref)}/attempts/{attempt.name}")
+        """Removes what was written of an attempt that was not committed."""
+        if attempt.begun:
+            self.files.remove(f"{folder_of(attempt.ref)}/attempts/{attempt.name}")
+            attempt.begin_anew()
 
     # --- artifacts ---
 
     def find(self, ref: ArtifactRef) -> Manifest | None:
-        """The artifact's manifest, or none if it was never committed; read once, since it does not change.
+        """The artifact's manifest, or none if it was never committed; of one that is pending, once it is committed.
 
-        Raises `StoreError` if it cannot be believed.
+        Raises `StoreError` if it cannot be believed, and what the commit of a pending one raises.
         """
+        with self._lock:
+            pending = self._pending.get(ref)
+        return pending.committed.result() if pending else self.committed(ref)
+
+    def committed(self, ref: ArtifactRef) -> Manifest | None:
+        """As `find`, of what is committed by now. It is read once, since it does not change."""
         with self._lock:
             known = self._known.get(ref)
             if known:
@@ -182,7 +305,21 @@ class Store:
 
     def manifest(self, ref: ArtifactRef) -> Manifest:
         """As `find`; raises `StoreError` if there is none."""
-        manifest = self.find(ref)
+        return self._require(ref, self.find(ref))
+
+    def recipe(self, ref: ArtifactRef) -> Recipe:
+        """What the artifact is made from, known before it is committed."""
+        with self._lock:
+            pending = self._pending.get(ref)
+        return pending.recipe if pending else self.manifest(ref).recipe
+
+    def has_table(self, ref: ArtifactRef, kind: type[Table]) -> bool:
+        """Whether it holds that table."""
+        with self._lock:
+            pending = self._pending.get(ref)
+        return kind in pending.attempt.tables if pending else kind.file in self.manifest(ref).digests()
+
+    def _require(self, ref: ArtifactRef, manifest: Manifest | None) -> Manifest:
         if manifest is None:
             raise StoreError(f"{ref.short} is not in {self.uri}; baton stage {ref.stage} RUN --iteration I makes it again")
         return manifest
@@ -198,11 +335,12 @@ class Store:
 
     def table(self, ref: ArtifactRef, kind: type[T]) -> T:
         """A table of the artifact, its size, digest, schema and row count checked."""
-        manifest = self.manifest(ref)
-        known = self._known.get(ref)
-        kept = known.tables.get(kind) if known else None
+        with self._lock:
+            pending, known = self._pending.get(ref), self._known.get(ref)
+        kept = (pending.attempt.tables if pending else known.tables if known else {}).get(kind)
         if kept is not None:
             return kept
+        manifest = self.manifest(ref)
         entry = _entry(manifest, kind.file)
         return read_table(self.checked(manifest, entry), entry, kind)
 
@@ -238,12 +376,38 @@ class Store:
                 wrong = _wrong(path, entry)
         if wrong is None:
             return path
-        if wrong[0] == "file":
-            for dropped in self.dropped(manifest.ref):
-                if entry.path.startswith(f"{dropped.part}/"):
-                    raise DroppedError(f"{manifest.ref.short}: its {dropped.part} is not kept any more: retention of run "
-                                       f"{dropped.run!r} dropped it at {dropped.created}; go on from a later iteration")
+        if wrong[0] == "file" and (reason := self._left_out(manifest, entry)):
+            again = f"baton restore RUN --iteration {manifest.iteration} makes it again"
+            raise DroppedError(f"{manifest.ref.short}: {entry.path} {reason}; {again}")
         raise DamageError(self.files.address(f"{key}/{entry.path}"), *wrong, HINT)
+
+    def _left_out(self, manifest: Manifest, entry: FileEntry) -> str | None:
+        """Why a file that is listed need not be there, if there is a reason."""
+        if entry.path in manifest.unwritten:
+            return "was not written (checkpoints.every)"
+        for dropped in self.dropped(manifest.ref):
+            if entry.path.startswith(f"{dropped.part}/"):
+                return f"is not kept any more: retention of run {dropped.run!r} dropped it at {dropped.created}"
+        return None
+
+    def missing(self, ref: ArtifactRef, inner: str = "") -> list[FileEntry]:
+        """The files below a folder of the artifact, or of all of it, that were not written or not kept, nor restored."""
+        manifest, parts = self.manifest(ref), tuple(f"{dropped.part}/" for dropped in self.dropped(ref))
+        return [entry for entry in manifest.files
+                if entry.path.startswith(inner) and (entry.path in manifest.unwritten or entry.path.startswith(parts))
+                and not self.files.exists(f"{attempt_of(manifest)}/{entry.path}")]
+
+    def holds_weights(self, ref: ArtifactRef) -> bool:
+        """Whether all that the artifact lists is in the store, or will be once it is committed."""
+        with self._lock:
+            pending = self._pending.get(ref)
+        return pending.attempt.weights_kept if pending else not self.missing(ref)
+
+    def restore(self, manifest: Manifest, attempt: Attempt) -> None:
+        """Puts what is missing of the artifact back, from a sealed attempt that holds the same bytes."""
+        with disk_errors(self.uri):
+            for entry in self.missing(manifest.ref):
+                self.files.put_file(attempt.folder / entry.path, f"{attempt_of(manifest)}/{entry.path}")
 
     def dropped(self, ref: ArtifactRef) -> list[Dropped]:
         """The parts of a checkpoint that retention has dropped."""

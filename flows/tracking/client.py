@@ -2,7 +2,8 @@
 
 Run as `python -m flows.tracking.client STORE` by `mirror.py`, which writes the address, the run's record and its config, and
 then the number of each committed state, to its standard input, a line each. It prints `page …`, where a server shows the
-run; `at …`, the last iteration that is there; `error …`, why it could not go on; and `recovered`, when a later try could.
+run; `at …`, the last iteration that is there; `whole …`, that there is all up to it; `error …`, why it could not go on; and
+`recovered`, when a later try could.
 
 The tag `baton.mirrored` of the MLflow run is the last iteration that is there whole, so that a process begins where the one
 before it ended, however long the run is. A point that is logged twice, after an interruption, is the same point: its time is
@@ -36,7 +37,7 @@ from mlflow.exceptions import MlflowException
 from flows.runs.best import best_of
 from flows.runs.run import Run
 from flows.store.store import Store
-from flows.tracking.tracking_uri import folder_of
+from flows.tracking.tracking_uri import database_of
 from schemas.addresses import without_user_info
 from schemas.artifacts import Manifest, RunRecord, TrainState
 from schemas.config import parse_config
@@ -128,7 +129,7 @@ class Client:
 
     def _new_experiment(self) -> str:
         """Of the kind whose page shows curves; over sqlite, its artifacts lie beside the database."""
-        place = (folder_of(self.uri) / "mlflow-artifacts").as_uri() if self.uri.startswith("sqlite:") else None
+        place = (database_of(self.uri).parent / "mlflow-artifacts").as_uri() if self.uri.startswith("sqlite:") else None
         return self.client.create_experiment(self.run.config.tracking.experiment, artifact_location=place, tags={
             "mlflow.experimentKind": "custom_model_development"})
 
@@ -259,6 +260,7 @@ class _Retried:
                     self.answer(f"page {self.client.page}")
             if iteration is not None:
                 self.client.bring_to(self.run.state(iteration), lambda last: self.answer(f"at {last}"))
+                self.answer(f"whole {iteration}")
         except Exception as error:  # whatever a tracking server does, the training goes on
             lines = without_user_info(str(error)).strip().splitlines() or [type(error).__name__]
             if not self.failed:

@@ -19,7 +19,7 @@ from flows.orchestration import page
 from flows.runs.best import check_best
 from flows.runs.run import Run, lease_key
 from flows.store.lease import lease
-from flows.tracking.tracking_uri import tracking_uri
+from flows.tracking.tracking_uri import note_mirrored, tracking_uri
 from schemas.addresses import without_user_info
 from schemas.artifacts import TrainState
 from schemas.errors import ConfigError, TrackingError
@@ -55,6 +55,8 @@ class Mirror:
         self.run, self.until_done, self.at = run, until_done, at
         self.error: str | None = None
         self._process: subprocess.Popen | None = None
+        self._pushed: int | None = None  # the last iteration that was sent
+        self._reached: int | None = None  # and that MLflow has
 
     def __enter__(self) -> Mirror:
         if self.run.config.tracking.enabled or self.until_done:
@@ -72,6 +74,7 @@ class Mirror:
 
     def push(self, state: TrainState) -> None:
         """Has the state mirrored, and whatever of the run MLflow does not have yet."""
+        self._pushed = state.iteration
         self._send(str(state.iteration))
 
     def __exit__(self, *_: object) -> None:
@@ -85,6 +88,9 @@ class Mirror:
             self._process.kill()
             self._warn("it did not answer in time")
         self._listener.join()
+        if not self.error and self._reached == self._pushed is not None:
+            with contextlib.suppress(OSError):
+                note_mirrored(self.run, self._pushed)
         if self._process.wait() and not self.error:
             self._warn(f"its process ended with code {self._process.returncode}; python -m flows.tracking.client shows why")
 
@@ -94,14 +100,16 @@ class Mirror:
                 print(line, file=self._process.stdin, flush=True)
 
     def _listen(self) -> None:
-        """`page …`: where the run is, on a server; `at …`: the last iteration that is there; `error …`: what went wrong;
-        `recovered`: that it goes on after all."""
+        """`page …`: where the run is, on a server; `at …`: the last iteration that is there; `whole …`: that all is
+        there up to it; `error …`: what went wrong; `recovered`: that it goes on after all."""
         for line in self._process.stdout:
             word, _, what = line.strip().partition(" ")
             if word == "page":
                 page.link(self.run, what)
             elif word == "at":
                 self.at(int(what))
+            elif word == "whole":
+                self._reached = int(what)
             elif word == "recovered":
                 self.error = None
                 if not self.until_done:

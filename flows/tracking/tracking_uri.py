@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 from flows.runs.run import Run
@@ -22,11 +25,40 @@ def _beside(database: Path) -> str:
     return f"sqlite:///file:{quote(path)}?uri=true" if "?" in path else f"sqlite:///{path}"
 
 
-def folder_of(uri: str) -> Path:
-    """Where the database of such an address lies."""
+def database_of(uri: str) -> Path:
+    """The file of such an address."""
     path = uri.removeprefix("sqlite:///")
     path = unquote(path.removeprefix("file:").partition("?")[0]) if path.startswith("file:") else path
-    return Path(path).resolve().parent
+    return Path(path).resolve()
+
+
+def note_mirrored(run: Run, iteration: int) -> None:
+    """Keeps beside the store that MLflow has the run whole up to that iteration, so that a later command need not ask."""
+    file = _note_of(run)
+    file.parent.mkdir(exist_ok=True)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps(_note(run, iteration)), encoding="utf-8")
+    partial.replace(file)
+
+
+def is_mirrored(run: Run, iteration: int) -> bool:
+    """Whether that is known of the MLflow that is named now."""
+    uri = tracking_uri(run)
+    if uri.startswith("sqlite:") and not database_of(uri).is_file():
+        return False
+    try:
+        return json.loads(_note_of(run).read_text(encoding="utf-8")) == _note(run, iteration)
+    except (OSError, ValueError):
+        return False
+
+
+def _note_of(run: Run) -> Path:
+    return run.store.files.beside / "mirrored" / f"{run.name}.json"
+
+
+def _note(run: Run, iteration: int) -> dict[str, Any]:
+    return {"uri": hashlib.sha256(tracking_uri(run).encode()).hexdigest(), "experiment": run.config.tracking.experiment,
+            "created": run.record.created, "iteration": iteration}
 
 
 def how_to_open(run: Run) -> str | None:

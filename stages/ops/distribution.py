@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from schemas.errors import ConfigError
+
+if TYPE_CHECKING:  # its import takes a second
+    from transformers import PreTrainedTokenizerBase
 
 NEVER = -1e30  # a logit: its exponential is 0, and so is 0 times it, which of −∞ it would not be
 SETTINGS = ("temperature", "suppress_tokens", "stop_tokens", "min_new_tokens")

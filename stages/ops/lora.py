@@ -12,8 +12,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from schemas.errors import ConfigError
@@ -80,24 +80,24 @@ def _ends(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def save_adapter(module: PreTrainedModel, folder: Path, base: str) -> None:
-    """As PEFT's own folders, the keys of its config in order; `base`: where the frozen weights are."""
+def adapter_tensors(module: PreTrainedModel) -> dict[str, Tensor]:
+    """The adapter's weights, and those of a scalar head, by PEFT's names."""
     from peft import get_peft_model_state_dict
 
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{ROOT}{module.base_model_prefix}.{name}": tensor
                for name, tensor in get_peft_model_state_dict(module.base_model, save_embedding_layers=False).items()}
+    return tensors | ({ROOT + HEAD: module.score.weight} if hasattr(module, "score") else {})
+
+
+def save_config(module: PreTrainedModel, file: Path, base: str) -> None:
+    """PEFT's config of the adapter, its keys in order; `base`: where the frozen weights are."""
     scores = hasattr(module, "score")
-    if scores:
-        tensors[ROOT + HEAD] = module.score.weight
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, folder / WEIGHTS,
-              metadata={"format": "pt"})
     values = module.base_model.peft_config["default"].to_dict() | {
         "base_model_name_or_path": base, "task_type": "SEQ_CLS" if scores else "CAUSAL_LM", "inference_mode": True,
         "modules_to_save": ["score"] if scores else None}
     del values["peft_version"], values["auto_mapping"]
     text = json.dumps(values, indent=2, sort_keys=True, default=lambda value: sorted(value))
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def load_adapter(module: PreTrainedModel, folder: Path) -> None:
