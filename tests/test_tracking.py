@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import sqlite3
+import subprocess
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from flows.cli.main import run_command
 from flows.runs.run import changed, open_run
 from flows.store.store import Store
 from flows.tracking.client import timings
-from flows.tracking.tracking_uri import how_to_open
+from flows.tracking.tracking_uri import how_to_open, is_mirrored
 
 
 def manifests(run, state):
@@ -165,6 +166,21 @@ def test_a_finished_run_completes_its_mirror(copied):
     client = mlflow.MlflowClient(uri)
     assert points(client, only_run(client)) == before
     assert client.get_model_version_by_alias("baton-tiny", "best").version
+
+
+def test_a_finished_run_whose_mirror_is_whole_asks_no_mlflow(copied, monkeypatch):
+    """It is asked again where the database is gone, or the run is another of that name."""
+    folder, store = copied
+    command = ["train", str(folder), "--store", str(store), "--quiet", *TRACKED]
+    assert run_command(command) == 0
+    begun, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda arguments, **more: begun.append(arguments) or popen(arguments, **more))
+    assert run_command(command) == 0 and not begun
+    run = open_run(Store(store), "tiny")
+    assert is_mirrored(changed(run, {"tracking": {"enabled": True}}), 2)
+    assert not is_mirrored(changed(run, {"tracking": {"enabled": True}}), 3)
+    (store / "mlflow.db").unlink()
+    assert run_command(command) == 0 and len(begun) == 1 and (store / "mlflow.db").is_file()
 
 
 def test_how_to_open_names_the_store(trained):

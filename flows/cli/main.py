@@ -19,8 +19,11 @@ from flows.cli.command import Answer, command, run_command, terminate
 from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
+    from flows.orchestration.server import OwnServer
+    from flows.runs.inputs import Checked, Files
     from flows.runs.run import Run
     from schemas.artifacts import TrainState
+    from schemas.settings import RunConfig
 
 log = logging.getLogger("baton")
 SETTINGS = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
@@ -35,8 +38,11 @@ def open_existing(root: str, name: str) -> Run:
     return open_run(Store(root), name)
 
 
-def tagged(flow: Callable[..., Any], name: str, **parameters: Any) -> Any:
-    """Runs the flow, which is found on Prefect's page by the tags `baton` and the run's name."""
+def tagged(flow: Callable[..., Any], name: str, server: OwnServer | None = None, **parameters: Any) -> Any:
+    """Runs the flow, which is found on Prefect's page by the tags `baton` and the run's name.
+
+    `server`: one that was begun.
+    """
     from prefect import tags
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
@@ -45,7 +51,17 @@ def tagged(flow: Callable[..., Any], name: str, **parameters: Any) -> Any:
     alone = not _server_is_named()  # no server is watching for heartbeats, and stopping them takes a second
     with (server_errors("what was committed is whole, the same command goes on"), tags("baton", name),
           temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None} if alone else {})):
+        if server is not None:
+            server.wait()
         return flow(name, **parameters)
+
+
+def _begin_server() -> OwnServer:
+    from flows.orchestration.server import OwnServer
+
+    server = OwnServer()
+    server.begin()
+    return server
 
 
 def _server_is_named() -> bool:
@@ -72,19 +88,28 @@ def train(config: str | None, name: str | None, iterations: int | None, settings
     from flows.views.overview import progress
     from schemas.settings import NO_OVERRIDES, Overrides
 
+    server = None
+
+    def check(config: RunConfig, files: Files) -> Checked:
+        """Of a run that is new, and so will need a server."""
+        nonlocal server
+        server = _begin_server() if iterations != 0 else None
+        return check_inputs(config, files)
+
     overrides = Overrides(iterations=iterations) if iterations else NO_OVERRIDES
-    run = start(Request(root, name, config, settings, overrides), check_inputs)
+    run = start(Request(root, name, config, settings, overrides), check)
     last = run.last()
     if iterations == 0:
         return _made(run, last)
     if run.finished_by(last):
         return _nothing_to_do(run)
     log.info(f"run {run.name} in {root}: {progress(run, last)}")
+    server = server or _begin_server()
     from flows.opening import opened
     from flows.train import train_flow
 
     with opened(run):
-        state = tagged(train_flow, run.name, overrides=overrides, store=run.store.uri)
+        state = tagged(train_flow, run.name, server, overrides=overrides, store=run.store.uri)
     return _finished(run, run.state(0), state, state, [])
 
 

@@ -1,9 +1,10 @@
-"""Prefect's server, when it cannot be reached: which one, why, and what to do."""
+"""Prefect's server: the own one of a command, started early; of one that cannot be reached which, why, and what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Thread
 
 import httpx
 from prefect.exceptions import PrefectHTTPStatusError
@@ -11,6 +12,38 @@ from prefect.settings import PREFECT_API_URL
 
 from schemas.addresses import without_user_info
 from schemas.errors import PrefectError
+
+
+class OwnServer:
+    """The server that Prefect starts for a command where none is named, and that ends with it.
+
+    It takes some ten seconds to come up, in a process of its own, in which inputs are checked and libraries imported.
+    """
+
+    def __init__(self) -> None:
+        self._error: BaseException | None = None
+        self._thread: Thread | None = None
+
+    def begin(self) -> None:
+        """Starts it, and does not wait; nothing where a server is named, or where it was begun."""
+        if self._thread is None and not PREFECT_API_URL.value():
+            self._thread = Thread(target=self._start, name="prefect server", daemon=True)
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when it answers. Raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _start(self) -> None:
+        from prefect.server.api.server import SubprocessASGIServer
+
+        try:
+            SubprocessASGIServer().start()  # the one that every client of this process takes
+        except BaseException as error:
+            self._error = error
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from schemas.tables import Table
 from stages.ops.progress import progress_bar
 
 KNOWN, TABLES_KEPT = 256, 8  # artifacts whose manifests, and whose tables, are kept in memory: an iteration makes fewer
-CONCURRENT_SYNCS = 4  # files and folders: both waiting for the disk and hashing leave the interpreter to others
+CONCURRENT_SYNCS = 2  # files and folders: both waiting for the disk and hashing leave the interpreter to others
 PIECE, SYNC_EVERY = 2**22, 2**26  # bytes of weights that are hashed and written at once; and after which the disk takes them
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 T = TypeVar("T", bound=Table)

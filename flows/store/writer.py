@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from schemas.errors import StoreError, TransientError
@@ -13,6 +15,13 @@ from schemas.errors import StoreError, TransientError
 log = logging.getLogger("baton")
 RETRY_DELAYS = (2, 10, 30)  # seconds before what a server or a network has failed is tried again
 T = TypeVar("T")
+
+
+def yield_processor() -> None:
+    """Has this thread, where the system can, run when no other wants the processor: the threads of a computation wait for
+    each other, so that all of them would be held up."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 class Writer:
@@ -24,7 +33,7 @@ class Writer:
 
     def __init__(self) -> None:
         self.stop = threading.Event()  # of the job that is at work
-        self._pool = ThreadPoolExecutor(1, "commit")
+        self._pool = ThreadPoolExecutor(1, "commit", yield_processor)
         self._error: BaseException | None = None
         self._last: Future | None = None
 
@@ -66,8 +75,7 @@ class Writer:
             self._pool.shutdown(cancel_futures=self.stop.is_set())
 
     def _do(self, job: Callable[[], T]) -> T:
-        if self._error is not None:
-            raise CancelledError
+        self.check()
         try:
             return self._tried(job)
         except BaseException as error:

@@ -17,6 +17,7 @@ from schemas.tables import Ragged, Rollouts
 from stages.ops.conversations import ChatTemplate, Message, Prompt, shown
 from stages.ops.distribution import Distribution, distribution_of, token_ids
 from stages.ops.finite import require_finite
+from stages.ops.key_value_cache import growing_cache
 from stages.ops.language_model import LanguageModel
 from stages.ops.progress import progress_bar
 from stages.ops.prompts import response_texts, tokenize
@@ -273,7 +274,7 @@ def sample(
     logprobs = torch.zeros(b, steps, device=device)
     limits = np.full(b, steps) if limits is None else limits
     lengths, reasons = limits.copy(), np.full(b, "length", object)
-    batch = _Batch(np.arange(b), ids, mask, DynamicCache(config=model.module.config) if model.abilities.caches else None)
+    batch = _Batch(np.arange(b), ids, mask, growing_cache(model.module.config) if model.abilities.caches else None)
     open_rows = np.ones(b, bool)  # of the batch, not of the caller's list
     for step in range(steps):
         pi = distribution.logprobs(_next_logits(model, batch, precision)[:, None], step)[:, 0]
