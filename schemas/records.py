@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from schemas.errors import DamageError
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 UNSIGNED = b"0" * 64
 HINT = "baton verify names the remedy"
 M = TypeVar("M", bound=BaseModel)
