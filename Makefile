@@ -34,9 +34,13 @@ lint: install
 bench-learning: install ## does it learn? some hours; ONLY="bandit walks" for some of it
 	$(BIN)/python tests/benchmarks/learning.py $(ONLY)
 
-bench: install          ## how fast, beside Stable-Baselines3; ONLY="cartpole" for one task
-	$(PIP) install --constraint constraints.txt --editable '.[bench]'
+bench: install .peers/.installed   ## how fast, beside TRL and Stable-Baselines3; hours; ONLY="gpt2 cartpole" for some rows
 	$(BIN)/python tests/benchmarks/speed.py $(ONLY)
+
+.peers/.installed: tests/benchmarks/peers.txt
+	$(PYTHON) -m venv .peers
+	.peers/bin/python -m pip --disable-pip-version-check --quiet install --requirement tests/benchmarks/peers.txt
+	touch $@
 
 torture: install        ## break everything and count; an hour and more; ONLY="random bits" for some of it
 	$(BIN)/python tests/benchmarks/torture.py $(ONLY)
@@ -49,4 +53,4 @@ mutants: install        ## which changes of the formulas and the store no test n
 	$(BIN)/mutmut results
 
 clean:
-	rm -rf $(VENV) build mutants *.egg-info
+	rm -rf $(VENV) .peers build mutants *.egg-info

@@ -44,6 +44,7 @@ class Session:
         self.chain, self.retention = chain_of(run), Retention(run)
         self.iterations = run.config.iterations
         self._logged = float("-inf")  # when an iteration last got a line
+        self._saved: tuple[TrainState, TrainState] | None = None  # that one, and the one before it
 
     def prepare(self) -> TrainState:
         """State 0, committed."""
@@ -63,6 +64,7 @@ class Session:
                 while state.iteration < until:
                     state = self._iterate(state)
                 self.writer.wait()
+                self._report()
                 return state
             except SupersededError as error:
                 log.warning("%s; going on from what is committed", error)
@@ -84,19 +86,26 @@ class Session:
         after = self.chain.iteration(state, tracked, evaluated)
         after = after.model_copy(update={"seconds": time.perf_counter() - started,
                                          "best": best_after(self.run, state, after)})
-        here = copy_context()  # in which Prefect knows the flow run
+        self._report()
+        here = copy_context()  # in which Prefect's log knows the flow run
         self.writer.later(lambda: here.run(self._save, after, state, found))
         return after
 
     def _save(self, state: TrainState, before: TrainState, found: list[str]) -> None:
-        """A state whose artifacts are committed, and what is said of it."""
+        """A state whose artifacts are committed."""
         self.run.save(state)
         self.mirror.push(state)
         self.retention.after(before, state)
         if time.monotonic() - self._logged >= LOG_INTERVAL or state.iteration >= self.iterations:
             self._logged = time.monotonic()
             self._log(state, found)
-            page.report(self.run, state, before)
+            self._saved = state, before
+
+    def _report(self) -> None:
+        """The page, of the last state that has got a line since; by the thread that the flow runs in."""
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            page.report(self.run, *saved)
 
     def _perform(self, call: StageCall) -> Produced:
         """What comes before the first iteration is committed at once."""

@@ -110,11 +110,11 @@ def main() -> None:
     from flows import train  # noqa: F401
     from flows.control import control_chain, control_tasks  # noqa: F401
     from flows.language import check_inputs, language_chain, language_tasks  # noqa: F401
-    from flows.store import store
+    from flows.store import attempt
     from stages.ops import trainer  # noqa: F401
 
     torch.set_num_threads(1)
-    store.CONCURRENT_SYNCS = 1  # so that calls come in the same order each time
+    attempt.CONCURRENT_SYNCS = 1  # so that calls come in the same order each time
     gc.collect()
     gc.freeze()  # else each child's collector would touch, and so copy, all that was imported
 

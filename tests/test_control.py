@@ -19,8 +19,9 @@ from test_stage import answer
 from flows.cli.main import run_command
 from flows.control.warm_policies import save_learner, save_network
 from flows.runs.run import open_run
+from flows.store.attempt import Attempt
 from flows.store.local import LocalFiles
-from flows.store.store import Attempt, Store
+from flows.store.store import Store
 from schemas.artifacts import ArtifactRef
 from schemas.tables import Returns, Trajectories
 

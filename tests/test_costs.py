@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from flows.runs.run import Run, open_run
 from flows.store import store as store_module
 from flows.store.local import LocalFiles
 from flows.store.store import Store
+from flows.store.writer import Writer
 from flows.tracking.client import Client
 from schemas.config import parse_config
 
@@ -50,9 +52,17 @@ def per_iteration(calls, monkeypatch):
     return counts
 
 
+def at_once(writer, job):
+    """Commits in the flow's own thread, so that calls are those of an iteration."""
+    future = Future()
+    future.set_result(job())
+    return future
+
+
 def test_an_iteration_asks_the_store_as_often_at_50_as_at_5(tmp_path, calls, monkeypatch, prefect_server):
     """With ten other runs in the store, MLflow and retention on; the store forgets most of what it has read meanwhile."""
     monkeypatch.setattr(store_module, "KNOWN", 24)
+    monkeypatch.setattr(Writer, "later", at_once)
     example, store = write_control(tmp_path / "small", evaluate={"every": 0}, retention={"keep_last": 1}), tmp_path / "store"
     arguments = ["train", str(example), "--store", str(store), "--quiet"]
     assert run_command([*arguments, "--run", "other", "--iterations", "1"]) == 0

@@ -14,7 +14,8 @@ from test_stage import answer
 from flows.cli.main import run_command
 from flows.runs.run import open_run, references
 from flows.runs.verify import verify
-from flows.store.store import Store, attempt_of, folder_of
+from flows.store.attempt import folder_of
+from flows.store.store import Store, attempt_of
 from schemas.errors import DroppedError
 from schemas.tables import Advantages
 

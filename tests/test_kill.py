@@ -20,7 +20,7 @@ from flows.store.store import Store
 # The command kills itself when it has written the files of a stage and is about to hash them.
 KILLED = """
 import os, signal, sys
-from flows.store.store import Attempt
+from flows.store.attempt import Attempt
 stage, arguments = sys.argv[1], sys.argv[2:]
 seal = Attempt.seal
 Attempt.seal = lambda attempt: os.kill(os.getpid(), signal.SIGKILL) if attempt.ref.stage == stage else seal(attempt)

@@ -17,8 +17,9 @@ from flows.cli.main import run_command
 from flows.language.model_folders import PYTORCH, load_causal, load_tokenizer, save_learner, scalar_over
 from flows.language.warm_models import Adapters, Reading, WarmModels
 from flows.runs.run import open_run
+from flows.store.attempt import Attempt
 from flows.store.local import LocalFiles
-from flows.store.store import Attempt, Store
+from flows.store.store import Store
 from schemas.artifacts import Moments, derive_seed
 from schemas.errors import ConfigError
 from schemas.language import LoRAConfig

@@ -20,7 +20,8 @@ from flows.cli.main import run_command
 from flows.orchestration.tasks import StageTasks
 from flows.perform import perform
 from flows.runs.run import open_run
-from flows.store.store import Store, folder_of
+from flows.store.attempt import folder_of
+from flows.store.store import Store
 from schemas.artifacts import Outputs, Produced, StageCall, call_of
 from schemas.errors import StoreError
 from schemas.settings import ExecutionConfig

@@ -14,7 +14,8 @@ from conftest import rewrite
 from flows.cli.main import run_command
 from flows.runs.run import open_run
 from flows.stage import StageName
-from flows.store.store import Store, folder_of
+from flows.store.attempt import folder_of
+from flows.store.store import Store
 from schemas.artifacts import ArtifactRef
 from schemas.stages import STAGES as STAGES_OF
 

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from flows.runs.produce import environment, now
 from flows.runs.verify import Verifier
-from flows.store.store import Store, folder_of
+from flows.store.attempt import folder_of
+from flows.store.store import Store
 from schemas.artifacts import ArtifactRef, FileEntry, Manifest, Recipe, derive_seed, sha256_json
 from schemas.errors import StoreError
 from schemas.language import DataConfig, LanguageConfig

@@ -14,13 +14,14 @@ from conftest import VARIANTS, module_of, rewrite
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.again import call_again
-from flows.chains import warm_of
+from flows.chains import kind_of
 from flows.cli.main import run_command
 from flows.language.model_folders import load_causal, load_scalar, save_learner, save_model
 from flows.perform import perform
 from flows.runs.run import open_run
+from flows.store.attempt import Attempt, folder_of
 from flows.store.local import LocalFiles
-from flows.store.store import Attempt, Store, folder_of
+from flows.store.store import Store
 from schemas.artifacts import ArtifactRef, Moments, derive_seed
 from schemas.tables import Rollouts, Samples
 from stages.base_model import base_model
@@ -295,7 +296,7 @@ def test_another_writers_bytes_are_used_and_ours_forgotten(copied):
     """Two writers of one checkpoint whose bytes differ: the model kept warm is that of the store."""
     run = open_run(Store(copied[1]), "tiny")
     state, before = run.state(2), run.state(1)
-    with closing(warm_of("language", run.store, run.config.execution)) as warm:
+    with closing(kind_of("language").warm(run.store, run.config.execution)) as warm:
         ref, call = state.actor.artifact, call_again(run, "ppo", 2, ())
         manifest = Path(copied[1], folder_of(ref), "manifest.json")
         kept = manifest.read_bytes()

@@ -11,7 +11,8 @@ from conftest import rewrite
 from flows.cli.main import run_command
 from flows.runs.run import open_run, references
 from flows.runs.verify import Verifier, verify
-from flows.store.store import Store, folder_of
+from flows.store.attempt import folder_of
+from flows.store.store import Store
 from schemas.artifacts import ArtifactRef
 from schemas.errors import StoreError
 from schemas.tables import TABLES

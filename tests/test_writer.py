@@ -16,7 +16,8 @@ from flows.control import control_tasks
 from flows.runs.run import open_run
 from flows.runs.verify import verify
 from flows.store import writer as writer_module
-from flows.store.store import Attempt, Store, folder_of, sha256_file
+from flows.store.attempt import Attempt, folder_of, sha256_file
+from flows.store.store import Store
 from flows.store.writer import Writer
 from schemas.errors import StoreError, UnreachableStoreError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -65,7 +66,16 @@ def _begin_server() -> OwnServer:
 
 
 def _server_is_named() -> bool:
-    """Whether the environment or Prefect's profile names a server, on whose page a flow run can be seen."""
+    """Whether the environment or one of Prefect's files names a server, on whose page a flow run can be seen.
+
+    Where there is no such file Prefect, whose import takes a second, is not asked.
+    """
+    home, project = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser(), Path("pyproject.toml")
+    files = (home / "profiles.toml", Path("prefect.toml"), Path(".env"))
+    if not (any(name.startswith("PREFECT_API") or name == "PREFECT_PROFILES_PATH" for name in os.environ)
+            or any(file.is_file() for file in files)
+            or (project.is_file() and "[tool.prefect" in project.read_text(encoding="utf-8", errors="replace"))):
+        return False
     from prefect.settings import PREFECT_API_URL
 
     return bool(PREFECT_API_URL.value())

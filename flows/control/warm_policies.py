@@ -15,7 +15,8 @@ from torch import Tensor
 
 from flows.control.environments import Watch, make_vector
 from flows.runs.kind import settings_of
-from flows.store.store import Attempt, Store
+from flows.store.attempt import Attempt
+from flows.store.store import Store
 from schemas.artifacts import ArtifactRef, ModelRef
 from schemas.control import EnvironmentConfig, PolicyConfig, Spaces
 from schemas.errors import StoreError

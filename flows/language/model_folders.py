@@ -30,7 +30,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from flows.store.store import Attempt
+from flows.store.attempt import Attempt
 from schemas.artifacts import ArtifactRef, ModelRef
 from schemas.errors import ConfigError, StoreError
 from stages.ops import lora

@@ -23,7 +23,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
 
-from flows.store.store import Store, sha256_file
+from flows.store.attempt import sha256_file
+from flows.store.store import Store
 from schemas.artifacts import ArtifactRef
 from schemas.errors import ConfigError
 from stages.ops.user_errors import said

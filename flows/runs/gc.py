@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 from flows.runs.retention import Part, all_droppable, drop
 from flows.runs.run import Run, lease_key, open_run, possible_runs, record_key, references, run_folders, run_names
+from flows.store.attempt import folder_of
 from flows.store.files import Stat
 from flows.store.lease import GC, holder_of, lease
-from flows.store.store import Store, folder_of
+from flows.store.store import Store
 from schemas.artifacts import ArtifactRef
 from schemas.errors import StoreError
 from schemas.settings import NAME_PATTERN

@@ -71,19 +71,19 @@ class WarmLater:
         self._make = make
 
     @cached_property
-    def _warm(self) -> Warm:
+    def _made(self) -> Warm:
         return self._make()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._warm, name)
+        return getattr(self._made, name)
 
     @property
     def loaded(self) -> int:
-        return self._warm.loaded if "_warm" in self.__dict__ else 0
+        return self._made.loaded if "_made" in self.__dict__ else 0
 
     def close(self) -> None:
-        if "_warm" in self.__dict__:
-            self._warm.close()
+        if "_made" in self.__dict__:
+            self._made.close()
 
 
 @dataclass(frozen=True)

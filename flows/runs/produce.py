@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from flows.store.attempt import Attempt
 from flows.store.files import disk_errors
-from flows.store.store import Attempt, Store
+from flows.store.store import Store
 from flows.store.writer import Writer
 from schemas.artifacts import Environment, Manifest, Outputs, Produced, Recipe, StageCall
 from schemas.errors import NonFiniteError, StoreError, SupersededError
@@ -43,8 +44,8 @@ def produce(
     """The call's artifact. `make` says what it holds, and is not called if it is committed already.
 
     `again`: a committed artifact is made again beside itself and the digests are compared; `restore`: what is missing of
-    it is then put back, if they are equal; `writer`: commits it later, and
-    raises `SupersededError` should another process have come first with other bytes.
+    it is then put back, if they are equal; `writer`: commits it later, where it raises `SupersededError` should another
+    process have come first with other bytes.
     """
     there = store.find(call.recipe.ref)
     if there and not again:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from flows.runs.best import best_by
 from flows.runs.run import Run, find_run, possible_runs, state_key
-from flows.store.store import Store, attempt_of, folder_of
+from flows.store.attempt import folder_of
+from flows.store.store import Store, attempt_of
 from schemas.artifacts import ArtifactRef, Best, Dropped, Manifest, TrainState
 from schemas.errors import ConfigError, StoreError
 from schemas.records import now

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flows.runs.run import record_key, run_folders
-from flows.store.store import Store, attempt_of, folder_of, read_table, unlisted
+from flows.store.attempt import folder_of
+from flows.store.store import Store, attempt_of, read_table, unlisted
 from schemas.artifacts import ArtifactRef, Manifest, RunRecord, TrainState
 from schemas.errors import ConfigError, DamageError, DroppedError, StoreError, TableError
 from schemas.records import HINT

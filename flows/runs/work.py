@@ -13,7 +13,8 @@ from flows.runs.functions import stored_function
 from flows.runs.inputs import stored_rows
 from flows.runs.produce import StageOutput
 from flows.runs.rows import Rows
-from flows.store.store import Attempt, Store
+from flows.store.attempt import Attempt
+from flows.store.store import Store
 from schemas.artifacts import ArtifactRef, ModelRef, Moments, StageCall
 from schemas.errors import ConfigError
 from schemas.records import first_finding

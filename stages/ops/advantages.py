@@ -24,16 +24,17 @@ def gae_advantages(
     `bootstrap`: (B,) V_R, 0 where the episode terminated; `gae_lambda`: one λ, or (B,) of them.
     Source: Schulman et al. 2016, https://arxiv.org/abs/1506.02438, equations 11, 12 and 16.
     """
-    lengths, offsets, decay = rewards.lengths, rewards.offsets[:-1], np.broadcast_to(gae_lambda, len(rewards))
-    out = np.zeros(len(rewards.values))
-    next_value, next_advantage = bootstrap.astype(np.float64), np.zeros(len(rewards))
-    for back in range(1, int(lengths.max(initial=0)) + 1):
-        rows = np.flatnonzero(lengths >= back)
-        t = offsets[rows] + lengths[rows] - back
-        value = values.values[t].astype(np.float64)
-        delta = rewards.values[t] + gamma * next_value[rows] - value
-        next_advantage[rows] = out[t] = delta + gamma * decay[rows] * next_advantage[rows]
-        next_value[rows] = value
+    order = np.argsort(-rewards.lengths, kind="stable")  # so that rows with a step t from their end are the first ones
+    ends, longer = rewards.offsets[1:][order], np.cumsum(np.bincount(rewards.lengths)[::-1])[::-1]
+    value = values.values.astype(np.float64)
+    next_value = np.append(value[1:], 0.0)
+    next_value[rewards.offsets[1:] - 1] = bootstrap
+    delta = rewards.values + gamma * next_value - value
+    out, decay = np.empty(len(delta)), gamma * np.broadcast_to(gae_lambda, len(order))[order]
+    carried = np.zeros(len(order))
+    for back, count in enumerate(longer[1:], start=1):
+        t = ends[:count] - back
+        out[t] = carried[:count] = delta[t] + decay[:count] * carried[:count]
     return rewards.with_values(out)
 
 

@@ -48,7 +48,7 @@ class Device:
             torch.set_num_threads(threads)
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 
 
 @cache
@@ -58,11 +58,24 @@ def keep_freed_memory() -> bool:
     By default a large block goes back to the system when it is freed, and each of its pages is fetched and cleared again for
     the next step's tensors: a third of a rollout's time on virtual machines, where that is slow.
     """
+    return _mallopt(M_MMAP_MAX, 0) and _mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@cache
+def release_large_blocks() -> bool:
+    """Has blocks of 32 MB and more, the most that glibc lets one say, go back to the system after all; whether it does.
+
+    Of the logits of a large vocabulary each block that is kept ends up with some small tensor in it, and the next one takes
+    new memory: 6 GB where 0.6 are needed.
+    """
+    return _mallopt(M_MMAP_THRESHOLD, 2**25) and _mallopt(M_MMAP_MAX, 65536)
+
+
+def _mallopt(option: int, value: int) -> bool:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return bool(ctypes.CDLL(None).mallopt(option, value))
     except (OSError, AttributeError):  # another C library
         return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 @cache

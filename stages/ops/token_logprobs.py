@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from schemas.tables import Ragged, Rollouts
+from stages.ops.device import release_large_blocks
 from stages.ops.distribution import Distribution
 from stages.ops.finite import require_finite
 from stages.ops.language_model import LanguageModel, tracked_batches
@@ -32,6 +33,7 @@ def token_logprobs(
     if columns >= ids.shape[1] or not model.abilities.splits:
         parts = [_measured(model.response_logits(batch), ids, 0, distribution, entropy)]
     else:
+        release_large_blocks()
         hidden = model.hidden(batch)[:, batch.prompt_width - 1 : -1]
         parts = [checkpoint(_of_columns, model, hidden[:, i : i + columns], ids[:, i : i + columns], i, distribution,
         entropy, use_reentrant=False, preserve_rng_state=False) for i in range(0, ids.shape[1], columns)]
