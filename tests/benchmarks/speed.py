@@ -1,8 +1,8 @@
 """How fast, beside others and beside limits, in one run: `make bench`, some hours; ONLY="gpt2 cartpole" for some of it.
 
 Each figure is a ratio against a peer or a limit of the same machine at the same time, the median of several rounds; a time
-alone says little, since machines differ and are shared. Prints the table, writes build/performance.json, and with all rows
-measured the table of docs/performance.md. Peers are in a virtual environment of their own, .peers.
+alone says little, since machines differ and are shared. Prints the rows, keeps them in build/performance.json, and
+writes the table of docs/performance.md. Peers are in a virtual environment of their own, .peers.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def main() -> int:
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(found, indent=1))
             print(line(rows[name], figure, of), flush=True)
-    if all(name in found for name in rows):
-        write_page("\n".join(line(row, **found[name]) for name, row in rows.items()))
+    write_page("\n".join(line(row, **found[name]) if name in found else f"| {row.work} | not measured | | |"
+                         for name, row in rows.items()))
     return int(not all(rows[name].holds(found[name]["figure"]) for name in options.names or rows if name in rows))
 
 
