@@ -66,4 +66,4 @@ def call_again(recorded: Run, stage: str, iteration: int, settings: Iterable[str
     manifest = recorded.store.find(recorded.recorded(stage, iteration))
     overrides = {"execution": manifest.environment.execution} if manifest else {}
     run = with_new_inputs(changed(recorded, overrides, settings), recorded, check_new)
-    return chain_of(run).again(stage, recorded, iteration)
+    return chain_of(run).again(stage, recorded, iteration).model_copy(update={"snapshot": True})

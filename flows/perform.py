@@ -16,17 +16,20 @@ from pydantic import ValidationError
 
 from flows.chains import kind_of
 from flows.runs.kind import Warm
-from flows.runs.produce import environment, produce
+from flows.runs.produce import StageOutput, environment, produce
+from flows.runs.start import check_device
 from flows.runs.work import Work
+from flows.store.attempt import Attempt
 from flows.store.store import Store
 from flows.store.writer import Writer
 from schemas.artifacts import ArtifactRef, ModelRef, Produced, StageCall, call_of
 from schemas.errors import ConfigError, NonFiniteError, ReplayError
 from schemas.records import first_finding
 from schemas.stages import STAGES
-from stages.ops.device import Device, keep_freed_memory
+from stages.ops.device import Device, keep_freed_memory, threads_kept
 
 log = logging.getLogger("baton")
+OF_AN_ITERATION = ("learning_rate_factor", "train_actor", "kl_coef")  # settings of an update that its iteration decides
 _RESTORING = threading.RLock()  # stages side by side may need the same weights
 
 
@@ -46,14 +49,16 @@ def perform(
     if writer is not None:
         writer.check()
     keep_freed_memory()
-    for model in call.inputs.values():
-        if isinstance(model, ModelRef) and not warm.holds(model):
-            restore(store, model)
-    Device(call.execution.device).use_threads(call.execution.threads)
-    task = kind_of(call.kind).task(call.stage)
+
+    def make(attempt: Attempt) -> StageOutput:
+        for model in call.inputs.values():
+            if isinstance(model, ModelRef) and not warm.holds(model):
+                restore(store, model)
+        Device(call.execution.device).use_threads(call.execution.threads)
+        return kind_of(call.kind).task(call.stage)(Work(call, store, warm, attempt))
+
     try:
-        produced = produce(store, call, lambda attempt: task(Work(call, store, warm, attempt)), again=again,
-                           restore=restoring, writer=writer)
+        produced = produce(store, call, make, again=again, restore=restoring, writer=writer)
     except NonFiniteError as error:
         raise NonFiniteError(f"{call.stage} of iteration {call.iteration}: {error}; nothing was committed") from error
     if produced.how == "adopted" and produced.different:
@@ -70,18 +75,26 @@ def restore(store: Store, model: ModelRef) -> list[int]:
     From the nearest checkpoint that is whole, each update over its saved tables, each result held against its digests.
     Raises `ReplayError` where that gives other bytes, and `StoreError` where a table is missing.
     """
-    with _RESTORING:
+    with _RESTORING, threads_kept():
         calls = [call_of(store.manifest(ref), store.absolute) for ref in reversed(_lacking(store, model))]
         if calls:
             log.info("making iteration %d again, %d updates from iteration %d on", calls[-1].iteration, len(calls),
                      calls[0].iteration - 1)
-        for execution, alike in groupby(calls, lambda call: call.execution):  # which decides the last bits
+        for _, alike in groupby(calls, _shared):
             *between, last = alike
-            with closing(kind_of(last.kind).warm(store, execution)) as warm:
+            check_device(last.execution)
+            with closing(kind_of(last.kind).warm(store, last.execution)) as warm:
                 for call in between:
                     _again(call.model_copy(update={"snapshot": False}), store, warm, restoring=False)
                 _again(last, store, warm, restoring=True)
     return [call.iteration for call in calls]
+
+
+def _shared(call: StageCall) -> tuple[object, ...]:
+    """What updates have in common that go on with each other's optimizer in memory: how they are computed, which decides the
+    last bits, their settings but for those that change from iteration to iteration, and whether there is a critic."""
+    settings = {name: value for name, value in call.settings.items() if name not in OF_AN_ITERATION}
+    return call.execution, settings, "critic" in call.inputs
 
 
 def _again(call: StageCall, store: Store, warm: Warm, restoring: bool) -> None:

@@ -276,7 +276,7 @@ class RetentionConfig(Settings):
     keep_every: PositiveInt | None = None
     """Beside them that of every so-many-th iteration; null: of none."""
     keep_best: bool = True
-    """Beside them that of the best iteration so far, by `tracking.best`."""
+    """Beside them that of the best iteration so far, by `tracking.best`, where its weights were written."""
     drop: Literal["optimizer", "critic", "actor"] = "optimizer"
     """What the others lose: optimizer, critic and actor, in this order, up to this one."""
 
@@ -359,7 +359,9 @@ class RunConfig(Settings):
 
     def snapshot_due(self, iteration: int) -> bool:
         """Whether that iteration's weights are written; those of the last one always are."""
-        return iteration >= self.iterations or iteration % self.checkpoints.every == 0
+        kept = self.retention.keep_every
+        return (iteration >= self.iterations or iteration % self.checkpoints.every == 0
+                or (kept is not None and iteration % kept == 0))
 
     @model_validator(mode="after")
     def _agreeing(self) -> Self:

@@ -299,3 +299,11 @@ def test_components_and_policies_without_signal():
     (line,) = of_policy(np.log(300) * 0.9995, 300)
     assert "its entropy of 5.701 nats is that of 300 equally likely tokens" in line
     assert not list(of_policy(5.0, 300)) and not list(of_policy(None, 300))
+
+
+def test_an_empty_row_takes_nothing_from_its_neighbours():
+    """Lengths 2, 0, 3: δ_t = r + γV_{t+1} − V_t by hand, λ = 0."""
+    offsets = np.array([0, 2, 2, 5])
+    rewards, values = Ragged(np.zeros(5), offsets), Ragged(np.array([1, 2, 3, 4, 5], np.float32), offsets)
+    found = gae_advantages(rewards, values, np.array([7.0, 9.0, 11.0]), 1.0, 0.0)
+    assert found.values.tolist() == [1, 5, 1, 1, 6]

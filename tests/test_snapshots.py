@@ -13,7 +13,9 @@ from flows.cli.main import run_command
 from flows.perform import restore
 from flows.runs.run import open_run
 from flows.runs.verify import verify
+from flows.store.attempt import folder_of
 from flows.store.store import Store, attempt_of
+from schemas.artifacts import Dropped
 from schemas.errors import DroppedError
 from stages.ops.tensor_file import DTYPES, tensor_file
 
@@ -89,6 +91,30 @@ def test_a_stage_whose_model_was_not_written(logged, tmp_path, name):
     assert checkpoints[0] == checkpoints[1]
     assert Store(store).manifest(checkpoints[0]).digests() == Store(logged / "each").manifest(checkpoints[1]).digests()
     assert run_command(["stage", "ppo", name, "--iteration", "1", "--store", str(store)]) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fork_with_other_settings_is_restored_across_its_beginning(logged, tmp_path, name):
+    """From before the fork: the optimizer goes on, whatever the learning rate was."""
+    store = tmp_path / "store"
+    shutil.copytree(logged / "some", store)
+    assert run_command(["fork", name, "--at", "3", "--run", "fork", "--store", str(store), "--set",
+                        "ppo.learning_rate=0.002"]) == 0
+    assert run_command(["train", "--run", "fork", "--store", str(store), "--quiet", "--iterations", "6", "--set",
+                        "checkpoints.every=10", "--set", "retention.keep_last=1", "--set", "retention.drop=actor",
+                        "--set", "retention.keep_best=false", "--set", "tracking.enabled=false"]) == 0
+    run = open_run(Store(store), "fork")
+    for iteration in (2, 3):  # whole until now: the run that it was forked from keeps them
+        for part in ("actor", "critic", "optimizer"):
+            run.store.files.remove(f"{attempt_of(run.store.manifest(run.state(iteration).actor.artifact))}/{part}")
+            put_dropped(run.store, run.state(iteration).actor.artifact, part)
+    assert restore(run.store, run.state(5).actor) == [1, 2, 3, 4, 5]
+    run.store.folder(run.state(5).optimizer.artifact, "optimizer")
+    assert verify(run.store, None)[1] == []
+
+
+def put_dropped(store, ref, part):
+    store.put(f"{folder_of(ref)}/dropped/{part}.json", Dropped(part=part, run="fork", created="2026-01-01T00:00:00+00:00"))
 
 
 def test_a_log_that_is_not_whole(logged, tmp_path, capsys):

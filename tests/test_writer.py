@@ -13,13 +13,16 @@ from safetensors.torch import load_file, save_file
 
 from flows.cli.main import run_command
 from flows.control import control_tasks
+from flows.runs.produce import StageOutput, _commit_ours, compute
 from flows.runs.run import open_run
 from flows.runs.verify import verify
 from flows.store import writer as writer_module
 from flows.store.attempt import Attempt, folder_of, sha256_file
 from flows.store.store import Store
 from flows.store.writer import Writer
+from schemas.artifacts import Recipe
 from schemas.errors import StoreError, UnreachableStoreError
+from schemas.settings import ExecutionConfig
 
 
 def test_one_after_another_until_one_fails():
@@ -160,3 +163,30 @@ sys.exit(f"imported {loaded}" if loaded else code)
     command = [sys.executable, "-c", code, "stage", "gae", "tiny", "--iteration", "2", "--store", str(trained[1])]
     done = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert done.returncode == 0 and "reproduced, 1 file, the same bytes" in done.stdout, done.stderr
+
+
+def test_a_commit_whose_reply_was_lost_is_found_when_it_is_tried_again(tmp_path, monkeypatch):
+    """And what was written of a try that was not committed is written anew, under another name."""
+    monkeypatch.setattr(writer_module, "RETRY_DELAYS", (0, 0, 0))
+    recipe, put, store = Recipe(stage="test", version=1, config={}, inputs={}), Store.put, Store(tmp_path / "store")
+    tries = []
+
+    def make(attempt):
+        attempt.write("file", b"1")
+        return StageOutput()
+
+    made = compute(store, recipe, ExecutionConfig(threads=1), make)
+
+    def lost(store, key, record):
+        tries.append(record.attempt)
+        if len(tries) == 1:
+            raise UnreachableStoreError("nothing arrived")
+        put(store, key, record)
+        raise UnreachableStoreError("no reply")
+
+    monkeypatch.setattr(Store, "put", lost)
+    with Writer() as writer:
+        store.commit_later(made.attempt, recipe, lambda: _commit_ours(store, made), writer)
+        manifest = store.find(recipe.ref)
+    assert len(tries) == 2 and tries[0] != tries[1] == manifest.attempt
+    assert store.file(recipe.ref, "file").read_bytes() == b"1" and verify(Store(tmp_path / "store"), None)[1] == []

@@ -166,7 +166,7 @@ class WarmModels:
         """Whether the model, or optimizer, is in memory."""
         if model.folder == "optimizer":
             return model.artifact in self._learners
-        return any(ref == model for _, ref, _ in self._warm)
+        return any(ref == model for _, ref, _ in list(self._warm))
 
     def forget(self, artifact: ArtifactRef) -> None:
         """Lets go of what is warm of an artifact, so that it is read from the store."""

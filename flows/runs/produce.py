@@ -132,6 +132,9 @@ def _finite(recipe: Recipe, metrics: dict[str, float]) -> dict[str, float]:
 
 def _commit(store: Store, made: Made) -> tuple[Manifest, Manifest, dict[str, tuple[str | None, str | None]]]:
     """Our manifest, the one that is the artifact's now, and in which files they differ."""
+    there = store.committed(made.recipe.ref)
+    if there and there.attempt == made.attempt.name:  # a try before this one, whose reply was lost
+        return there, there, {}
     ours = seal(store, made)
     try:
         theirs = store.commit(ours, made.attempt.tables)
@@ -164,8 +167,11 @@ def _produced(manifest: Manifest, how: str, different: dict | None = None, folde
 
 def _compared(store: Store, there: Manifest, again: Manifest, attempt: Attempt, restore: bool) -> Produced:
     different = differing(there, again)
-    if different:
+    if different and attempt.weights_kept and not restore:
         return _produced(there, "different", different, str(attempt.folder))
+    if different:
+        store.discard(attempt)
+        return _produced(there, "different", different)
     if restore:
         store.restore(there, attempt)
     store.discard(attempt)

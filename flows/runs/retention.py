@@ -45,7 +45,7 @@ def kept_whole(config: RetentionConfig, iteration: int, last: int, snapshot: int
 def snapshot_before(run: Run, last: TrainState) -> int:
     """The newest iteration whose weights were written; 0 if there was none."""
     iteration, state = last.iteration, last
-    while iteration > 0 and run.store.manifest(state.artifacts["ppo"]).unwritten:
+    while iteration > 0 and _committed(run.store, state.artifacts["ppo"]).unwritten:
         iteration -= 1
         state = run.state(iteration)
     return iteration
@@ -69,7 +69,7 @@ class Retention:
                 continue
             ref = self.run.state(iteration).artifacts["ppo"]
             there = {name: size for name in PARTS[: PARTS.index(self.config.drop) + 1]
-                     if (size := self._bytes(self.run.store.manifest(ref), name))}
+                     if (size := self._bytes(_committed(self.run.store, ref), name))}
             if there and not self._kept_elsewhere(ref, iteration):
                 for name, size in there.items():
                     yield Part(ref, name, self.run.name, iteration, size)
@@ -94,7 +94,7 @@ class Retention:
     def _snapshot(self, last: TrainState) -> int:
         """As `snapshot_before`, found once of each state."""
         if last.iteration not in self._snapshots:
-            written = last.iteration == 0 or not self.run.store.manifest(last.artifacts["ppo"]).unwritten
+            written = last.iteration == 0 or not _committed(self.run.store, last.artifacts["ppo"]).unwritten
             known = last.iteration if written else self._snapshots.get(last.iteration - 1)
             self._snapshots = {last.iteration: snapshot_before(self.run, last) if known is None else known}
         return self._snapshots[last.iteration]
@@ -129,7 +129,15 @@ class Retention:
 def drop(store: Store, part: Part) -> None:
     """Records that the part is gone, then removes it; to be repeated if that is interrupted."""
     store.put(f"{folder_of(part.ref)}/dropped/{part.name}.json", Dropped(part=part.name, run=part.run, created=now()))
-    store.files.remove(f"{attempt_of(store.manifest(part.ref))}/{part.name}")
+    store.files.remove(f"{attempt_of(_committed(store, part.ref))}/{part.name}")
+
+
+def _committed(store: Store, ref: ArtifactRef) -> Manifest:
+    """Of a saved state. `Store.manifest` would wait for what is pending, and this may be the thread that commits."""
+    manifest = store.committed(ref)
+    if manifest is None:
+        raise StoreError(f"{ref.short} is not in {store.uri}")
+    return manifest
 
 
 def all_droppable(run: Run) -> Iterator[Part]:

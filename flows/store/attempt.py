@@ -41,6 +41,7 @@ class Attempt:
         self._weights: dict[str, Callable[[], Iterable[memoryview]]] = {}
         self._entries: dict[str, FileEntry] = {}  # files that are synced and hashed already
         self._folders: set[Path] = set()  # to be synced; above `attempts` that is done with the manifest
+        self._sealed = False
         self._others = False  # whether a library writes files of its own below the folder
 
     @cached_property
@@ -57,8 +58,9 @@ class Attempt:
         return "folder" in self.__dict__
 
     def begin_anew(self) -> None:
-        """After what was written was removed."""
-        del self.folder
+        """Under another name: what was written so far may be another try's, and committed."""
+        self.__dict__.pop("folder", None)
+        self.name, self._sealed = uuid.uuid4().hex, False
         self._entries.clear()
         self._folders.clear()
 
@@ -91,7 +93,11 @@ class Attempt:
     # --- writing it ---
 
     def seal(self) -> tuple[FileEntry, ...]:
-        """Writes, hashes and syncs everything, large files several at once; all entries, sorted by path."""
+        """Writes, hashes and syncs everything, large files several at once; all entries, sorted by path. A second time it is
+        written anew."""
+        if self._sealed:
+            self.begin_anew()
+        self._sealed = True
         for write in self._writes:
             write()
         for inner in self._weights if self.weights_kept else ():

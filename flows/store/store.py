@@ -92,8 +92,10 @@ class Store:
         if self.put(f"{folder_of(manifest.ref)}/manifest.json", manifest):
             self._keep(manifest, tables or {})
             return manifest
-        self.files.remove(attempt_of(manifest))
-        return self._require(manifest.ref, self.committed(manifest.ref))
+        theirs = self._require(manifest.ref, self.committed(manifest.ref))
+        if theirs.attempt != manifest.attempt:
+            self.files.remove(attempt_of(manifest))
+        return theirs
 
     def commit_later(
         self, attempt: Attempt, recipe: Recipe, commit: Callable[[], Manifest], writer: Writer
@@ -103,13 +105,18 @@ class Store:
         def done() -> Manifest:
             manifest = commit()
             with self._lock:
-                del self._pending[recipe.ref]
+                self._pending.pop(recipe.ref, None)
             return manifest
 
         pending = _Pending(attempt, recipe)
         with self._lock:
             self._pending[recipe.ref] = pending
-        pending.committed = writer.later(done)
+        try:
+            pending.committed = writer.later(done)
+        except BaseException:
+            with self._lock:
+                self._pending.pop(recipe.ref, None)
+            raise
 
     def forget_pending(self) -> None:
         """After a writer that has failed: what it has not committed is not there."""
@@ -120,7 +127,6 @@ class Store:
         """Removes what was written of an attempt that was not committed."""
         if attempt.begun:
             self.files.remove(f"{folder_of(attempt.ref)}/attempts/{attempt.name}")
-            attempt.begin_anew()
 
     # --- artifacts ---
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,8 +21,9 @@ T = TypeVar("T")
 def yield_processor() -> None:
     """Has this thread, where the system can, run when no other wants the processor: the threads of a computation wait for
     each other, so that all of them would be held up."""
-    with contextlib.suppress(AttributeError, OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    with contextlib.suppress(OSError):
+        if sys.platform == "linux":  # elsewhere it is of whole processes
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 class Writer:
@@ -36,12 +38,14 @@ class Writer:
         self._pool = ThreadPoolExecutor(1, "commit", yield_processor)
         self._error: BaseException | None = None
         self._last: Future | None = None
+        self._lock = threading.Lock()  # stages may run side by side
 
     def later(self, job: Callable[[], T]) -> Future[T]:
         """Does the job after all others. Raises what an earlier one has raised."""
         self.check()
-        self._last = self._pool.submit(self._do, job)
-        return self._last
+        with self._lock:
+            self._last = self._pool.submit(self._do, job)
+            return self._last
 
     def check(self) -> None:
         """Raises what a job has raised; what was tried again in vain as a `StoreError` that is not."""
@@ -65,7 +69,7 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, *_: object) -> None:
         if kind is not None and not issubclass(kind, Exception):
             self.stop.set()
         try:
@@ -73,6 +77,8 @@ class Writer:
                 self.wait()
         finally:
             self._pool.shutdown(cancel_futures=self.stop.is_set())
+            if raised is not None and self._error not in (None, raised, raised.__cause__):
+                log.warning("and a commit has failed: %s", self._error)
 
     def _do(self, job: Callable[[], T]) -> T:
         self.check()

@@ -57,7 +57,10 @@ def _note_of(run: Run) -> Path:
 
 
 def _note(run: Run, iteration: int) -> dict[str, Any]:
-    return {"uri": hashlib.sha256(tracking_uri(run).encode()).hexdigest(), "experiment": run.config.tracking.experiment,
+    uri = tracking_uri(run)
+    database = database_of(uri).stat().st_ino if uri.startswith("sqlite:") and database_of(uri).is_file() else None
+    return {"database": database,
+            "uri": hashlib.sha256(uri.encode()).hexdigest(), "experiment": run.config.tracking.experiment,
             "created": run.record.created, "iteration": iteration}
 
 

@@ -27,8 +27,8 @@ def gae_advantages(
     order = np.argsort(-rewards.lengths, kind="stable")  # so that rows with a step t from their end are the first ones
     ends, longer = rewards.offsets[1:][order], np.cumsum(np.bincount(rewards.lengths)[::-1])[::-1]
     value = values.values.astype(np.float64)
-    next_value = np.append(value[1:], 0.0)
-    next_value[rewards.offsets[1:] - 1] = bootstrap
+    next_value, filled = np.append(value, 0.0)[1:], rewards.lengths > 0
+    next_value[rewards.offsets[1:][filled] - 1] = bootstrap[filled]
     delta = rewards.values + gamma * next_value - value
     out, decay = np.empty(len(delta)), gamma * np.broadcast_to(gae_lambda, len(order))[order]
     carried = np.zeros(len(order))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -46,6 +47,16 @@ class Device:
         """CPU threads of this thread's operations; before anything is computed, since last bits depend on their number."""
         if threads is not None and torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """Afterwards this thread's operations take as many threads as before."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        Device().use_threads(before)
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h

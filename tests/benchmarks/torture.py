@@ -3,6 +3,7 @@
 kills       SIGKILL before, in the middle of and after every call that changes the store, in every stage of a language
             model's and a control task's run; then the same command: every state and file as in the undisturbed run
 random      200 SIGKILLs at random moments of data/reviews, 6 iterations
+snapshots   50 SIGKILLs at random moments of a run with a checkpoint every 5 iterations; then each iteration restored
 full_disk   ENOSPC at every call of a whole run that needs space, and from then on; then the same command with space again
 bits        every file of a finished run: cut at every length and one bit of every byte flipped where it is small, 1,000 of
             each where it is large; noticed on read, under its name
@@ -29,6 +30,7 @@ from conftest import write_example  # noqa: E402
 from control import write_control  # noqa: E402
 from faults import HARMLESS_TO_A_FULL_DISK, KILLS, Faults, Point, contents, same_as_reference  # noqa: E402
 
+from flows.perform import restore  # noqa: E402
 from flows.runs.run import open_run, references  # noqa: E402
 from flows.runs.verify import verify  # noqa: E402
 from flows.store.store import Store, read_table  # noqa: E402
@@ -131,15 +133,47 @@ def full_disk(work: Path) -> Iterator[str]:
 
 
 def random_(work: Path, kills: int = 200) -> Iterator[str]:
-    """A life lasts up to `longest` seconds, which grows while nothing is committed: what is committed is never lost."""
     example = work / "reviews"
     shutil.copytree(ROOT / "data/reviews", example)
     config = yaml.safe_load((example / "config.yaml").read_text())
     config |= {"iterations": 6, "tracking": {"enabled": False}, "execution": {"threads": 1}}
     (example / "config.yaml").write_text(yaml.safe_dump(config))
-    faults, rng, killed, runs, longest, before = Faults(example, work), random.Random(0), 0, 0, 1.0, -1
+    runs = _killed_at_random(Faults(example, work), kills)
+    yield f"data/reviews, 6 iterations: {kills} kills, {runs} runs that ended, each in the same bytes"
+
+
+def snapshots(work: Path, kills: int = 50, every: int = 5) -> Iterator[str]:
+    example = write_example(work / "tiny")
+    config = yaml.safe_load((example / "config.yaml").read_text())
+    config |= {"iterations": 12, "checkpoints": {"every": every}, "evaluate": config["evaluate"] | {"every": 0}}
+    (example / "config.yaml").write_text(yaml.safe_dump(config))
+    runs = _killed_at_random(Faults(example, work), kills)
+    yield f"12 iterations, a snapshot every {every}: {kills} kills, {runs} runs that ended, each in the same bytes"
+    (example / "config.yaml").write_text(yaml.safe_dump(config | {"checkpoints": {"every": 1}}))
+    (work / "plain").mkdir()
+    plain = Faults(example, work / "plain")
+    plain.record()
+    plain.close()
+    ours, theirs = (open_run(Store(place / "reference"), "tiny") for place in (work, work / "plain"))
+    for iteration in range(1, 13):
+        model = ours.state(iteration).actor
+        updates = restore(ours.store, model)
+        digests = theirs.store.manifest(theirs.state(iteration).actor.artifact).digests()
+        assert ours.store.manifest(model.artifact).digests() == digests
+        for part in ("actor", "critic", "optimizer"):
+            ours.store.folder(model.artifact, part)  # every file checked
+        yield f"iteration {iteration}: restored by {len(updates)} updates, as in a run with every checkpoint written"
+    assert verify(ours.store, None)[1] == []
+
+
+def _killed_at_random(faults: Faults, kills: int) -> int:
+    """How many runs have ended meanwhile, each in the same bytes.
+
+    A life lasts up to `longest` seconds, which grows while nothing is committed: what is committed is never lost.
+    """
+    rng, killed, runs, longest, before = random.Random(0), 0, 0, 1.0, -1
     faults.record()
-    reference = contents(work / "reference")
+    reference = contents(faults.work / "reference")
     while killed < kills:
         if faults.go_on(rng.uniform(0, longest))["code"] == 0:
             assert contents(faults.store) == reference and verify(Store(faults.store), None)[1] == []
@@ -153,7 +187,7 @@ def random_(work: Path, kills: int = 200) -> Iterator[str]:
     assert faults.go_on()["code"] == 0 and contents(faults.store) == reference
     assert verify(Store(faults.store), None)[1] == []
     faults.close()
-    yield f"data/reviews, 6 iterations: {killed} kills, {runs + 1} runs that ended, each in the same bytes"
+    return runs + 1
 
 
 def bits(work: Path) -> Iterator[str]:
@@ -209,7 +243,7 @@ def _require(path: Path, read: Callable[[], object]) -> None:
         raise AssertionError(f"{path}: damage went unnoticed")
 
 
-CHECKS = {"kills": kills, "random": random_, "full_disk": full_disk, "bits": bits}
+CHECKS = {"kills": kills, "random": random_, "snapshots": snapshots, "full_disk": full_disk, "bits": bits}
 
 
 def main() -> int:
