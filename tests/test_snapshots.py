@@ -78,14 +78,14 @@ def test_restored_from_the_snapshot_before(logged, tmp_path, capsys, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stage_whose_model_was_not_written(logged, tmp_path, name):
-    """A rerun restores it first; so does a fork that begins there."""
+    """A rerun restores it first; a fork that begins there and finds all that follows has no need to."""
     store = tmp_path / "store"
     shutil.copytree(logged / "some", store)
     assert run_command(["stage", "rollout", name, "--iteration", "4", "--store", str(store)]) == 0
     assert set(weights(store, name, 3).values()) == {True} and set(weights(store, name, 1).values()) == {False}
     assert run_command(["fork", name, "--at", "1", "--run", "fork", "--store", str(store)]) == 0
     assert run_command(["train", "--run", "fork", "--store", str(store), "--quiet", "--iterations", "3"]) == 0
-    assert set(weights(store, "fork", 1).values()) == {True}
+    assert set(weights(store, "fork", 1).values()) == {False}
     checkpoints = [open_run(Store(place), run).state(3).artifacts["ppo"]
                    for place, run in ((store, "fork"), (logged / "each", name))]
     assert checkpoints[0] == checkpoints[1]
@@ -98,18 +98,18 @@ def test_a_fork_with_other_settings_is_restored_across_its_beginning(logged, tmp
     """From before the fork: the optimizer goes on, whatever the learning rate was."""
     store = tmp_path / "store"
     shutil.copytree(logged / "some", store)
-    assert run_command(["fork", name, "--at", "3", "--run", "fork", "--store", str(store), "--set",
+    assert run_command(["fork", name, "--at", "2", "--run", "fork", "--store", str(store), "--set",
                         "ppo.learning_rate=0.002"]) == 0
-    assert run_command(["train", "--run", "fork", "--store", str(store), "--quiet", "--iterations", "6", "--set",
+    assert run_command(["train", "--run", "fork", "--store", str(store), "--quiet", "--iterations", "5", "--set",
                         "checkpoints.every=10", "--set", "retention.keep_last=1", "--set", "retention.drop=actor",
                         "--set", "retention.keep_best=false", "--set", "tracking.enabled=false"]) == 0
     run = open_run(Store(store), "fork")
-    for iteration in (2, 3):  # whole until now: the run that it was forked from keeps them
+    for iteration in (1, 2):  # whole until now: the run that it was forked from keeps them
         for part in ("actor", "critic", "optimizer"):
             run.store.files.remove(f"{attempt_of(run.store.manifest(run.state(iteration).actor.artifact))}/{part}")
             put_dropped(run.store, run.state(iteration).actor.artifact, part)
-    assert restore(run.store, run.state(5).actor) == [1, 2, 3, 4, 5]
-    run.store.folder(run.state(5).optimizer.artifact, "optimizer")
+    assert restore(run.store, run.state(4).actor) == [1, 2, 3, 4]
+    run.store.folder(run.state(4).optimizer.artifact, "optimizer")
     assert verify(run.store, None)[1] == []
 
 
