@@ -58,7 +58,7 @@ def perform(
         return kind_of(call.kind).task(call.stage)(Work(call, store, warm, attempt))
 
     try:
-        produced = produce(store, call, make, again=again, restore=restoring, writer=writer)
+        produced = produce(store, call, make, again=again, restoring=restoring, writer=writer)
     except NonFiniteError as error:
         raise NonFiniteError(f"{call.stage} of iteration {call.iteration}: {error}; nothing was committed") from error
     if produced.how == "adopted" and produced.different:

@@ -264,7 +264,7 @@ class Produced(Record):
     seconds: float
     """As the manifest has it."""
     files: int = 0
-    """That were compared."""
+    """How many it holds; 0 where it is committed later."""
     different: dict[str, tuple[str | None, str | None]] = Field(default_factory=dict)
     """Path → (committed digest, new digest) where those of this process differ."""
     folder: str | None = None

@@ -54,7 +54,7 @@ class WarmPolicies:
         self, actor: ModelRef, critic: ModelRef, optimizer: ModelRef | None, config: PPOConfig
     ) -> ControlLearner:
         """Actor, critic and optimizer to train; they leave the cache, since training changes them."""
-        self.store.manifest(actor.artifact)  # committed, or else it would be written while it is trained
+        self.store.manifest(actor.artifact)  # committed: of one update at most commits are under way
         warm, self._learner = self._learner, None
         if warm and optimizer and warm[0] == optimizer.artifact and warm[1].config == config:
             return warm[1]

@@ -38,12 +38,12 @@ class StageOutput:
 
 
 def produce(
-    store: Store, call: StageCall, make: Callable[[Attempt], StageOutput], *, again: bool = False, restore: bool = False,
+    store: Store, call: StageCall, make: Callable[[Attempt], StageOutput], *, again: bool = False, restoring: bool = False,
     writer: Writer | None = None,
 ) -> Produced:
     """The call's artifact. `make` says what it holds, and is not called if it is committed already.
 
-    `again`: a committed artifact is made again beside itself and the digests are compared; `restore`: what is missing of
+    `again`: a committed artifact is made again beside itself and the digests are compared; `restoring`: what is missing of
     it is then put back, if they are equal; `writer`: commits it later, where it raises `SupersededError` should another
     process have come first with other bytes.
     """
@@ -53,7 +53,7 @@ def produce(
         return _produced(there, "found")
     made = compute(store, call.recipe, call.execution, make, call)
     if there:
-        return _compared(store, there, seal(store, made), made.attempt, restore)
+        return _compared(store, there, seal(store, made), made.attempt, restoring)
     if writer is not None:
         made.attempt.stop = writer.stop
         store.commit_later(made.attempt, call.recipe, lambda: _commit_ours(store, made), writer)
@@ -165,17 +165,14 @@ def _produced(manifest: Manifest, how: str, different: dict | None = None, folde
                     files=files, different=different or {}, folder=folder)
 
 
-def _compared(store: Store, there: Manifest, again: Manifest, attempt: Attempt, restore: bool) -> Produced:
+def _compared(store: Store, there: Manifest, again: Manifest, attempt: Attempt, restoring: bool) -> Produced:
     different = differing(there, again)
-    if different and attempt.weights_kept and not restore:
+    if different and attempt.weights_kept and not restoring:  # to be looked at
         return _produced(there, "different", different, str(attempt.folder))
-    if different:
-        store.discard(attempt)
-        return _produced(there, "different", different)
-    if restore:
+    if restoring and not different:
         store.restore(there, attempt)
     store.discard(attempt)
-    return _produced(there, "reproduced")
+    return _produced(there, "different" if different else "reproduced", different)
 
 
 def differing(committed: Manifest, ours: Manifest) -> dict[str, tuple[str | None, str | None]]:

@@ -97,9 +97,7 @@ class Store:
             self.files.remove(attempt_of(manifest))
         return theirs
 
-    def commit_later(
-        self, attempt: Attempt, recipe: Recipe, commit: Callable[[], Manifest], writer: Writer
-    ) -> None:
+    def commit_later(self, attempt: Attempt, recipe: Recipe, commit: Callable[[], Manifest], writer: Writer) -> None:
         """Has the writer commit it. Until then its recipe and tables are those in memory, and who asks for more waits."""
 
         def done() -> Manifest:
@@ -135,8 +133,7 @@ class Store:
 
         Raises `StoreError` if it cannot be believed, and what the commit of a pending one raises.
         """
-        with self._lock:
-            pending = self._pending.get(ref)
+        pending = self._pending_of(ref)
         return pending.committed.result() if pending else self.committed(ref)
 
     def committed(self, ref: ArtifactRef) -> Manifest | None:
@@ -164,15 +161,17 @@ class Store:
 
     def recipe(self, ref: ArtifactRef) -> Recipe:
         """What the artifact is made from, known before it is committed."""
-        with self._lock:
-            pending = self._pending.get(ref)
+        pending = self._pending_of(ref)
         return pending.recipe if pending else self.manifest(ref).recipe
 
     def has_table(self, ref: ArtifactRef, kind: type[Table]) -> bool:
         """Whether it holds that table."""
-        with self._lock:
-            pending = self._pending.get(ref)
+        pending = self._pending_of(ref)
         return kind in pending.attempt.tables if pending else kind.file in self.manifest(ref).digests()
+
+    def _pending_of(self, ref: ArtifactRef) -> _Pending | None:
+        with self._lock:
+            return self._pending.get(ref)
 
     def _require(self, ref: ArtifactRef, manifest: Manifest | None) -> Manifest:
         if manifest is None:
@@ -254,8 +253,7 @@ class Store:
 
     def holds_weights(self, ref: ArtifactRef) -> bool:
         """Whether all that the artifact lists is in the store, or will be once it is committed."""
-        with self._lock:
-            pending = self._pending.get(ref)
+        pending = self._pending_of(ref)
         if pending:
             return pending.attempt.weights_kept
         return self.committed(ref) is not None and not self.missing(ref)

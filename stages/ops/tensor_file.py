@@ -21,7 +21,6 @@ DTYPES = {
 ORDER = list(DTYPES)
 
 
-
 def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[memoryview]:
     """Header, then each tensor's bytes. Raises `ValueError` of a dtype that safetensors does not have."""
     order = sorted(tensors, key=lambda name: (ORDER.index(tensors[name].dtype), name))
