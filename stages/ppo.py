@@ -22,6 +22,7 @@ from schemas.metrics import PPOMetrics
 from schemas.settings import PPOConfig
 from schemas.tables import Advantages, Ragged, ReferenceLogprobs, Rollouts, Trajectories, Values, require_aligned
 from stages.ops.advantages import whiten
+from stages.ops.device import bound_to_cores
 from stages.ops.finite import require_finite
 from stages.ops.kl import kl_estimate
 from stages.ops.learner import Learner, MicroBatch, Prediction, Units
@@ -40,6 +41,7 @@ class KLLoss:
     estimator: str  # k2 or k3
 
 
+@bound_to_cores()
 def ppo(
     learner: Learner, rollouts: Rollouts | Trajectories, values: Values | Trajectories | None, advantages: Advantages,
     config: PPOConfig, *, seed: int, learning_rate_factor: float = 1.0, train_actor: bool = True,

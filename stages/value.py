@@ -7,10 +7,12 @@ import torch
 
 from schemas.metrics import ValueMetrics
 from schemas.tables import Rollouts, Values
+from stages.ops.device import bound_to_cores
 from stages.ops.finite import require_finite
 from stages.ops.language_model import LanguageModel, state_values, tracked_batches
 
 
+@bound_to_cores()
 @torch.inference_mode()
 def value(critic: LanguageModel, rollouts: Rollouts) -> Values:
     """Raises `NonFiniteError` with the rows."""

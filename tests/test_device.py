@@ -1,12 +1,14 @@
 """What a process sets before it computes."""
 
+import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from stages.ops.device import Device
+from stages.ops.device import Device, bound_to_cores
 
 MEASURE = """
 import torch
@@ -26,6 +28,48 @@ print(kept, resident() - before > 2**26)
 def test_what_a_tensor_leaves_is_kept_by_the_process(keep):
     out = subprocess.run([sys.executable, "-c", MEASURE.format(keep=keep)], capture_output=True, text=True, check=True)
     assert out.stdout.split() == [str(keep), str(keep)]
+
+
+PLACES = """
+import json, os, torch
+from stages.ops.device import _cores, bound_to_cores
+places = lambda: {thread: sorted(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")}
+torch.set_num_threads(THREADS)
+free = places()
+with bound_to_cores():
+    torch.ones(2**22).exp()
+    inside = places()
+    with bound_to_cores():
+        nested = places()
+print(json.dumps([[sorted(core) for core in _cores(frozenset(os.sched_getaffinity(0)))], str(os.getpid()), free, inside,
+                  nested, places()]))
+"""
+
+
+def places(threads):
+    code = PLACES.replace("THREADS", threads)
+    return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def test_as_many_threads_as_cores_have_one_each_while_they_compute_and_the_caller_is_free_afterwards():
+    cores, main, free, inside, nested, after = places("len(_cores(frozenset(os.sched_getaffinity(0))))")
+    if len(cores) == 1:
+        cores = [free[main]]
+    assert inside[main] == cores[0] and after[main] == free[main]
+    assert sorted(inside[thread] for thread in inside if thread not in free or thread == main) == sorted(cores)
+    assert nested == inside
+
+
+def test_fewer_threads_than_cores_go_where_they_like():
+    _, _, free, inside, _, after = places("1")
+    assert {thread: inside[thread] for thread in free} == free == {thread: after[thread] for thread in free}
+
+
+def test_cores_are_given_back_by_what_fails():
+    before = os.sched_getaffinity(0)
+    with pytest.raises(ZeroDivisionError), bound_to_cores():
+        raise ZeroDivisionError
+    assert os.sched_getaffinity(0) == before
 
 
 @pytest.mark.parametrize("there, name", [(False, "cpu"), (True, "cuda")])

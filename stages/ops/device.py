@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -58,6 +59,63 @@ def threads_kept() -> Iterator[None]:
     finally:
         Device().use_threads(before)
 
+
+# --- cores ---
+
+@contextmanager
+def bound_to_cores() -> Iterator[None]:
+    """Inside it each of this thread's OpenMP threads stays on a core of its own, if there are as many threads as cores.
+
+    They wait for each other by spinning. Where another process takes a core, two of them otherwise come to share the
+    other one, and each waits for a time slice while the one that it waits for has none: ten times as long. The calling
+    thread is free again afterwards, so that threads and processes that it starts elsewhere go where they like.
+    """
+    allowed = _affinity()
+    if allowed is None or not _place_openmp_threads(torch.get_num_threads(), allowed):
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def _affinity() -> frozenset[int] | None:
+    """Processors that this thread may run on; none where a system does not say."""
+    return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
+def _place_openmp_threads(threads: int, allowed: frozenset[int]) -> bool:
+    """Each thread of the calling thread's team to its core; whether it was done."""
+    cores = _cores(allowed)
+    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)  # of GNU's library, and of Intel's for programs made for it
+    if threads < 2 or threads != len(cores) or parallel is None:
+        return False
+    number, failed = ctypes.CDLL(None).omp_get_thread_num, []
+
+    def place(_: object) -> None:
+        try:
+            os.sched_setaffinity(0, cores[number()])
+        except OSError as error:
+            failed.append(error)
+
+    parallel(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(place), None, threads, 0)
+    if failed:
+        os.sched_setaffinity(0, allowed)
+    return not failed
+
+
+@cache
+def _cores(allowed: frozenset[int]) -> tuple[frozenset[int], ...]:
+    """The processors of each core, of those that are allowed."""
+    found = {}
+    for processor in sorted(allowed):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
+        found.setdefault(siblings.read_text() if siblings.is_file() else processor, set()).add(processor)
+    return tuple(map(frozenset, found.values()))
+
+
+# --- memory ---
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from schemas.tables import Rollouts
 from stages.ops.abilities import Abilities
 from stages.ops.conversations import ChatTemplate
-from stages.ops.device import Device
+from stages.ops.device import Device, bound_to_cores
 from stages.ops.precision import FLOAT32, Precision
 from stages.ops.progress import progress_bar
 from stages.ops.sequences import Batch, by_length, make_batch, pad_left, split_by_tokens
@@ -148,6 +148,7 @@ def state_values(critic: LanguageModel, batch: Batch) -> Tensor:
     return critic.score(critic.hidden(batch)[:, batch.prompt_width - 1 :])
 
 
+@bound_to_cores()
 @torch.inference_mode()
 def sequence_scores(model: LanguageModel, rows: Sequence[Sequence[int]], progress: str) -> np.ndarray:
     """(b,) float32: what a sequence classifier with one label gives for each row: at its last token, whatever token that is,

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from schemas.language import RolloutConfig
 from schemas.tables import Ragged, Rollouts
 from stages.ops.conversations import ChatTemplate, Message, Prompt, shown
+from stages.ops.device import bound_to_cores
 from stages.ops.distribution import Distribution, distribution_of, token_ids
 from stages.ops.finite import require_finite
 from stages.ops.key_value_cache import growing_cache
@@ -254,6 +255,7 @@ class _Batch:
             self.cache.batch_select_indices(kept)
 
 
+@bound_to_cores()
 @torch.inference_mode()
 def sample(
     model: LanguageModel, prompts: list[np.ndarray], uniforms: np.ndarray, distribution: Distribution, stops: Stops, *,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from schemas.tables import Ragged, Rollouts
-from stages.ops.device import release_large_blocks
+from stages.ops.device import bound_to_cores, release_large_blocks
 from stages.ops.distribution import Distribution
 from stages.ops.finite import require_finite
 from stages.ops.language_model import LanguageModel, tracked_batches
@@ -66,6 +66,7 @@ def entropy_of(logprobs: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
+@bound_to_cores()
 @torch.inference_mode()
 def score_tokens(model: LanguageModel, rollouts: Rollouts, distribution: Distribution, progress: str) -> Ragged:
     """log π(token) of every sampled token under `model`, nats, float32, 0 of others. Raises `NonFiniteError` with the

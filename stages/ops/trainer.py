@@ -11,6 +11,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from schemas.errors import NonFiniteError
 from schemas.language import RewardModelConfig, SFTConfig
+from stages.ops.device import bound_to_cores
 from stages.ops.progress import progress_bar
 
 
@@ -40,7 +41,8 @@ def run(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(progress)
     _guard_loss(trainer, name, tokens, computing)
-    trainer.train()
+    with bound_to_cores():
+        trainer.train()
     for weight, values in trainer.model.named_parameters():
         if not torch.isfinite(values).all():
             raise NonFiniteError(f"{name}: the weight {weight} is not finite after the last step; lower the learning rate")
