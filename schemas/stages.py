@@ -29,12 +29,15 @@ from schemas.metrics import (
 )
 from schemas.tables import (
     Advantages,
+    DroppedResponses,
     ReferenceLogprobs,
     Returns,
     Rewards,
     Rollouts,
     Samples,
+    ScoredTexts,
     Table,
+    TokenRewards,
     Trajectories,
     Values,
 )
@@ -49,10 +52,12 @@ class Stage:
     kind: Kind
     name: str
     version: int
-    """Raised when its results change meaning; part of the identity of what it writes."""
+    """Raised when its results change, were it in their last bits; part of the identity of what it writes."""
     metrics: type[Metrics]
     table: type[Table] | None = None
     """What it writes, if that is a table; models otherwise."""
+    beside: tuple[type[Table], ...] = ()
+    """Tables that it may write beside that one."""
     headline: tuple[str, ...] = ()
     """Metrics of the line that announces it before the first iteration."""
 
@@ -62,28 +67,28 @@ def _by_name(*stages: Stage) -> dict[str, Stage]:
 
 
 GAE_VERSION = 3
-PPO_VERSION = 3
 
 STAGES: dict[Kind, dict[str, Stage]] = {
     "language": _by_name(
         Stage("language", "base_model", 1, BaseModelMetrics, headline=("parameters",)),
-        Stage("language", "sft", 1, SFTMetrics, headline=("loss",)),
-        Stage("language", "reward_model", 1, RewardModelMetrics, headline=("heldout_accuracy",)),
-        Stage("language", "reward_bias", 1, RewardBiasMetrics, Rewards, headline=("bias",)),
-        Stage("language", "rollout", 1, RolloutMetrics, Rollouts),
-        Stage("language", "reference", 1, ReferenceMetrics, ReferenceLogprobs),
-        Stage("language", "reward", 2, RewardMetrics, Rewards),
-        Stage("language", "resample", 1, ResampleMetrics, Rollouts),
-        Stage("language", "value", 1, ValueMetrics, Values),
+        Stage("language", "sft", 2, SFTMetrics, headline=("loss",)),
+        Stage("language", "reward_model", 2, RewardModelMetrics, headline=("heldout_accuracy",)),
+        Stage("language", "reward_bias", 2, RewardBiasMetrics, Rewards, headline=("bias",)),
+        Stage("language", "rollout", 2, RolloutMetrics, Rollouts),
+        Stage("language", "reference", 2, ReferenceMetrics, ReferenceLogprobs),
+        Stage("language", "reward", 3, RewardMetrics, Rewards, (TokenRewards, ScoredTexts)),
+        Stage("language", "resample", 2, ResampleMetrics, Rollouts,
+              (Rewards, TokenRewards, ScoredTexts, DroppedResponses)),
+        Stage("language", "value", 2, ValueMetrics, Values),
         Stage("language", "gae", GAE_VERSION, GAEMetrics, Advantages),
-        Stage("language", "ppo", PPO_VERSION, PPOMetrics),
-        Stage("language", "evaluate", 2, EvaluateMetrics, Samples, headline=("gold", "score")),
+        Stage("language", "ppo", 4, PPOMetrics),
+        Stage("language", "evaluate", 3, EvaluateMetrics, Samples, headline=("gold", "score")),
     ),
     "control": _by_name(
         Stage("control", "policy", 1, PolicyMetrics, headline=("actor_parameters", "critic_parameters")),
         Stage("control", "rollout", 2, ControlRolloutMetrics, Trajectories),
         Stage("control", "gae", GAE_VERSION, GAEMetrics, Advantages),
-        Stage("control", "ppo", PPO_VERSION, PPOMetrics),
+        Stage("control", "ppo", 3, PPOMetrics),
         Stage("control", "evaluate", 1, ControlEvaluateMetrics, Returns, headline=("episode_return",)),
     ),
 }

@@ -18,9 +18,8 @@ def value(critic: LanguageModel, rollouts: Rollouts) -> Values:
     """Raises `NonFiniteError` with the rows."""
     flat, bootstrap = np.zeros(len(rollouts.logprobs.values), np.float32), np.empty(len(rollouts), np.float32)
     for batch in tracked_batches(rollouts, critic, "value"):
-        states = state_values(critic, batch)  # (b, R + 1)
-        flat[batch.token_index] = batch.flat(states[:, :-1]).cpu().numpy()
-        bootstrap[batch.rows] = states.gather(1, batch.response_lengths).squeeze(1).cpu().numpy()
+        of_tokens, last = state_values(critic, batch)
+        flat[batch.token_index], bootstrap[batch.rows] = of_tokens.cpu().numpy(), last.cpu().numpy()
     values = rollouts.logprobs.with_values(flat)
     require_finite("the critic's value", values, rollouts.row_id)
     require_finite("the critic's value after the last token", bootstrap, rollouts.row_id)

@@ -152,7 +152,7 @@ def test_what_is_let_in_is_said(tmp_path, caplog):
     assert "64 of the model's" in caplog.text and "token ids are unknown to the tokenizer" in caplog.text
     caplog.clear()
     check_model("base_model.source", write_brought(tmp_path / "rwkv", make_model("rwkv")) / "model")
-    assert "padding on its left changes what it computes: only prompts of one length go side by side" in caplog.text
+    assert "padding on its left changes what it computes: only prompts of one length are sampled side by side" in caplog.text
     assert "each step reads the whole row again" in caplog.text
 
 

@@ -94,17 +94,17 @@ def test_the_ratio_is_1_at_the_first_step_and_entropy_is_finite(tiny_model, monk
 
 
 def test_the_entropy_is_that_over_the_tokens_that_may_come():
-    logits = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]], requires_grad=True)
-    pi = Distribution(suppressed=(3,)).logprobs(logits)
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]], requires_grad=True)
+    pi = Distribution(suppressed=(3,)).logprobs(logits, 0)
     entropy = token_logprobs.entropy_of(pi).sum()
     p = torch.softmax(torch.tensor([1.0, 2.0, 3.0]).double(), 0)
     assert float(entropy) == pytest.approx(float(-(p * p.log()).sum()), abs=1e-6)
     entropy.backward()
-    assert torch.isfinite(logits.grad).all() and logits.grad[0, 0, 3] == 0
+    assert torch.isfinite(logits.grad).all() and logits.grad[0, 3] == 0
 
 
 def test_a_token_that_may_not_come_is_never_drawn():
-    pi = Distribution(suppressed=(0, 3)).logprobs(torch.zeros(1, 1, 4))[:, 0].expand(4, 4)
+    pi = Distribution(suppressed=(0, 3)).logprobs(torch.zeros(4, 4), 0)
     assert sample_tokens(pi, torch.tensor([0.0, 0.4999, 0.5, 1.0], dtype=torch.float64)).tolist() == [1, 1, 2, 2]
 
 

@@ -84,6 +84,20 @@ def _with_likely_eos(model):
     return replace(model, module=module)
 
 
+def test_several_samples_of_a_prompt_read_it_once(tiny_model):
+    prompts = ["The soup", "A night", "The soup", "The choir at Saint Agnes", "The soup", "A night"]
+    config, read = RolloutConfig(max_new_tokens=8), []
+    hook = tiny_model.module.register_forward_pre_hook(
+        lambda module, given, named: read.append(tuple(named["input_ids"].shape)), with_kwargs=True)
+    together = rollout(ModelSampler(tiny_model), prompts, np.arange(6), config, seed=2)
+    hook.remove()
+    alone = rollout(ModelSampler(replace(tiny_model, generation_batch_size=1)), prompts, np.arange(6), config, seed=2)
+    assert read[0][0] == 3 and read[1] == (6, 1)
+    assert together.response[0] != together.response[2] != together.response[4]
+    np.testing.assert_array_equal(together.response_tokens.values, alone.response_tokens.values)
+    np.testing.assert_allclose(together.logprobs.values, alone.logprobs.values, atol=2e-6)
+
+
 def test_scoring_does_not_depend_on_micro_batches(tiny_model, rollouts):
     wide = score_tokens(tiny_model, rollouts, Distribution(0.8), "test").values
     for budget in (1, 40, 90):
@@ -93,19 +107,29 @@ def test_scoring_does_not_depend_on_micro_batches(tiny_model, rollouts):
 
 
 def test_no_padded_batch_exceeds_the_budget():
-    """Prompts and responses are padded apart: two rows that are short together can be wide side by side."""
     from schemas.tables import Ragged
     from stages.ops.sequences import make_batch, split_by_tokens
 
     random = np.random.default_rng(0)
     for budget in (64, 182, 400):
         prompts, responses = (Ragged.from_rows([np.ones(n) for n in random.integers(1, 91, 40)], np.int32) for _ in range(2))
-        lengths = np.stack([prompts.lengths, responses.lengths], 1)
+        lengths = prompts.lengths + responses.lengths
         groups = split_by_tokens(lengths, random.permutation(40), budget)
         assert sorted(np.concatenate(groups)) == list(range(40))
         for group in groups:
             size = make_batch(prompts, responses, group, 0, torch.device("cpu")).input_ids.numel()
             assert size <= budget or len(group) == 1
+
+
+def test_little_of_a_batch_is_padding():
+    """Under 5% where it is scored, with as few groups as that takes."""
+    from stages.ops.sequences import split_by_tokens
+
+    lengths = np.random.default_rng(0).integers(12, 81, 128)
+    groups = split_by_tokens(lengths, np.arange(128), 4096)
+    assert sum(len(group) * lengths[group].max() for group in groups) < 1.05 * lengths.sum()
+    assert len(groups) <= 12
+    assert len(split_by_tokens(np.full(64, 40), np.arange(64), 4096)) == 1
 
 
 def test_a_nan_stops_the_rollout_with_its_rows(tiny_model):

@@ -14,23 +14,23 @@ from schemas.language import LoRAConfig
 from schemas.tables import Ragged
 from stages.ops import token_logprobs
 from stages.ops.distribution import Distribution
-from stages.ops.language_learner import Responses
 from stages.ops.language_model import LanguageModel
 from stages.ops.lora import add_adapter
 from stages.ops.sequences import make_batch
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers over the vocabulary that an operation gave."""
+    """The most numbers over the vocabulary that an operation gave, but for the output head's weights."""
 
-    def __init__(self, vocabulary):
+    def __init__(self, model):
         super().__init__()
-        self.vocabulary, self.size = vocabulary, 0
+        self.head, self.size = model.module.lm_head.weight.shape, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.dim() == 3 and tensor.shape[-1] == self.vocabulary:
+            shape = tensor.shape if isinstance(tensor, torch.Tensor) else ()
+            if len(shape) > 1 and shape[-1] == self.head[0] != shape[-2] and shape != self.head[::-1]:
                 self.size = max(self.size, tensor.numel())
         return out
 
@@ -38,7 +38,7 @@ class Largest(TorchDispatchMode):
 def losses(model, rollouts, entropy):
     """Logprobs, entropies and the gradient of a sum of both, of one batch of all rows."""
     model = replace(model, module=copy.deepcopy(model.module))
-    (batch,) = Responses(rollouts, model).micro_batches(rollouts.row_id)
+    batch = make_batch(rollouts.prompt_tokens, rollouts.response_tokens, rollouts.row_id, model.pad_id, torch.device("cpu"))
     logprobs, spread = token_logprobs.token_logprobs(model, batch, Distribution(0.7), entropy)
     weights = torch.linspace(-1, 1, len(logprobs))
     loss = (logprobs * weights).sum() + (0 if spread is None else (spread * weights).sum())
@@ -47,10 +47,10 @@ def losses(model, rollouts, entropy):
 
 
 @pytest.mark.parametrize("entropy", ["none", "value", "gradient"])
-@pytest.mark.parametrize("columns", [1, 3])
-def test_chunks_change_no_number(tiny_model, rollouts, monkeypatch, entropy, columns):
+@pytest.mark.parametrize("at_once", [1, 24])
+def test_chunks_change_no_number(tiny_model, rollouts, monkeypatch, entropy, at_once):
     whole = losses(tiny_model, rollouts, entropy)
-    monkeypatch.setattr(token_logprobs, "MAX_LOGITS", columns * len(rollouts) * tiny_model.module.config.vocab_size)
+    monkeypatch.setattr(token_logprobs, "MAX_LOGITS", at_once * tiny_model.module.config.vocab_size)
     parts = losses(tiny_model, rollouts, entropy)
     for one, other in zip(whole, parts, strict=True):
         assert (one is None) == (other is None) == (one is whole[1] and entropy == "none")
@@ -62,14 +62,13 @@ def test_chunks_change_no_number(tiny_model, rollouts, monkeypatch, entropy, col
 
 def test_no_more_logits_than_allowed_are_in_memory_at_once(tiny_model, rollouts, monkeypatch):
     vocabulary = tiny_model.module.config.vocab_size
-    column = len(rollouts) * vocabulary
-    with Largest(vocabulary) as whole:
+    with Largest(tiny_model) as whole:
         losses(tiny_model, rollouts, "gradient")
-    assert whole.size == max(rollouts.response_tokens.lengths) * column
-    monkeypatch.setattr(token_logprobs, "MAX_LOGITS", 2 * column)
-    with Largest(vocabulary) as parts:
+    assert whole.size == len(rollouts.response_tokens.values) * vocabulary
+    monkeypatch.setattr(token_logprobs, "MAX_LOGITS", 20 * vocabulary)
+    with Largest(tiny_model) as parts:
         losses(tiny_model, rollouts, "gradient")
-    assert parts.size == 2 * column
+    assert parts.size == 20 * vocabulary
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])

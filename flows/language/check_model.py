@@ -163,7 +163,7 @@ def _slower(found: Abilities) -> list[str]:
     """What is done another way with this model."""
     lines = []
     if not found.pads:
-        lines.append("padding on its left changes what it computes: only prompts of one length go side by side")
+        lines.append("padding on its left changes what it computes: only prompts of one length are sampled side by side")
     if not found.caches:
         lines.append("a step from its cache gives other numbers than a full pass: each step reads the whole row again")
     elif not found.trims:

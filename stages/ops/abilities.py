@@ -27,7 +27,7 @@ class Abilities:
     """What may be done with a network in float32."""
 
     pads: bool = True
-    """Rows of several lengths may be padded on the left; else only rows of one length go side by side."""
+    """Prompts of several lengths may be padded on the left and sampled side by side; else only those of one length."""
     caches: bool = True
     """A step may begin from a cache; else each step reads the row from its beginning."""
     trims: bool = True

@@ -34,15 +34,15 @@ class Distribution:
     """Tokens that end a response."""
     min_new_tokens: int = 0
 
-    def logprobs(self, logits: Tensor, first: int = 0) -> Tensor:
-        """(b, R, V) logits of a response's tokens from `first` on to (b, R, V) log π, nats."""
-        scaled = logits.float() / self.temperature
+    def logprobs(self, logits: Tensor, steps: Tensor | int) -> Tensor:
+        """(n, V) logits of tokens to (n, V) log π, nats; `steps`: which token of its response each is, from 0."""
+        scaled = logits.float() if self.temperature == 1 else logits.float() / self.temperature
         if self.suppressed:
             scaled = scaled.index_fill(-1, torch.tensor(self.suppressed, device=logits.device), NEVER)
-        early = min(max(0, self.min_new_tokens - first), logits.shape[1])
-        if early and self.ends:
+        if self.min_new_tokens and self.ends:
             ends = torch.tensor(self.ends, device=logits.device)
-            scaled = torch.cat([scaled[:, :early].index_fill(-1, ends, NEVER), scaled[:, early:]], 1)
+            early = torch.as_tensor(steps, device=logits.device).expand(len(logits)) < self.min_new_tokens
+            scaled = scaled.index_copy(-1, ends, scaled[:, ends].masked_fill(early[:, None], NEVER))
         return scaled.log_softmax(-1)
 
 

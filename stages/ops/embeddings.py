@@ -11,7 +11,7 @@ import torch
 from stages.ops.brought_scorer import most_tokens
 from stages.ops.language_model import LanguageModel
 from stages.ops.progress import progress_bar
-from stages.ops.sequences import pad_left, split_by_tokens
+from stages.ops.sequences import pad_right, split_by_tokens
 
 
 @torch.inference_mode()
@@ -21,10 +21,10 @@ def embeddings(encoder: LanguageModel, texts: Sequence[str]) -> np.ndarray:
     most = most_tokens(encoder.module.config, tokenizer, None)
     rows = tokenizer(list(texts), split_special_tokens=True, truncation=most is not None, max_length=most)["input_ids"]
     rows = [row or [encoder.pad_id] for row in rows]
-    lengths, found = np.array([[len(row)] for row in rows]), [None] * len(rows)
+    lengths, found = np.array([len(row) for row in rows]), [None] * len(rows)
     for group in progress_bar(split_by_tokens(lengths, np.arange(len(rows)), encoder.micro_batch_tokens), "embeddings"):
-        ids, mask = (torch.from_numpy(x[:, ::-1].copy()).to(encoder.device.torch) for x in pad_left(
-            [np.asarray(rows[i], np.int64)[::-1] for i in group], encoder.pad_id))
+        ids, mask = (torch.from_numpy(x).to(encoder.device.torch) for x in pad_right(
+            [np.asarray(rows[i], np.int64) for i in group], encoder.pad_id))
         with encoder.computing():
             hidden = encoder.module(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         means = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)

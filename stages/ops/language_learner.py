@@ -71,7 +71,7 @@ class LanguageModelLearner:
         if policy:
             logprobs, spread = token_logprobs(self.actor, batch, self.distribution, entropy)
         if critic and self.critic:
-            values = batch.flat(state_values(self.critic, batch)[:, :-1])
+            values, _ = state_values(self.critic, batch)
         return Prediction(logprobs, spread, values)
 
     def log_likelihood(self, batch: Batch) -> Tensor:

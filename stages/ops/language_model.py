@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import MethodType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2CLS, ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -18,10 +20,15 @@ from schemas.tables import Rollouts
 from stages.ops.abilities import Abilities
 from stages.ops.conversations import ChatTemplate
 from stages.ops.device import Device, bound_to_cores
+from stages.ops.output_head import logits_of
 from stages.ops.precision import FLOAT32, Precision
 from stages.ops.progress import progress_bar
-from stages.ops.sequences import Batch, by_length, make_batch, pad_left, split_by_tokens
+from stages.ops.sequences import Batch, make_batch, pad_right, split_by_tokens
 from stages.ops.texts import Texts
+
+# GPT-2's activation, ½x(1 + tanh(√(2/π)(x + 0.044715x³))), is eight operations in transformers and one in torch: the same
+# function, a fifth of an update's time. Every model that this process builds from here on has the latter.
+ACT2FN["gelu_new"] = ACT2CLS["gelu_pytorch_tanh"]
 
 
 @dataclass(frozen=True)
@@ -52,18 +59,21 @@ class LanguageModel:
         return self.device.autocast(precision if self.precision.compute == "float32" else self.precision.compute)
 
     def hidden(self, batch: Batch) -> Tensor:
-        """(b, P + R, H): the body's last hidden states."""
+        """(b·T, H): the body's last hidden states, by flat position."""
         with self._recomputed(), self.computing():
-            return self.module.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                                          position_ids=batch.position_ids, use_cache=False).last_hidden_state
+            return self.module.base_model(**_inputs(batch)).last_hidden_state.flatten(0, 1)
 
-    def response_logits(self, batch: Batch) -> Tensor:
-        """(b, R, V), at the positions that predict response tokens; the head runs nowhere else."""
+    def logits(self, batch: Batch) -> Tensor:
+        """(n, V): what predicts each of the sampled tokens. The head runs nowhere else, if it can be had apart."""
+        if self.abilities.splits:
+            return self.logits_of(self.hidden(batch)[batch.predicted_at])
         with self._recomputed(), self.computing():
-            return self.module(
-                input_ids=batch.input_ids[:, :-1], attention_mask=batch.attention_mask[:, :-1],
-                position_ids=batch.position_ids[:, :-1], logits_to_keep=batch.response_ids.shape[1], use_cache=False,
-            ).logits[:, -batch.response_ids.shape[1] :]  # some families know no logits_to_keep
+            return self.module(**_inputs(batch)).logits.flatten(0, 1)[batch.predicted_at]
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """(n, H) last hidden states to (n, V)."""
+        with self.computing():
+            return logits_of(self.module, hidden[None])[0]
 
     @contextmanager
     def _recomputed(self) -> Iterator[None]:
@@ -103,6 +113,13 @@ class LanguageModel:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.eos_ids, default=0)
 
 
+def _inputs(batch: Batch) -> dict[str, Any]:
+    """What a body is called with. To its mask padding is tokens like others: no token looks at what comes after it."""
+    ids = batch.input_ids
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False,
+            "position_ids": torch.arange(ids.shape[1], device=ids.device).expand_as(ids)}
+
+
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
 
 
@@ -124,9 +141,8 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 def batches(rollouts: Rollouts | Texts, rows: np.ndarray, model: LanguageModel) -> list[Batch]:
     """The rows as padded batches within the model's token budget."""
-    lengths = np.stack([rollouts.prompt_tokens.lengths, rollouts.response_tokens.lengths], 1)
-    apart = [rows] if model.abilities.pads else by_length(lengths[rows, 0], rows)
-    groups = [group for some in apart for group in split_by_tokens(lengths, some, model.micro_batch_tokens)]
+    lengths = rollouts.prompt_tokens.lengths + rollouts.response_tokens.lengths
+    groups = split_by_tokens(lengths, rows, model.micro_batch_tokens)
     sampled = getattr(rollouts, "sampled", None)  # texts have none
     return [make_batch(rollouts.prompt_tokens, rollouts.response_tokens, group, model.pad_id, model.device.torch, sampled)
             for group in groups]
@@ -140,12 +156,13 @@ def tracked_batches(rollouts: Rollouts, model: LanguageModel, name: str) -> Iter
             bar.update(len(batch.rows))
 
 
-def state_values(critic: LanguageModel, batch: Batch) -> Tensor:
-    """V(s_0) … V(s_R): (b, R + 1), read where response tokens 0 … R−1 are predicted and after the last position.
+def state_values(critic: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """V(s_t) where each sampled token is predicted, (n,), and after the last token of each row, (b,).
 
-    The critic is a sequence-classification model with one label, its head applied to every position.
+    The critic is a sequence-classification model with one label, its head applied to those positions.
     """
-    return critic.score(critic.hidden(batch)[:, batch.prompt_width - 1 :])
+    found = critic.score(critic.hidden(batch)[torch.cat([batch.predicted_at, batch.ends])])
+    return found[: len(batch.tokens)], found[len(batch.tokens) :]
 
 
 @bound_to_cores()
@@ -153,11 +170,11 @@ def state_values(critic: LanguageModel, batch: Batch) -> Tensor:
 def sequence_scores(model: LanguageModel, rows: Sequence[Sequence[int]], progress: str) -> np.ndarray:
     """(b,) float32: what a sequence classifier with one label gives for each row: at its last token, whatever token that is,
     if it has a `score` for each position, as causal ones have."""
-    lengths, out = np.array([[len(row)] for row in rows]), np.empty(len(rows), np.float32)
+    lengths, out = np.array([len(row) for row in rows]), np.empty(len(rows), np.float32)
     groups = split_by_tokens(lengths, np.arange(len(rows)), model.micro_batch_tokens)
     for group in progress_bar(groups, progress):
-        ids, mask = (torch.from_numpy(x[:, ::-1].copy()).to(model.device.torch) for x in pad_left(
-            [np.asarray(rows[i], np.int64)[::-1] for i in group], model.pad_id))
+        ids, mask = (torch.from_numpy(x).to(model.device.torch) for x in pad_right(
+            [np.asarray(rows[i], np.int64) for i in group], model.pad_id))
         with model.computing():
             found = last_token_scores(model.module, ids, mask) if hasattr(model.module, "score") else model.module(
                 input_ids=ids, attention_mask=mask).logits

@@ -269,17 +269,24 @@ def sample(
     that ended at each step.
     """
     device = model.device.torch
-    ids, mask = (torch.from_numpy(x).to(device) for x in pad_left(prompts, model.pad_id))
+    apart = model.abilities.caches and not model.abilities.trims
+    first, which = (np.arange(len(prompts)),) * 2 if apart else _distinct(prompts)
+    ids, mask = (torch.from_numpy(x).to(device) for x in pad_left([prompts[i] for i in first], model.pad_id))
     b, steps = uniforms.shape
     draws = torch.from_numpy(uniforms).to(device)
     tokens = torch.zeros(b, steps, dtype=torch.int64, device=device)
     logprobs = torch.zeros(b, steps, device=device)
     limits = np.full(b, steps) if limits is None else limits
     lengths, reasons = limits.copy(), np.full(b, "length", object)
-    batch = _Batch(np.arange(b), ids, mask, growing_cache(model.module.config) if model.abilities.caches else None)
+    batch = _Batch(first, ids, mask, growing_cache(model.module.config) if model.abilities.caches else None)
     open_rows = np.ones(b, bool)  # of the batch, not of the caller's list
     for step in range(steps):
-        pi = distribution.logprobs(_next_logits(model, batch, precision)[:, None], step)[:, 0]
+        logits = _next_logits(model, batch, precision)
+        if len(batch.rows) < len(which) and step == 0:  # each prompt was read once
+            logits = logits[which]
+            batch.keep(torch.from_numpy(which).to(device))
+            batch.rows = np.arange(b)
+        pi = distribution.logprobs(logits, step)
         token = pi.argmax(-1) if greedy else sample_tokens(pi, draws[batch.rows, step])
         tokens[batch.rows, step] = token
         logprobs[batch.rows, step] = pi.gather(-1, token[:, None]).squeeze(-1)
@@ -297,6 +304,13 @@ def sample(
             batch.keep(torch.from_numpy(open_rows.nonzero()[0]).to(device))
             open_rows = open_rows[open_rows]
     return Sampled(_cut(tokens.cpu().numpy(), lengths), _cut(logprobs.cpu().numpy(), lengths), reasons.tolist())
+
+
+def _distinct(prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Which of b prompts come for the first time, and where in that list each of them is: (d,) and (b,) int64."""
+    place: dict[bytes, int] = {}
+    which = np.array([place.setdefault(prompt.tobytes(), len(place)) for prompt in prompts])
+    return np.unique(which, return_index=True)[1], which
 
 
 def _next_logits(model: LanguageModel, batch: _Batch, precision: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ragged rows to padded batches: prompts padded on the left, responses on the right, cut by token budget."""
+"""Ragged rows to padded batches, cut by token budget."""
 
 from __future__ import annotations
 
@@ -10,32 +10,23 @@ from torch import Tensor
 
 from schemas.tables import Ragged
 
+GROUPS_IN_BUDGET = 128  # a forward and backward pass costs as much as this part of the budget, beside its tokens
+
 
 @dataclass(frozen=True)
 class Batch:
-    """b rows side by side, so that every response begins in one column. P and R are the widest of the batch."""
+    """b rows of prompt and response, padded on the right, where a causal network never looks. T is the longest of them.
+
+    A flat position is one of the b·T of the batch, row after row.
+    """
 
     rows: np.ndarray  # (b,) positions in the table
-    token_index: np.ndarray  # (n,) positions of their response tokens in the table's flat columns
-    input_ids: Tensor  # (b, P + R) int64
-    attention_mask: Tensor  # (b, P + R) int64, 1 on tokens
-    position_ids: Tensor  # (b, P + R) int64, 0 on a row's first token
-    response_mask: Tensor  # (b, R) bool, of the tokens that were sampled
-    prompt_width: int  # P
-
-    @property
-    def response_ids(self) -> Tensor:
-        """(b, R) int64."""
-        return self.input_ids[:, self.prompt_width :]
-
-    @property
-    def response_lengths(self) -> Tensor:
-        """(b, 1) int64: all tokens after the prompt, replies of other turns included."""
-        return self.attention_mask[:, self.prompt_width :].sum(1, keepdim=True)
-
-    def flat(self, padded: Tensor) -> Tensor:
-        """(b, R) to (n,): the response tokens, in the order of `token_index`."""
-        return padded[self.response_mask]
+    token_index: np.ndarray  # (n,) positions of their sampled tokens in the table's flat columns
+    input_ids: Tensor  # (b, T) int64
+    tokens: Tensor  # (n,) int64, the sampled tokens
+    predicted_at: Tensor  # (n,) int64, the flat position that predicts each
+    steps: Tensor  # (n,) int64, which token of its response each is, from 0
+    ends: Tensor  # (b,) int64, the flat position of each row's last token
 
 
 def pad_left(rows: list[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,21 +45,28 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
+def pad_right(rows: list[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token rows to (b, T) ids and (b, T) mask, both int64, the tokens at the left end."""
+    ids, mask = pad_left([row[::-1] for row in rows], pad_id)
+    return ids[:, ::-1].copy(), mask[:, ::-1].copy()
+
+
 def make_batch(
     prompts: Ragged, responses: Ragged, rows: np.ndarray, pad_id: int, device: torch.device, sampled: Ragged | None = None
 ) -> Batch:
     """Those rows of the table, padded. `sampled`: which of the response's tokens were; none: all."""
-    left, left_mask = pad_left([prompts[i] for i in rows], pad_id)
-    flipped, flipped_mask = pad_left([responses[i][::-1] for i in rows], pad_id)
-    mask = torch.from_numpy(np.concatenate([left_mask, flipped_mask[:, ::-1]], 1)).to(device)
-    ids = torch.from_numpy(np.concatenate([left, flipped[:, ::-1]], 1)).to(device)
-    token_index = np.concatenate([np.arange(responses.offsets[i], responses.offsets[i + 1]) for i in rows])
-    response_mask = mask[:, left.shape[1] :].bool()
+    ids, mask = pad_right([np.concatenate([prompts[i], responses[i]]) for i in rows], pad_id)
+    first, lengths = prompts.lengths[rows], responses.lengths[rows]
+    row = np.repeat(np.arange(len(rows)), lengths)
+    step = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    index = responses.offsets[rows][row] + step
     if sampled is not None:
-        kept = sampled.values[token_index]
-        response_mask[response_mask.clone()] = torch.from_numpy(kept).to(device)
-        token_index = token_index[kept]
-    return Batch(rows, token_index, ids, mask, positions(mask), response_mask, left.shape[1])
+        kept = sampled.values[index]
+        row, step, index = row[kept], step[kept], index[kept]
+    place = row * ids.shape[1] + first[row] + step
+    ends = np.arange(len(rows)) * ids.shape[1] + mask.sum(1) - 1
+    move = lambda x: torch.from_numpy(x).to(device)  # noqa: E731
+    return Batch(rows, index, move(ids), move(ids.reshape(-1)[place]), move(place - 1), move(step), move(ends))
 
 
 def by_length(lengths: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
@@ -77,20 +75,21 @@ def by_length(lengths: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
 
 
 def split_by_tokens(lengths: np.ndarray, rows: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """`rows` sorted by length, longest first, cut so that no padded group is larger than `max_tokens`.
+    """`rows` sorted by length, longest first, cut so that no padded group is larger than `max_tokens`, and so that padding
+    is small beside what a group costs, `max_tokens`/128.
 
-    `lengths`: (B, k), of the k parts of a row that are padded apart. A row longer than the budget makes a group of its
-    own. Ties keep the order of `rows`.
+    `lengths`: (B,). A row longer than the budget makes a group of its own. Ties keep the order of `rows`.
     """
-    order = rows[np.argsort(-lengths[rows].sum(1), kind="stable")]
-    groups: list[list[int]] = []
-    widest = np.zeros(lengths.shape[1], np.int64)
-    for row in order:
-        wider = np.maximum(widest, lengths[row])
-        if groups and wider.sum() * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(row)
-            widest = wider
-        else:
-            groups.append([row])
-            widest = lengths[row]
-    return [np.array(group) for group in groups]
+    order = rows[np.argsort(-lengths[rows], kind="stable")]
+    widths, n = lengths[order], len(rows)
+    least, begin = np.zeros(n + 1), np.zeros(n + 1, np.int64)  # of the first j rows: the least cost, where a group begins
+    for j in range(1, n + 1):
+        padded = widths[:j] * np.arange(j, 0, -1)  # of a group from i to j, by i
+        cost = np.where((padded <= max_tokens) | (np.arange(j) == j - 1), least[:j] + padded, np.inf)
+        begin[j] = cost.argmin()
+        least[j] = cost[begin[j]] + max_tokens / GROUPS_IN_BUDGET
+    groups, j = [], n
+    while j:
+        groups.append(order[begin[j] : j])
+        j = begin[j]
+    return groups[::-1]

@@ -1,8 +1,8 @@
 """log π of response tokens, and the policy's entropy there, with the output head on as many positions at once as fit.
 
-A distribution over V tokens at each of b·R positions is what a language model needs most memory for, several times over in
-the backward pass: 4,096 positions of 152,000 tokens are 2.5 GB. Beyond `MAX_LOGITS` the head runs on some columns of the
-responses after others, and in the backward pass once more on each (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
+A distribution over V tokens at each of n positions is what a language model needs most memory for, several times over in
+the backward pass: 4,096 positions of 152,000 tokens are 2.5 GB. Beyond `MAX_LOGITS` the head runs on some positions after
+others, and in the backward pass once more on each (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
 """
 
 from __future__ import annotations
@@ -18,47 +18,42 @@ from stages.ops.distribution import Distribution
 from stages.ops.finite import require_finite
 from stages.ops.language_model import LanguageModel, tracked_batches
 from stages.ops.learner import Entropy
-from stages.ops.output_head import logits_of
 from stages.ops.sequences import Batch
 
-MAX_LOGITS = 2**25  # b·R·V at once: 128 MB in float32, of which a backward pass holds four or five
+MAX_LOGITS = 2**25  # n·V at once: 128 MB in float32, of which a backward pass holds four or five
 
 
 def token_logprobs(
     model: LanguageModel, batch: Batch, distribution: Distribution, entropy: Entropy = "none"
 ) -> tuple[Tensor, Tensor | None]:
-    """log π(token) of the n response tokens, and H there if asked for: (n,) each, nats."""
-    ids = batch.response_ids
-    columns = max(1, MAX_LOGITS // (len(ids) * model.module.config.get_text_config().vocab_size))
-    if columns >= ids.shape[1] or not model.abilities.splits:
-        parts = [_measured(model.response_logits(batch), ids, 0, distribution, entropy)]
-    else:
-        release_large_blocks()
-        hidden = model.hidden(batch)[:, batch.prompt_width - 1 : -1]
-        parts = [checkpoint(_of_columns, model, hidden[:, i : i + columns], ids[:, i : i + columns], i, distribution,
-        entropy, use_reentrant=False, preserve_rng_state=False) for i in range(0, ids.shape[1], columns)]
+    """log π(token) of the n sampled tokens, and H there if asked for: (n,) each, nats."""
+    at_once = max(1, MAX_LOGITS // model.module.config.get_text_config().vocab_size)
+    if at_once >= len(batch.tokens) or not model.abilities.splits:
+        return _measured(model.logits(batch), batch.tokens, batch.steps, distribution, entropy)
+    release_large_blocks()
+    columns = (x.split(at_once) for x in (model.hidden(batch)[batch.predicted_at], batch.tokens, batch.steps))
+    parts = [checkpoint(_of_some, model, *some, distribution, entropy, use_reentrant=False, preserve_rng_state=False)
+             for some in zip(*columns, strict=True)]
     logprobs, spread = zip(*parts, strict=True)
-    return batch.flat(torch.cat(logprobs, 1)), None if entropy == "none" else batch.flat(torch.cat(spread, 1))
+    return torch.cat(logprobs), None if entropy == "none" else torch.cat(spread)
 
 
-def _of_columns(
-    model: LanguageModel, hidden: Tensor, ids: Tensor, first: int, distribution: Distribution, entropy: Entropy
+def _of_some(
+    model: LanguageModel, hidden: Tensor, tokens: Tensor, steps: Tensor, distribution: Distribution, entropy: Entropy
 ) -> tuple[Tensor, Tensor | None]:
-    with model.computing():
-        logits = logits_of(model.module, hidden)
-    return _measured(logits, ids, first, distribution, entropy)
+    return _measured(model.logits_of(hidden), tokens, steps, distribution, entropy)
 
 
 def _measured(
-    logits: Tensor, ids: Tensor, first: int, distribution: Distribution, entropy: Entropy
+    logits: Tensor, tokens: Tensor, steps: Tensor, distribution: Distribution, entropy: Entropy
 ) -> tuple[Tensor, Tensor | None]:
-    """(b, R) each, of (b, R, V) logits of the response's tokens from `first` on."""
-    logprobs = distribution.logprobs(logits, first)
+    """(n,) each, of (n, V) logits."""
+    logprobs = distribution.logprobs(logits, steps)
     spread = None
     if entropy != "none":
         with torch.set_grad_enabled(entropy == "gradient" and torch.is_grad_enabled()):
             spread = entropy_of(logprobs)
-    return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), spread
+    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), spread
 
 
 def entropy_of(logprobs: Tensor) -> Tensor:
