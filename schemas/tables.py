@@ -100,6 +100,11 @@ class Table:
             for f in fields(cls) if f.name in optional or not f.metadata["optional"]
         ])
 
+    @classmethod
+    def optional(cls) -> tuple[Field, ...]:
+        """The columns that only some tables of the kind have."""
+        return tuple(f for f in fields(cls) if f.metadata["optional"])
+
     def _filled(self) -> list[Field]:
         """The columns that it has."""
         return [f for f in fields(self) if getattr(self, f.name) is not None]
@@ -121,7 +126,7 @@ class Table:
     @classmethod
     def check_schema(cls, found: pa.Schema) -> pa.Schema:
         """The schema that it has. Raises `TableError` naming the first column that differs."""
-        expected = cls.schema(frozenset(f.name for f in fields(cls) if f.metadata["optional"]) & frozenset(found.names))
+        expected = cls.schema(frozenset(f.name for f in cls.optional()) & frozenset(found.names))
         if found.names != expected.names:
             raise TableError(f"columns: expected {expected.names}, found {found.names}")
         for want, have in zip(expected, found, strict=True):

@@ -13,11 +13,13 @@ from test_kill import kill_anywhere
 from flows.cli.main import run_command
 from flows.runs.run import open_run
 from flows.store.store import Store
+from flows.views.sql import Database
 from schemas.errors import RewardError
 from schemas.language import RolloutConfig
 from schemas.settings import GAEConfig, KLConfig, PPOConfig
 from schemas.tables import Advantages, ReferenceLogprobs, Rewards, Rollouts, Samples, Values
 from stages.gae import gae
+from stages.ops.advantages import gae_advantages
 from stages.ops.distribution import Distribution
 from stages.ops.language_learner import LanguageModelLearner
 from stages.ops.language_model import LanguageModel
@@ -206,6 +208,19 @@ def test_a_run_of_conversations_and_every_stage_again(conversed, capsys):
     for stage in ("rollout", "reference", "reward", "value", "gae", "ppo", "evaluate"):
         assert run_command(["stage", stage, "case", "--iteration", "2", "--store", str(conversed[1]), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["verdict"] == "same", stage
+
+
+def test_delta_of_a_conversation_is_that_of_its_sampled_tokens(conversed):
+    run = open_run(Store(str(conversed[1])), "case")
+    artifacts = run.state(1).artifacts
+    rollouts, values, gae = (run.store.table(artifacts[stage], kind) for stage, kind in (
+        ("rollout", Rollouts), ("value", Values), ("gae", Advantages)))
+    last = np.where(rollouts.truncated & (run.config.gae.truncation == "bootstrap"), values.bootstrap, 0)
+    gae, values = gae.sampled_alone(rollouts.sampled), values.sampled_alone(rollouts.sampled)
+    expected = gae_advantages(gae.rewards, values.values, last, run.config.gae.gamma, 0.0)
+    found = Database([run]).sql("SELECT delta FROM tokens WHERE iteration = 1 ORDER BY row_id, position").fetchall()
+    assert [delta is not None for delta, in found] == rollouts.sampled.values.tolist()
+    np.testing.assert_allclose([delta for delta, in found if delta is not None], expected.values, atol=1e-6)
 
 
 def test_kill_9_anywhere_in_a_run_of_conversations(conversed, tmp_path):

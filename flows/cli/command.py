@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.console import Console
 from flows.store.files import REMEDIES
 from schemas.addresses import without_user_info
 from schemas.errors import BatonError, ConfigError
+
+if TYPE_CHECKING:
+    from flows.runs.run import Run
 
 log = logging.getLogger("baton")
 
@@ -96,6 +99,14 @@ def configure_output(as_json: bool, quiet: bool, verbose: bool) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+
+
+def open_existing(root: str, name: str) -> Run:
+    """A run of the store. Raises `ConfigError` if there is none."""
+    from flows.runs.run import open_run
+    from flows.store.store import Store
+
+    return open_run(Store(root), name)
 
 
 # --- exit codes ---

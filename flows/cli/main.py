@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from flows.cli.command import Answer, command, run_command, terminate
+from flows.cli import view_commands  # noqa: F401, its commands
+from flows.cli.command import Answer, command, open_existing, run_command, terminate
 from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,14 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("baton")
 SETTINGS = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
                         help="A setting of the config, for example ppo.learning_rate=1e-5; may be repeated.")
-
-
-def open_existing(root: str, name: str) -> Run:
-    """A run of the store. Raises `ConfigError` if there is none."""
-    from flows.runs.run import open_run
-    from flows.store.store import Store
-
-    return open_run(Store(root), name)
 
 
 def tagged(flow: Callable[..., Any], name: str, server: OwnServer | None = None, **parameters: Any) -> Any:

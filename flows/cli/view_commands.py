@@ -1,0 +1,173 @@
+"""Commands that show what is in a store: `baton sql`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+from flows.cli.command import Answer, command, open_existing
+from flows.views.visible import visible
+from schemas.errors import ConfigError
+
+if TYPE_CHECKING:
+    import duckdb
+
+    from flows.views.sql import Database
+
+T = TypeVar("T")
+ROWS_SHOWN, ROWS_DOWN, COLUMN_WIDTH, CHARACTERS_SHOWN = 40, 5, 14, 200
+
+
+@command
+@click.argument("arguments", nargs=-1, metavar='[RUN] ["SELECT …"]')
+@click.option("--csv", "as_csv", is_flag=True, help="All rows as CSV on stdout.")
+@click.option("--parquet", metavar="FILE", help="All rows into that file.")
+def sql(arguments: tuple[str, ...], as_csv: bool, parquet: str | None, root: str) -> Answer:
+    """Ask a run's tables, or those of all runs. In DuckDB's SQL, over a view a table; without a query, which there are."""
+    from flows.views.sql import catalog
+
+    run, query = _parted(arguments)
+    if query is None:
+        if run is not None:
+            open_existing(root, run)
+        return Answer(catalog, lambda console: console.print(_catalog(catalog())))
+    return _answer(_explained(_database(root, run).sql)(query), as_csv, parquet)
+
+
+def _parted(arguments: tuple[str, ...]) -> tuple[str | None, str | None]:
+    """Run and query; one argument with a blank in it is a query. Raises `ConfigError`."""
+    if len(arguments) > 2:
+        raise ConfigError("sql: expected a run and a query; put the query in quotes, as in baton sql reviews \"SELECT …\"")
+    if len(arguments) == 1 and " " in arguments[0].strip():
+        return None, arguments[0]
+    run, query = (*arguments, None, None)[:2]
+    return run, query
+
+
+def _database(root: str, run: str | None) -> Database:
+    from flows.runs.run import open_run, run_names
+    from flows.store.store import existing_store
+    from flows.views.sql import Database
+
+    if run is not None:
+        return Database([open_existing(root, run)])
+    store = existing_store(root)
+    return Database([open_run(store, name) for name in run_names(store)])
+
+
+def _answer(found: duckdb.DuckDBPyRelation | None, as_csv: bool, parquet: str | None) -> Answer:
+    if found is None:
+        return Answer([], lambda console: console.print("done"))
+    if parquet is not None:
+        _explained(found.write_parquet)(parquet)
+        import pyarrow.parquet as pq
+
+        rows = pq.read_metadata(parquet).num_rows
+        return Answer({"rows": rows, "file": parquet},
+                      lambda console: console.print(f"{rows:,} rows in {parquet}", highlight=False, soft_wrap=True))
+    all_rows = _explained(lambda: list(_rows(found)))
+    if as_csv:
+        return Answer(all_rows, lambda console: _explained(_write_csv)(found.columns, _rows(found)))
+    few = found.limit(ROWS_SHOWN + 1)
+    return Answer(all_rows, lambda console: _print(console, found, _explained(lambda: list(_rows(few)))()))
+
+
+def _explained(function: Callable[..., T]) -> Callable[..., T]:
+    """The function, with DuckDB's errors, some of which come when rows are read, as a line."""
+    import duckdb
+
+    from flows.views.sql import explained
+
+    def call(*given: Any) -> T:
+        try:
+            return function(*given)
+        except duckdb.Error as error:
+            raise explained(error) from None
+
+    return call
+
+
+def _rows(found: duckdb.DuckDBPyRelation) -> Iterator[dict[str, Any]]:
+    for batch in found.to_arrow_reader():
+        for row in batch.to_pylist(maps_as_pydicts="strict"):
+            yield {name: _plain(value) for name, value in row.items()}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it; a number that is none is null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    number = getattr(value, "as_integer_ratio", None)  # a decimal, as sums of integers are
+    return (int(value) if value == int(value) else float(value)) if number else str(value)
+
+
+def _write_csv(columns: list[str], rows: Iterator[dict[str, Any]]) -> None:
+    """Texts as they are, in quotes where they need them; lists and maps as JSON."""
+    out = csv.writer(sys.stdout, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    first = list(islice(rows, 1))  # whose errors come before the header
+    out.writerow(columns)
+    for row in chain(first, rows):
+        out.writerow(json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+                     for value in row.values())
+
+
+def _print(console: Console, found: duckdb.DuckDBPyRelation, rows: list[dict[str, Any]]) -> None:
+    """As a table, or a line a column where there are too many of them."""
+    if len(found.columns) * COLUMN_WIDTH > console.width:
+        rows, most = rows[: ROWS_DOWN + 1], ROWS_DOWN
+        for number, row in enumerate(rows[:most], start=1):
+            grid = Grid(title=f"row {number}", title_justify="left", show_header=False)
+            for name, value in row.items():
+                grid.add_row(Text(visible(name)), Text(_cell(value)))
+            console.print(grid)
+    else:
+        most = ROWS_SHOWN
+        console.print(_across(found, rows[:most]))
+    if len(rows) > most:
+        console.print(f"the first {most} rows; --csv, --json or --parquet FILE gives all", highlight=False)
+
+
+def _across(found: duckdb.DuckDBPyRelation, rows: list[dict[str, Any]]) -> Grid:
+    grid = Grid()
+    for name, type_ in zip(found.columns, found.types, strict=True):
+        grid.add_column(Text(visible(name)), justify="left" if str(type_) in ("VARCHAR", "BOOLEAN") else "right")
+    for row in rows:
+        grid.add_row(*(Text(_cell(value)) for value in row.values()))
+    return grid
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return visible(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), CHARACTERS_SHOWN)
+
+
+def _catalog(rows: list[dict[str, str]]) -> Grid:
+    grid = Grid()
+    for name in ("view", "column", "type", "what it is"):
+        grid.add_column(name)
+    before = None
+    for row in rows:
+        if before not in (None, row["view"]):
+            grid.add_section()
+        grid.add_row("" if row["view"] == before else row["view"], row["column"], row["type"], Text(row["doc"]))
+        before = row["view"]
+    return grid
