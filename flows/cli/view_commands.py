@@ -1,4 +1,4 @@
-"""Commands that show what is in a store: `baton sql`."""
+"""Commands that show what is in a store: `baton sql`, `baton inspect`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import csv
 import json
 import math
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from itertools import chain, islice
+from dataclasses import asdict
+from itertools import accumulate, chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -22,6 +25,8 @@ from schemas.errors import ConfigError
 if TYPE_CHECKING:
     import duckdb
 
+    from flows.runs.run import Run
+    from flows.views.inspection import Response
     from flows.views.sql import Database
 
 T = TypeVar("T")
@@ -171,3 +176,58 @@ def _catalog(rows: list[dict[str, str]]) -> Grid:
         grid.add_row("" if row["view"] == before else row["view"], row["column"], row["type"], Text(row["doc"]))
         before = row["view"]
     return grid
+
+
+# --- responses ---
+
+COLUMNS = ("kl", "advantage", "raw_advantage", "value", "delta", "reward", "return", "logprob", "reference")
+PAGE_TOKENS, ELSEWHERE = 60_000, 24  # of a page, beyond which it would be slow to open; responses to a prompt
+
+
+@command
+@click.argument("run")
+@click.option("--iteration", type=click.IntRange(min=1), help="Which; the last one by default.")
+@click.option("--row", "rows", type=click.IntRange(min=0), multiple=True, help="One response, with the numbers of each of "
+              "its tokens; may be repeated.")
+@click.option("--colour", "column", type=click.Choice(COLUMNS), default="kl", show_default=True, help="What tokens are "
+              "coloured by.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="As one HTML file that needs no network.")
+@click.option("--compare", "other", metavar="RUN", help="Another run, whose responses to the same prompts are shown too.")
+def inspect(
+    run: str, iteration: int | None, rows: tuple[int, ...], column: str, html: Path | None, other: str | None, root: str
+) -> Answer:
+    """Look at RUN's responses, token by token. In the terminal, or as a page."""
+    from flows.views.inspection import responses
+
+    what = open_existing(root, run)
+    others = [open_existing(root, other)] if other else []
+    iteration = iteration or max(what.iterations(), default=0)
+    found = responses(what, iteration, rows or None)
+    data = lambda: [asdict(each) for each in found]  # noqa: E731
+    if html is not None:
+        return _page(what, iteration, found, others, html)
+    from flows.cli.inspector import Inspector, print_responses, scale_of
+
+    title = f"{run}, iteration {iteration}"
+    if rows or not sys.stdout.isatty():
+        scale = scale_of(found, column)
+        return Answer(data, lambda console: print_responses(console, found, column, scale, tokens=bool(rows)))
+    return Answer(data, lambda console: Inspector(title, found, column).run())
+
+
+def _page(run: Run, iteration: int, found: list[Response], others: list[Run], file: Path) -> Answer:
+    from flows.views.html_page import page
+    from flows.views.inspection import elsewhere
+
+    sizes = list(accumulate(each.length for each in found))
+    kept = found[: max(1, bisect_right(sizes, PAGE_TOKENS))]
+    data = {"run": run.name, "iteration": iteration, "columns": COLUMNS, "responses": [asdict(each) for each in kept],
+            "left_out": len(found) - len(kept),
+            "elsewhere": elsewhere([run, *others], {each.prompt_id for each in kept}, ELSEWHERE)}
+    text = page("inspect.html", "inspect.js", data)
+    file.write_text(text, encoding="utf-8")
+    size, all_of_them = len(text.encode()), f"{len(kept)} responses"
+    said = all_of_them if len(kept) == len(found) else f"the first {len(kept)} of {len(found)} responses"
+    return Answer({"file": str(file), "bytes": size, "responses": len(kept), "left_out": len(found) - len(kept)},
+                  lambda console: console.print(f"{file}: iteration {iteration} of {run.name}, {said}, {size:,} bytes; open "
+                                                "it in a browser", highlight=False, soft_wrap=True))

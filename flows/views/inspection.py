@@ -1,0 +1,95 @@
+"""The responses of an iteration, token by token, as people look at them: `baton inspect`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flows.runs.run import Run
+from flows.views.run_tables import parts
+from flows.views.sql import TOKENS, Database
+from flows.views.visible import visible
+from schemas.errors import ConfigError
+
+NUMBERS = tuple(name for name in ("kl", "advantage", "raw_advantage", "value", "delta", "reward", "return", "logprob",
+                                  "reference") if name in TOKENS)
+"""Columns of `tokens` that tokens are coloured by."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response with what is known of its tokens. All text is as `visible` gives it."""
+
+    row: int
+    prompt_id: int
+    prompt: str
+    response: str
+    finish_reason: str
+    length: int
+    score: float | None
+    raw_score: float | None
+    kl: float | None
+    raw_advantage: float | None
+    components: dict[str, float]
+    tokens: list[str]
+    sampled: list[bool] | None
+    numbers: dict[str, list[float | None]]
+    """Column of `tokens` → (R,)."""
+
+
+def responses(run: Run, iteration: int, rows: tuple[int, ...] | None = None) -> list[Response]:
+    """Those of an iteration, in order of rows; `rows`: those alone.
+
+    Raises `ConfigError` where there are none, saying what there is instead.
+    """
+    state = run.state(iteration)
+    if run.config.kind != "language":
+        raise ConfigError(f"inspect: run {run.name!r} is a control task, which has no responses; baton sql {run.name} "
+                          "\"FROM steps\" shows its steps")
+    if next(parts(run, "rollouts", [state]), None) is None:
+        there = [part.iteration for part in parts(run, "rollouts", run.states())]
+        has = f"{there[0]} to {there[-1]} have" if there else "no iteration has"
+        raise ConfigError(f"inspect: iteration {iteration} of run {run.name!r} has no rollouts; {has}")
+    database = Database([run], {run.name: [state]})
+    found = database.sql("SELECT * FROM responses ORDER BY row_id").to_arrow_table().to_pylist(maps_as_pydicts="strict")
+    if rows is not None and (unknown := set(rows) - {each["row_id"] for each in found}):
+        raise ConfigError(f"inspect: iteration {iteration} of run {run.name!r} has no row {min(unknown)}; it has 0 to "
+                          f"{len(found) - 1}")
+    columns = ", ".join(f'"{name}"' for name in NUMBERS)
+    tokens = database.sql(f"SELECT row_id, text, sampled, {columns} FROM tokens ORDER BY row_id, position").to_arrow_table()
+    ends = np.searchsorted(tokens["row_id"].to_numpy(), np.arange(len(found) + 1))
+    return [_response(each, tokens.slice(begin, end - begin))
+            for each, begin, end in zip(found, ends[:-1], ends[1:], strict=True) if rows is None or each["row_id"] in rows]
+
+
+def _response(found: dict[str, Any], tokens: Any) -> Response:
+    sampled = tokens["sampled"].to_pylist()
+    return Response(
+        row=found["row_id"], prompt_id=found["prompt_id"], prompt=visible(found["prompt"], newlines=True),
+        response=visible(found["response"], newlines=True), finish_reason=found["finish_reason"], length=found["length"],
+        score=found["score"], raw_score=found["raw_score"], kl=found["kl"], raw_advantage=found["raw_advantage"],
+        components=found["components"] or {}, tokens=[visible(text, newlines=True) for text in tokens["text"].to_pylist()],
+        sampled=None if None in sampled else sampled, numbers={name: tokens[name].to_pylist() for name in NUMBERS})
+
+
+def elsewhere(runs: list[Run], prompt_ids: set[int], most: int) -> dict[int, list[dict[str, Any]]]:
+    """Responses to the same prompts in all iterations, by prompt id; of more than `most` to a prompt, every so many."""
+    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    rows = Database(runs).sql("SELECT prompt_id, run, iteration, score, kl, response FROM responses "
+                              "ORDER BY prompt_id, iteration, run, row_id").to_arrow_reader()
+    for batch in rows:
+        for row in batch.to_pylist():
+            if row["prompt_id"] in prompt_ids:
+                found[row["prompt_id"]].append(row)
+    return {prompt: [row | {"response": visible(row["response"], 400)} for row in _thinned(some, most)]
+            for prompt, some in found.items()}
+
+
+def _thinned(rows: list[Any], most: int) -> list[Any]:
+    """Every so many, the first and the last among them."""
+    if len(rows) <= most:
+        return rows
+    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, most).round().astype(int))]
