@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from flows.runs.run import Run
 
 log = logging.getLogger("baton")
+SETTINGS = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
+                        help="A setting of the config, for example ppo.learning_rate=1e-5; may be repeated.")
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _scores(before: TrainState, after: TrainState) -> Grid:
 def _with_interval(metrics: Mapping[str, float], key: str) -> str:
     """A mean, with its interval if there is one."""
     ends = [metrics[f"{key}_{end}"] for end in ("low", "high") if f"{key}_{end}" in metrics]
-    return _number(metrics.get(key)) + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
+    return number(metrics.get(key)) + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
 
 
 def _returns(before: TrainState, after: TrainState) -> Grid:
@@ -107,8 +107,8 @@ def runs(rows: list[dict[str, Any]]) -> Grid:
     for name in ("run", "iterations", "reward", "KL", "gold", "created", "parent"):
         grid.add_column(name, justify="right" if name in ("iterations", "reward", "KL", "gold") else "left")
     for row in rows:
-        grid.add_row(row["run"], f"{row['iteration']}/{row['iterations']}", _number(row["reward"]), _number(row["kl"]),
-                     _number(row["gold"]), row["created"], row["parent"] or "")
+        grid.add_row(row["run"], f"{row['iteration']}/{row['iterations']}", number(row["reward"]), number(row["kl"]),
+                     number(row["gold"]), row["created"], row["parent"] or "")
     return grid
 
 
@@ -124,7 +124,7 @@ def iterations(states: list[TrainState]) -> Grid:
     for name in ("iteration", *(label for label, _ in columns), "seconds"):
         grid.add_column(name, justify="right")
     for state in states:
-        numbers = (_number(state.metrics.get(key)) for _, key in columns)
+        numbers = (number(state.metrics.get(key)) for _, key in columns)
         grid.add_row(str(state.iteration), *numbers, f"{state.seconds:.1f}")
     return grid
 
@@ -222,11 +222,11 @@ def _compared(metrics: Mapping[str, tuple[float | None, float]]) -> Grid:
     for column in ("metric", "in the run", "with these settings"):
         grid.add_column(column, justify="left" if column == "metric" else "right")
     for name, (recorded, value) in metrics.items():
-        grid.add_row(name, _number(recorded), _number(value))
+        grid.add_row(name, number(recorded), number(value))
     return grid
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """To three places, or two digits where that would show nothing."""
     if value is None:
         return ""

@@ -14,6 +14,7 @@ from textual.binding import Binding
 from textual.containers import Horizontal, VerticalScroll
 from textual.widgets import DataTable, Footer, Input, Static
 
+from flows.cli.display import number
 from flows.views.inspection import NUMBERS, Response
 
 LOW, HIGH = (192, 57, 43), (31, 122, 77)
@@ -48,12 +49,12 @@ def coloured(response: Response, column: str, scale: float) -> Text:
 
 def shown(response: Response, column: str, scale: float, *, tokens: bool = False) -> RenderableType:
     """A response for people; `tokens`: with the numbers of each of its tokens."""
-    facts = Text(f"row {response.row}   prompt {response.prompt_id}   score {_number(response.score)}   "
-                 f"KL {_number(response.kl)} nats   {response.length} tokens, ended by {response.finish_reason}", "bold")
+    facts = Text(f"row {response.row}   prompt {response.prompt_id}   score {number(response.score)}   "
+                 f"KL {number(response.kl)} nats   {response.length} tokens, ended by {response.finish_reason}", "bold")
     parts: list[RenderableType] = [facts, Text(response.prompt, "dim"), coloured(response, column, scale),
-                                   Text(f"coloured by {column}, full at ±{_number(scale)}", "dim")]
+                                   Text(f"coloured by {column}, full at ±{number(scale)}", "dim")]
     if response.components:
-        parts.append(Text("   ".join(f"{name} {_number(value)}" for name, value in response.components.items())))
+        parts.append(Text("   ".join(f"{name} {number(value)}" for name, value in response.components.items())))
     return Group(*parts, *([_numbers(response)] if tokens else []))
 
 
@@ -69,16 +70,10 @@ def _numbers(response: Response) -> Grid:
     for name in ("position", "token", *NUMBERS):
         grid.add_column(name, justify="left" if name == "token" else "right")
     for i, token in enumerate(response.tokens[:TOKENS_LISTED]):
-        grid.add_row(str(i), Text(repr(token)[1:-1]), *(_number(response.numbers[name][i]) for name in NUMBERS))
+        grid.add_row(str(i), Text(repr(token)[1:-1]), *(number(response.numbers[name][i]) for name in NUMBERS))
     if response.length > TOKENS_LISTED:
         grid.caption = f"the first {TOKENS_LISTED} of {response.length} tokens; baton sql gives all"
     return grid
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"
 
 
 class Inspector(App[None]):
@@ -123,8 +118,8 @@ class Inspector(App[None]):
         self.order, table = found, self.query_one(DataTable)
         table.clear()
         for each in found:
-            table.add_row(f"{each.prompt_id}: {each.row}" if self.grouped else str(each.row), _number(each.score),
-                          _number(each.kl), str(each.length), Text(each.response.strip()[:60].replace("\n", " ")))
+            table.add_row(f"{each.prompt_id}: {each.row}" if self.grouped else str(each.row), number(each.score),
+                          number(each.kl), str(each.length), Text(each.response.strip()[:60].replace("\n", " ")))
         self.sub_title = f"{len(found)} of {len(self.responses)}"
         order = f"{self.sorted_by} {'↓' if self.down else '↑'}{', by prompt' if self.grouped else ''}"
         self.query_one("#title", Static).update(Text(f"{self.title}   {self.sub_title}   sorted by {order}", "bold"))

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from flows.cli import view_commands  # noqa: F401, its commands
-from flows.cli.command import Answer, command, open_existing, run_command, terminate
+from flows.cli import view_commands, what_if_commands  # noqa: F401, their commands
+from flows.cli.command import SETTINGS, Answer, command, open_existing, run_command, terminate
 from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from schemas.settings import RunConfig
 
 log = logging.getLogger("baton")
-SETTINGS = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
-                        help="A setting of the config, for example ppo.learning_rate=1e-5; may be repeated.")
 
 
 def tagged(flow: Callable[..., Any], name: str, server: OwnServer | None = None, **parameters: Any) -> Any:

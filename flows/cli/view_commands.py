@@ -225,9 +225,70 @@ def _page(run: Run, iteration: int, found: list[Response], others: list[Run], fi
             "left_out": len(found) - len(kept),
             "elsewhere": elsewhere([run, *others], {each.prompt_id for each in kept}, ELSEWHERE)}
     text = page("inspect.html", "inspect.js", data)
-    file.write_text(text, encoding="utf-8")
+    _write(file, text)
     size, all_of_them = len(text.encode()), f"{len(kept)} responses"
     said = all_of_them if len(kept) == len(found) else f"the first {len(kept)} of {len(found)} responses"
     return Answer({"file": str(file), "bytes": size, "responses": len(kept), "left_out": len(found) - len(kept)},
                   lambda console: console.print(f"{file}: iteration {iteration} of {run.name}, {said}, {size:,} bytes; open "
                                                 "it in a browser", highlight=False, soft_wrap=True))
+
+
+def _write(file: Path, text: str) -> None:
+    """Raises `ConfigError` where it cannot be written."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+
+
+# --- what is wrong ---
+
+@command
+@click.argument("run")
+def doctor(run: str, root: str) -> Answer:
+    """Say what is wrong with RUN's training. By which numbers, and what people do about it."""
+    from flows.views.doctor import examine
+
+    found = examine(open_existing(root, run))
+
+    def print_all(console: Console) -> None:
+        for verdict in found.verdicts:
+            first, last = verdict.iterations
+            console.print(Text(f"{verdict.name}, iterations {first} to {last}", "bold"))
+            console.print(Text(f"  {verdict.reason}"))
+            console.print(Text(f"  What helps: {verdict.remedy}\n", "dim"))
+        if not found.checked:
+            console.print(Text(f"{run}: nothing could be checked, {next(iter(found.left_out.values()))}"))
+            return
+        console.print(Text(f"{run}: {len(found.verdicts)} of {len(found.checked)} checks raised"))
+        for name, why in found.left_out.items():
+            console.print(Text(f"  not checked: {name}, {why}", "dim"))
+
+    return Answer(asdict(found), print_all)
+
+
+# --- the whole run ---
+
+@command
+@click.argument("run")
+@click.option("--compare", "other", metavar="RUN", help="Another run beside it, in the same charts.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Where the page goes; RUN.html by default.")
+@click.option("--png", type=click.Path(path_type=Path), metavar="DIR", help="The charts as pictures too.")
+def report(run: str, other: str | None, html: Path | None, png: Path | None, root: str) -> Answer:
+    """A page about RUN. Curves, samples, what is wrong and what it was made from, in one file that needs no network."""
+    from flows.views.report import report as make_report
+    from flows.views.report import write_pictures
+
+    what, beside = open_existing(root, run), open_existing(root, other) if other else None
+    text = make_report(what, beside)
+    file = html or Path(f"{run}.html")
+    _write(file, text)
+    pictures = write_pictures(what, beside, png) if png else []
+    size = len(text.encode())
+
+    def say(console: Console) -> None:
+        console.print(f"{file}: {size:,} bytes; open it in a browser", highlight=False, soft_wrap=True)
+        if pictures:
+            console.print(f"{png}: {len(pictures)} pictures", highlight=False, soft_wrap=True)
+
+    return Answer({"file": str(file), "bytes": size, "pictures": list(map(str, pictures))}, say)

@@ -1,0 +1,151 @@
+"""`baton doctor`: a run that was made to go wrong in one way raises that verdict and no other; a sound one raises none."""
+
+import json
+
+import pytest
+import yaml
+from conftest import TINY, write_example
+
+from flows.cli.main import run_command
+from flows.runs.run import open_run
+from flows.store.store import Store
+from flows.views.doctor import CHECKS, LEAST, examine
+from stages.ops import sampling
+
+REWARDS = '''
+import random
+
+calls, noise = 0, random.Random(0)
+
+def constant(responses):
+    return [0.5] * len(responses)
+
+def of_prompt(prompts, responses):
+    return [float(len(prompt) % 5) for prompt in prompts]
+
+def fading(responses):
+    """Its spread is gone after the first calls."""
+    global calls
+    calls += 1
+    return [len(response) % 7 / (1 if calls <= 4 else 1000) for response in responses]
+
+def length(response_tokens):
+    return [float(len(tokens)) for tokens in response_tokens]
+
+def small(responses):
+    return [0.001 * (len(response) % 7) for response in responses]
+
+def e(responses):
+    return [10 * response.count("e") / max(1, len(response)) for response in responses]
+
+def nearly_e(responses):
+    return [score + noise.gauss(0, 0.2) for score in e(responses)]
+
+def no_e(responses):
+    return [-score for score in e(responses)]
+
+def varied(responses):
+    return [float(sum(map(ord, response)) % 11) for response in responses]
+'''
+STILL = {"ppo.learning_rate": 1e-6, "ppo.critic_learning_rate": 1e-6}  # so that nothing else happens
+ONE_STEP = {"ppo.epochs": 1, "ppo.minibatches": 1}  # whose ratio is 1, so that nothing is clipped
+FIXED = {"rollout.min_new_tokens": 10}  # all of one length
+FREE = {"kl.coef": 0}
+GROUPS = {"gae.estimator": "rloo", "rollout.responses_per_prompt": 4, "rollout.batch_size": 16}
+
+
+def reward(name, **more):
+    return {"reward.components": {name: {"source": f"rewards.py:{name}"} | more}}
+
+
+BAD = {
+    "component-never-varies": STILL | FIXED | GROUPS | {"reward.components": {
+        "varied": {"source": "rewards.py:varied"}, "constant": {"source": "rewards.py:constant"}}},
+    "groups-without-spread": STILL | FIXED | GROUPS | reward("of_prompt") | {
+        "kl.placement": "loss", "kl.estimator": "k2"},
+    "responses-at-the-limit": STILL | GROUPS | reward("varied") | {"rollout.max_new_tokens": 2},
+    "reward-saturated": STILL | FIXED | GROUPS | reward("fading"),
+    "reward-paid-for-length": FREE | GROUPS | ONE_STEP | reward("length") | {
+        "rollout.max_new_tokens": 120, "rollout.stop": ["e", "o"], "ppo.learning_rate": 3e-2, "iterations": 8},
+    "clip-fraction-high": FREE | FIXED | GROUPS | reward("varied") | {"ppo.learning_rate": 2e-2, "ppo.epochs": 4},
+    "kl-runs-away": FIXED | GROUPS | ONE_STEP | reward("varied") | {"kl.coef": 1e-6, "ppo.learning_rate": 1e-1},
+    "entropy-collapsed": FREE | FIXED | GROUPS | ONE_STEP | reward("nearly_e") | {
+        "ppo.learning_rate": 1e-1, "iterations": 13},
+    "critic-explains-nothing": STILL | FIXED | reward("small"),
+    "gold-falls-while-reward-rises": FREE | FIXED | GROUPS | ONE_STEP | reward("e") | {
+        "evaluate.judge": "rewards.py:no_e", "ppo.learning_rate": 3e-2, "evaluate.every": 3, "iterations": 9},
+    "engine-and-update-apart": STILL | FIXED | GROUPS | reward("varied") | {"ppo.recompute_old_logprobs": True},
+}
+
+
+def off_by_a_fifth(sample):
+    """An engine whose logprobs are not the model's."""
+
+    def call(*given, **more):
+        found = sample(*given, **more)
+        return found._replace(logprobs=[row - 0.2 for row in found.logprobs])
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, prefect_server):
+    """A function from settings to a run; all are in one store, so that what they have in common is made once."""
+    folder = write_example(tmp_path_factory.mktemp("doctor") / "tiny")
+    (folder / "rewards.py").write_text(REWARDS)
+
+    def make(name, settings):
+        config = json.loads(json.dumps(TINY))
+        for key, value in ({"iterations": 2 * LEAST, "evaluate.every": 0} | settings).items():
+            *path, last = key.split(".")
+            section = config
+            for part in path:
+                section = section.setdefault(part, {})
+            section[last] = value
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        store = folder.parent / "store"
+        assert run_command(["train", str(folder), "--run", name, "--store", str(store), "--quiet"]) == 0
+        return open_run(Store(store), name)
+
+    return make
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_run_that_goes_wrong_in_one_way(runs, name, monkeypatch):
+    if name == "engine-and-update-apart":
+        monkeypatch.setattr(sampling, "sample", off_by_a_fifth(sampling.sample))
+    found = examine(runs(name, BAD[name]))
+    assert [verdict.name for verdict in found.verdicts] == [name], found
+    (verdict,) = found.verdicts
+    assert not verdict.reason[0].islower() and verdict.remedy and any(c.isdigit() for c in verdict.reason)
+    assert name in found.checked
+
+
+def test_a_sound_run_raises_nothing(runs):
+    found = examine(runs("sound", STILL | FIXED | GROUPS | reward("varied")))
+    assert found.verdicts == [] and len(found.checked) >= 6
+
+
+def test_examples_of_control_raise_nothing(controlled):
+    for name in ("cartpole", "pendulum"):
+        assert examine(open_run(Store(controlled[1]), name)).verdicts == []
+
+
+def test_the_command(runs, capsys):
+    run = runs("component-never-varies", BAD["component-never-varies"])
+    assert run_command(["doctor", run.name, "--store", run.store.uri]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "component-never-varies, iterations 4 to 6" in out and "'constant' is 0.5 for every response" in out
+    assert "What helps:" in out and "1 of" in out and "not checked: critic-explains-nothing, gae.estimator=rloo" in out
+    assert run_command(["doctor", run.name, "--store", run.store.uri, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["verdicts"][0]["name"] == "component-never-varies" and "kl-runs-away" in data["checked"]
+
+
+def test_a_run_that_is_too_short(trained, capsys):
+    assert run_command(["doctor", "tiny", "--store", str(trained[1])]) == 0
+    assert "nothing could be checked, it takes 6 iterations, there are 2" in capsys.readouterr().out
+
+
+def test_every_check_has_a_bad_run():
+    assert set(BAD) == set(CHECKS)
