@@ -163,6 +163,8 @@ def iterate_flow(
         elif state.iteration < work.iterations:
             page.rename(f"{run}-iterate-{state.iteration + 1:06d}")
             state = work.train(state, state.iteration + 1)
+            if state.iteration >= work.iterations:
+                page.examined(work.run)
         else:
             log.info(f"run {run}: all {work.iterations} iterations are there; nothing to do")
             work.mirror.push(state)

@@ -36,5 +36,7 @@ def train_flow(
             state = work.train(state, work.iterations)
         finally:
             gc.unfreeze()
+        if work.run.finished_by(state):
+            page.examined(work.run)
         page.end_schedules(work.run, state.iteration)
     return state

@@ -17,6 +17,7 @@ from flows.runs.run import changed, open_run
 from flows.store.store import Store
 from flows.tracking.client import timings
 from flows.tracking.tracking_uri import how_to_open, is_mirrored
+from flows.views.report import report
 
 
 def manifests(run, state):
@@ -67,6 +68,18 @@ def test_samples_and_the_best_actor(trained, tmp_path):
     version = client.get_model_version_by_alias("baton-tiny", "best")
     assert version.tags["baton.artifact"] == str(best.actor.artifact)
     assert version.tags["baton.iteration"] == str(best.iteration)
+
+
+def test_the_data_the_report_and_what_is_wrong(trained, tmp_path):
+    store = trained[1]
+    run, client = open_run(Store(store), "tiny"), client_of(store)
+    mirrored = only_run(client)
+    given = {entry.dataset.name: (entry.dataset.digest, entry.tags[0].value) for entry in mirrored.inputs.dataset_inputs}
+    roles = ("demonstrations", "pairs", "heldout_pairs", "prompts", "heldout_prompts")
+    assert given == {role: (run.inputs[role].identity[:36], role) for role in roles}
+    assert mirrored.data.tags["baton.doctor"] == "nothing could be checked, it takes 6 iterations, there are 2"
+    page = Path(client.download_artifacts(mirrored.info.run_id, "report.html", str(tmp_path))).read_text(encoding="utf-8")
+    assert page == report(run)
 
 
 @pytest.mark.parametrize("name, iteration", [("evaluate/kl", 2), ("rollout/logprob", None), ("nothing/there", "none")])

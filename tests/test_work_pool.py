@@ -80,6 +80,8 @@ def test_what_a_person_reads_on_the_page(pool, tmp_path):
     artifacts = {one.key: one for one in written if one.key and one.key.startswith("shown")}  # the latest of each
     row = next(row for row in json.loads(artifacts["shown-metrics"].data) if row["metric"] == "reward/score")
     assert float(row["iteration 2"]) != float(row["iteration 1"])
+    assert "### shown: nothing could be checked, it takes 6 iterations" in artifacts["shown-doctor"].data
+    assert re.search(r"^\| evaluate/gold \| -?\d.*\| -?\d.*\|$", artifacts["shown-doctor"].data, re.MULTILINE)
     assert re.search(r"^- `gold -?\d\.\d{3}  win \d\.\d{3}` \*\*.+\*\* ", artifacts["shown-samples"].data, re.MULTILINE)
 
 

@@ -257,11 +257,8 @@ def doctor(run: str, root: str) -> Answer:
             console.print(Text(f"{verdict.name}, iterations {first} to {last}", "bold"))
             console.print(Text(f"  {verdict.reason}"))
             console.print(Text(f"  What helps: {verdict.remedy}\n", "dim"))
-        if not found.checked:
-            console.print(Text(f"{run}: nothing could be checked, {next(iter(found.left_out.values()))}"))
-            return
-        console.print(Text(f"{run}: {len(found.verdicts)} of {len(found.checked)} checks raised"))
-        for name, why in found.left_out.items():
+        console.print(Text(f"{run}: {found.summary}"))
+        for name, why in found.left_out.items() if found.checked else ():
             console.print(Text(f"  not checked: {name}, {why}", "dim"))
 
     return Answer(asdict(found), print_all)

@@ -34,12 +34,15 @@ from prefect.states import Cancelled
 
 from flows.runs.run import Run, open_run
 from flows.store.store import Store
+from flows.views.visible import visible
 from schemas.artifacts import TrainState
 from schemas.tables import Returns, Rewards, Rollouts, Samples
 from stages.ops.progress import listened_to
 
 log = logging.getLogger("baton")
 SHOWN = 8  # samples of a report
+HEADLINES = ("evaluate/gold", "evaluate/score", "evaluate/kl", "evaluate/win_rate", "evaluate/response_length",
+             "evaluate/episode_return", "reward/score", "ppo/entropy", "gae/explained_variance")
 EVERY = 5.0  # seconds between two signs of progress
 PAUSE = 60.0  # seconds without further calls after one has failed
 _silent_until = 0.0  # of the monotonic clock
@@ -109,6 +112,24 @@ def report(run: Run, state: TrainState, before: TrainState | None) -> None:
 
 
 @_best_effort
+def examined(run: Run) -> None:
+    """At the end of a run: what is wrong with its training, and how it went, as an artifact of the flow run."""
+    from flows.views.doctor import examine
+
+    found, states = examine(run), run.states()
+    lines = [f"### {run.name}: {found.summary}", ""]
+    lines += [f"- **{verdict.name}**: {_escaped(verdict.reason)}. *What helps:* {_escaped(verdict.remedy)}."
+              for verdict in found.verdicts]
+    lines += ["", "| | first | last |", "|---|---|---|"]
+    for key in HEADLINES:
+        values = [state.metrics[key] for state in states if key in state.metrics]
+        if values:
+            lines.append(f"| {key} | {values[0]:.4g} | {values[-1]:.4g} |")
+    lines += ["", f"`baton report {run.name} --store {run.store.absolute}` makes the page with the curves and samples."]
+    create_markdown_artifact("\n".join(lines), key=_key(run, "doctor"), description=f"{run.name}: {found.summary}")
+
+
+@_best_effort
 def compare(
     run: Run, stage: str, iteration: int, metrics: Mapping[str, tuple[float | None, float]], summary: str
 ) -> None:
@@ -158,7 +179,7 @@ def _markdown(title: str, rows: list[dict[str, Any]], numbers: tuple[str, ...]) 
 
 def _escaped(text: str) -> str:
     """On one line, and nothing in it is markdown."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", visible(" ".join(text.split()), 2000))
 
 
 @contextmanager

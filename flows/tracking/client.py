@@ -31,16 +31,18 @@ from typing import Any
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # without these a call waits four minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 import mlflow
-from mlflow.entities import Experiment, Metric, Param
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 
 from flows.runs.best import best_of
 from flows.runs.run import Run
 from flows.store.store import Store
 from flows.tracking.tracking_uri import database_of
+from flows.views.visible import visible
 from schemas.addresses import without_user_info
 from schemas.artifacts import Manifest, RunRecord, TrainState
 from schemas.config import parse_config
+from schemas.data import COLUMNS
 from schemas.errors import TrackingError
 from schemas.tables import EPISODE_FILM, Returns, Samples
 
@@ -57,8 +59,11 @@ class Client:
 
     def __init__(self, run: Run, uri: str) -> None:
         self.run, self.uri, self.client = run, uri, mlflow.MlflowClient(uri)
-        self.run_id = self._find() or self._create()
+        there = self._find()
+        self.new, self.run_id = there is None, there or self._create()
         self._log_params()
+        if self.new:
+            self._log_inputs()
         self.next, self.logged = self._end()
 
     @property
@@ -81,6 +86,7 @@ class Client:
                 logged(self.next - 1)
                 points = []
         if state.iteration >= self.run.config.iterations:
+            self._log_report()
             ended = max(self.run.store.manifest(ref).created for ref in state.artifacts.values())
             self.client.set_terminated(self.run_id, end_time=_milliseconds(ended))
             self._register(state, "last")
@@ -117,6 +123,23 @@ class Client:
         params = [Param(key, str(value)[:500]) for key, value in _flat(self.run.record.config) if key not in there]
         for start in range(0, len(params), 100):
             self.client.log_batch(self.run_id, params=params[start : start + 100])
+
+    def _log_inputs(self) -> None:
+        """Imported data by role, with a digest of what it holds."""
+        given = [DatasetInput(Dataset(role, ref.identity[:36], "local", json.dumps({"uri": self.run.store.place(ref, "")}),
+                                      profile=json.dumps(self.run.store.manifest(ref).metrics)),
+                              [InputTag("mlflow.data.context", role)])
+                 for role, ref in sorted(self.run.inputs.items()) if role in COLUMNS]
+        if given:
+            self.client.log_inputs(self.run_id, given)
+
+    def _log_report(self) -> None:
+        """The page of a finished run, and what is wrong with its training."""
+        from flows.views.doctor import examine  # imported at the end of a run alone
+        from flows.views.report import report
+
+        self.client.set_tag(self.run_id, "baton.doctor", examine(self.run).summary)
+        self.client.log_text(self.run_id, report(self.run), "report.html")
 
     def _experiment(self) -> Experiment | None:
         """The config's. Raises `TrackingError` if it was deleted, with what brings it back."""
@@ -165,8 +188,10 @@ class Client:
             return
         for kind in (Samples, Returns):
             if kind.file in evaluation.digests():
-                rows = self.run.store.table(evaluation.ref, kind).to_arrow().slice(0, SAMPLES_SHOWN)
-                self.client.log_table(self.run_id, rows.to_pydict(), f"samples/{name}.json")
+                rows = self.run.store.table(evaluation.ref, kind).to_arrow().slice(0, SAMPLES_SHOWN).to_pydict()
+                shown = {name: [visible(value, newlines=True) if isinstance(value, str) else value for value in values]
+                         for name, values in rows.items()}
+                self.client.log_table(self.run_id, shown, f"samples/{name}.json")
         if EPISODE_FILM in evaluation.digests():
             with tempfile.TemporaryDirectory() as folder:
                 film = shutil.copy(self.run.store.file(evaluation.ref, EPISODE_FILM), Path(folder) / f"{name}.gif")

@@ -41,6 +41,14 @@ class Examination:
     left_out: dict[str, str]
     """Check → why it says nothing of this run."""
 
+    @property
+    def summary(self) -> str:
+        """In a line."""
+        if not self.checked:
+            return f"nothing could be checked, {next(iter(self.left_out.values()))}"
+        raised = f": {', '.join(verdict.name for verdict in self.verdicts)}" if self.verdicts else ""
+        return f"{len(self.verdicts)} of {len(self.checked)} checks raised{raised}"
+
 
 class _NotApplicableError(Exception):
     """A check that says nothing of this run, and why."""
