@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flows.orchestration.server import OwnServer
     from flows.runs.inputs import Checked, Files
     from flows.runs.run import Run
+    from flows.runs.start import Request
     from schemas.artifacts import TrainState
     from schemas.settings import RunConfig
 
@@ -79,8 +80,11 @@ def _server_is_named() -> bool:
 @click.option("--run", "name", help="The run's name; the name of the config's folder by default.")
 @click.option("--iterations", type=click.IntRange(min=0), help="How far to train in this call, instead of the config's; 0 "
               "makes the run, its inputs in the store, and trains nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what would be made, what is found and what that costs; write nothing.")
 @SETTINGS
-def train(config: str | None, name: str | None, iterations: int | None, settings: tuple[str, ...], root: str) -> Answer:
+def train(
+    config: str | None, name: str | None, iterations: int | None, dry_run: bool, settings: tuple[str, ...], root: str
+) -> Answer:
     """Make a run, or go on with one. CONFIG is an example's folder or a YAML file; a run that is there needs none."""
     if config is None and name is None:
         raise ConfigError("train: name a CONFIG, for example data/reviews, or a run that is there with --run")
@@ -89,6 +93,9 @@ def train(config: str | None, name: str | None, iterations: int | None, settings
     from flows.views.overview import progress
     from schemas.settings import NO_OVERRIDES, Overrides
 
+    overrides = Overrides(iterations=iterations) if iterations else NO_OVERRIDES
+    if dry_run:
+        return _planned(Request(root, name, config, settings, overrides))
     server = None
 
     def check(config: RunConfig, files: Files) -> Checked:
@@ -97,7 +104,6 @@ def train(config: str | None, name: str | None, iterations: int | None, settings
         server = _begin_server() if iterations != 0 else None
         return check_inputs(config, files)
 
-    overrides = Overrides(iterations=iterations) if iterations else NO_OVERRIDES
     run = start(Request(root, name, config, settings, overrides), check)
     last = run.last()
     if iterations == 0:
@@ -112,6 +118,22 @@ def train(config: str | None, name: str | None, iterations: int | None, settings
     with opened(run):
         state = tagged(train_flow, run.name, server, overrides=overrides, store=run.store.uri)
     return _finished(run, run.state(0), state, state, [])
+
+
+def _planned(request: Request) -> Answer:
+    from flows.cli.plan_lines import print_plan
+    from flows.plan import plan
+
+    found = plan(request)
+    data = {
+        "run": found.run.name, "there": found.there, "done": found.done, "iterations": found.iterations,
+        "to_make": found.to_make, "evaluations": found.evaluations, "snapshots": found.snapshots,
+        "seconds": found.seconds, "snapshot_bytes": found.snapshot_bytes, "free": found.free,
+        "inputs": {role: {"artifact": str(ref), "found": there} for role, (ref, there) in found.inputs.items()},
+        "steps": [{"iteration": step.iteration, "stage": step.stage, "artifact": str(step.ref),
+                   "found": step.made is not None} for step in found.steps],
+        "config": found.run.config.model_dump(mode="json")}
+    return Answer(data, lambda console: print_plan(console, found))
 
 
 def _made(run: Run, last: TrainState | None) -> Answer:

@@ -213,7 +213,7 @@ def recipes_of(config: RunConfig, files: Files) -> dict[str, Recipe]:
 
 def _recipe(role: str, paths: Sequence[Path], digest: Callable[[Path], str]) -> Recipe:
     """The recipe of a model or function: its identity is that of its content, and of its file name where that matters."""
-    kind = "base_model" if role == "base_model" else "scorer" if _is_model(paths) else "function"
+    kind = "base_model" if role == "base_model" else "scorer" if is_model(paths) else "function"
     return Recipe(stage=f"input.{kind}", version=1, config={"sha256": {
         _inner(path, paths): digest(path) for path in paths}}, inputs={})
 
@@ -247,11 +247,12 @@ def _inner(path: Path, paths: Sequence[Path]) -> str:
     """The name of an imported file: `model/config.json`, or as it lies beside a function's own."""
     if is_gguf(paths[0].name):
         return GGUF
-    return f"model/{path.name}" if _is_model(paths) else path.relative_to(paths[0].parent).as_posix()
+    return f"model/{path.name}" if is_model(paths) else path.relative_to(paths[0].parent).as_posix()
 
 
-def _is_model(paths: Sequence[Path]) -> bool:
-    return any(path.name == "config.json" for path in paths)
+def is_model(paths: Sequence[Path]) -> bool:
+    """Whether these files are a model's."""
+    return any(path.name == "config.json" or is_gguf(path.name) for path in paths)
 
 
 def import_files(

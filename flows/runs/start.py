@@ -13,6 +13,7 @@ from flows.runs.inputs import (
     Files,
     import_files,
     input_files,
+    is_model,
     model_files,
     older_recipe,
     pinned,
@@ -22,16 +23,17 @@ from flows.runs.inputs import (
     stored_rows,
 )
 from flows.runs.rows import Rows
-from flows.runs.run import Run, changed, create, find_run, lease_key, open_run, require_same
+from flows.runs.run import Run, changed, create, find_run, lease_key, open_run, require_same, with_threads
 from flows.store.lease import working_on
 from flows.store.store import Store
-from schemas.artifacts import Recipe, check_name
+from schemas.artifacts import Recipe, RunRecord, check_name
 from schemas.config import differences, parse_config
 from schemas.control import ControlConfig
 from schemas.data import COLUMNS
 from schemas.errors import ConfigError
 from schemas.language import LanguageConfig
 from schemas.presets import merged
+from schemas.records import now
 from schemas.settings import FREE_SECTIONS, NO_OVERRIDES, ExecutionConfig, Overrides, RunConfig
 
 Source = str | LanguageConfig | ControlConfig  # an example's folder, a YAML file, or what such a file holds
@@ -66,6 +68,35 @@ def start(request: Request, check: Check) -> Run:
     check_device(run.config.execution)
     check_best(run.config)
     return run
+
+
+def preview(request: Request, check: Check, scratch: Store) -> tuple[Run, bool]:
+    """As `start`, with nothing written to the store; and whether the run is there.
+
+    Of a run that is not, data and functions are imported into `scratch`, where its chain reads them; models are not.
+    """
+    store = Store(request.store)
+    if request.source is None:
+        run = open_run(store, request.name)
+        return changed(run, request.overrides.values_set(), request.settings), True
+    config, folder = request.source, Path.cwd()
+    if isinstance(request.source, str):
+        config, folder = read_config(request.source, request.settings)
+    name, files = _name(request.name, folder), input_files(config, folder)
+    recipes, run = recipes_of(config, files), find_run(store, name)
+    overrides = _overrides(config, request.overrides)
+    if run is not None:
+        recipes |= _as_made(run, config, files, recipes)
+        require_same(run, config, {role: recipe.ref for role, recipe in recipes.items()})
+        return changed(run, overrides.values_set()), True
+    check_device(overrides.execution)
+    check_best(config)
+    read = {role: recipe for role, recipe in recipes.items() if not is_model(files[role])}
+    import_files(scratch, config.execution, files, read, check(config, files))
+    config = with_threads(pinned(config, folder, files))
+    record = RunRecord(name=name, config=config.model_dump(mode="json"), created=now(),
+                       inputs={role: recipe.ref for role, recipe in recipes.items()})
+    return changed(Run(scratch, record, config), overrides.values_set()), False
 
 
 def _resumed(store: Store, request: Request) -> tuple[Run, RunConfig]:
