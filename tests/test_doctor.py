@@ -1,6 +1,8 @@
 """`baton doctor`: a run that was made to go wrong in one way raises that verdict and no other; a sound one raises none."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -149,3 +151,8 @@ def test_a_run_that_is_too_short(trained, capsys):
 
 def test_every_check_has_a_bad_run():
     assert set(BAD) == set(CHECKS)
+
+
+def test_the_page_has_every_verdict():
+    page = (Path(__file__).parents[1] / "docs" / "reading-a-run.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE) == list(CHECKS)
