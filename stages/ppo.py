@@ -28,6 +28,7 @@ from stages.ops.kl import kl_estimate
 from stages.ops.learner import Learner, MicroBatch, Prediction, Units
 from stages.ops.losses import LOG_RATIO_LIMIT, a2c_loss, log_ratio, policy_loss, value_loss
 from stages.ops.progress import progress_bar
+from stages.ops.ratios import say_ratios
 from stages.ops.tally import Tally
 from stages.ops.texts import Texts
 
@@ -68,7 +69,7 @@ def ppo(
         for epoch in range(config.epochs):
             for i, minibatch in enumerate(np.array_split(order.permutation(len(units.lengths)), config.minibatches)):
                 mixed = order.integers(len(texts), size=config.ptx_batch_size) if texts and train_actor else None
-                update.step(minibatch, mixed, tally, _hint(epoch, i, config))
+                update.step(minibatch, mixed, tally, epoch, _hint(epoch, i, config))
                 bar.update()
                 if config.target_kl is not None and tally.approx_kl() > config.target_kl:
                     return tally.metrics(learning_rate_factor, _measured(importance, rollouts.sampled, config))
@@ -134,7 +135,7 @@ class _Update:
     kl_loss: KLLoss | None
     texts: Units | None
 
-    def step(self, minibatch: np.ndarray, mixed: np.ndarray | None, tally: Tally, hint: str) -> None:
+    def step(self, minibatch: np.ndarray, mixed: np.ndarray | None, tally: Tally, epoch: int, hint: str) -> None:
         """On those units, and on those texts; `hint`: for the message where a number is not finite."""
         batches = self.units.micro_batches(minibatch)
         index = np.concatenate([batch.token_index for batch in batches]) if len(batches) > 1 else batches[0].token_index
@@ -147,7 +148,10 @@ class _Update:
             part = {name: values[begin:end] for name, values in column.items()} if len(batches) > 1 else column
             prediction = self.learner.predict(
                 batch, policy=self.train_actor, entropy="gradient" if self.config.entropy_coef else "value")
-            loss = self._loss(prediction, part, tally)
+            loss, measured = self._loss(prediction, part)
+            tally.add(**measured)
+            if prediction.logprobs is not None:
+                say_ratios(epoch, batch.token_index, measured["log_ratio"], measured["clip_fraction_loss"])
             mean = loss.sum() / len(index)
             if "per_response" in part:
                 mean = (loss * part["per_response"]).sum() / len(minibatch)
@@ -163,21 +167,20 @@ class _Update:
                 require_finite(f"the {network}'s gradient norm", np.full(len(rows), norm), self.rollouts.row_id[rows], hint)
         tally.end_step(norms)
 
-    def _loss(self, prediction: Prediction, column: dict[str, Tensor], tally: Tally) -> Tensor:
-        """(m,): the loss of each token."""
+    def _loss(self, prediction: Prediction, column: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """(m,): the loss of each token; and what is measured of them."""
         loss, measured = 0.0, {}
         if prediction.logprobs is not None:
-            loss, measured = self._policy(prediction, column, tally)
+            loss, measured = self._policy(prediction, column)
         if prediction.values is not None:
             clip = value_loss(prediction.values, column["old_values"], column["returns"], self.config.value_clip_range)
             loss = loss + self.config.value_coef * clip.loss
             measured |= {"value_loss": clip.loss, "value_clip_fraction": clip.outside,
                          "value_clip_fraction_loss": clip.taken}
-        tally.add(**measured)
-        return loss
+        return loss, measured
 
     def _policy(
-        self, prediction: Prediction, column: dict[str, Tensor], tally: Tally
+        self, prediction: Prediction, column: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """(m,) policy loss, entropy bonus and KL penalty; and what is measured of them."""
         c, log_r = self.config, log_ratio(prediction.logprobs, column["old_logprobs"])

@@ -13,6 +13,7 @@ from textual.widgets import DataTable, Input, Static
 
 from flows.cli.inspector import Inspector, coloured, scale_of
 from flows.cli.main import run_command
+from flows.replay import replay
 from flows.runs.run import open_run
 from flows.store.store import Store
 from flows.views.html_page import as_json, page
@@ -83,6 +84,37 @@ def test_what_is_not_there(trained, iteration, rows, words):
 def test_a_control_task_has_no_responses(controlled):
     with pytest.raises(ConfigError, match=r"is a control task.*baton sql cartpole"):
         responses(open_run(Store(controlled[1]), "cartpole"), 1)
+
+
+def test_the_ratios_of_an_update_made_again(copied):
+    """Their mean is the metric; each epoch comes to each token once; the first minibatch finds the policy unchanged."""
+    run = open_run(Store(copied[1]), "tiny")
+    epochs, same = replay(run, 2)
+    assert same and len(epochs) == run.config.ppo.epochs
+    metrics = run.store.manifest(run.state(2).artifacts["ppo"]).metrics
+    ratios = np.concatenate([epoch.ratio for epoch in epochs])
+    assert not np.isnan(ratios).any()
+    assert ratios.min() == pytest.approx(metrics["ratio_min"]) and ratios.max() == pytest.approx(metrics["ratio_max"])
+    clipped = np.concatenate([epoch.clipped for epoch in epochs])
+    assert clipped.mean() == pytest.approx(metrics["clip_fraction_loss"])
+    assert np.isclose(epochs[0].ratio, 1, atol=1e-5).mean() >= 1 / run.config.ppo.minibatches / 2
+    assert not np.isclose(epochs[1].ratio, 1, atol=1e-5).all()
+
+
+def test_ratios_beside_the_other_numbers(copied, tmp_path, capsys):
+    store = str(copied[1])
+    file, replayed = tmp_path / "r.html", ["inspect", "tiny", "--iteration", "1", "--replay", "--store", store]
+    assert run_command([*replayed, "--html", str(file)]) == 0
+    data = json.loads(Script(file.read_text(encoding="utf-8")).scripts["application/json"])
+    names = [f"{what}, epoch {number}" for number in (1, 2) for what in ("ratio − 1", "clipped")]
+    assert data["columns"] == [*NUMBERS, *names]
+    found = np.concatenate([each["numbers"]["ratio − 1, epoch 2"] for each in data["responses"]])
+    epochs, _ = replay(open_run(Store(store), "tiny"), 1)
+    np.testing.assert_allclose(found, epochs[1].ratio - 1, rtol=1e-3, atol=1e-6)
+    capsys.readouterr()
+    assert run_command([*replayed, "--row", "2"]) == 0
+    assert "row 2" in (out := capsys.readouterr().out) and "row 1 " not in out
+    assert run_command(["inspect", "tiny", "--iteration", "7", "--replay", "--store", store]) == 2
 
 
 # --- the page ---

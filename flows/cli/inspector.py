@@ -15,7 +15,7 @@ from textual.containers import Horizontal, VerticalScroll
 from textual.widgets import DataTable, Footer, Input, Static
 
 from flows.cli.display import number
-from flows.views.inspection import NUMBERS, Response
+from flows.views.inspection import Response
 
 LOW, HIGH = (192, 57, 43), (31, 122, 77)
 TOKENS_LISTED = 400
@@ -67,10 +67,10 @@ def print_responses(console: Console, responses: list[Response], column: str, sc
 
 def _numbers(response: Response) -> Grid:
     grid = Grid()
-    for name in ("position", "token", *NUMBERS):
+    for name in ("position", "token", *response.numbers):
         grid.add_column(name, justify="left" if name == "token" else "right")
     for i, token in enumerate(response.tokens[:TOKENS_LISTED]):
-        grid.add_row(str(i), Text(repr(token)[1:-1]), *(number(response.numbers[name][i]) for name in NUMBERS))
+        grid.add_row(str(i), Text(repr(token)[1:-1]), *(number(values[i]) for values in response.numbers.values()))
     if response.length > TOKENS_LISTED:
         grid.caption = f"the first {TOKENS_LISTED} of {response.length} tokens; baton sql gives all"
     return grid
@@ -164,7 +164,8 @@ class Inspector(App[None]):
         self._list()
 
     def action_colour(self) -> None:
-        self.column = NUMBERS[(NUMBERS.index(self.column) + 1) % len(NUMBERS)]
+        columns = list(self.responses[0].numbers)
+        self.column = columns[(columns.index(self.column) + 1) % len(columns)]
         self._show()
 
     def action_search(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import sys
 from bisect import bisect_right
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+import numpy as np
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from flows.views.inspection import Response
     from flows.views.sql import Database
 
+log = logging.getLogger("baton")
 T = TypeVar("T")
 ROWS_SHOWN, ROWS_DOWN, COLUMN_WIDTH, CHARACTERS_SHOWN = 40, 5, 14, 200
 
@@ -193,16 +196,20 @@ PAGE_TOKENS, ELSEWHERE = 60_000, 24  # of a page, beyond which it would be slow 
               "coloured by.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="As one HTML file that needs no network.")
 @click.option("--compare", "other", metavar="RUN", help="Another run, whose responses to the same prompts are shown too.")
+@click.option("--replay", is_flag=True, help="Make the update once more, for each token's ratio and clip in each epoch.")
 def inspect(
-    run: str, iteration: int | None, rows: tuple[int, ...], column: str, html: Path | None, other: str | None, root: str
+    run: str, iteration: int | None, rows: tuple[int, ...], column: str, html: Path | None, other: str | None, replay: bool,
+    root: str,
 ) -> Answer:
     """Look at RUN's responses, token by token. In the terminal, or as a page."""
-    from flows.views.inspection import responses
+    from flows.views.inspection import responses, with_columns
 
     what = open_existing(root, run)
     others = [open_existing(root, other)] if other else []
     iteration = iteration or max(what.iterations(), default=0)
-    found = responses(what, iteration, rows or None)
+    found = responses(what, iteration, None if replay else rows or None)
+    if replay:
+        found = [each for each in with_columns(found, _of_epochs(what, iteration)) if not rows or each.row in rows]
     data = lambda: [asdict(each) for each in found]  # noqa: E731
     if html is not None:
         return _page(what, iteration, found, others, html)
@@ -215,14 +222,28 @@ def inspect(
     return Answer(data, lambda console: Inspector(title, found, column).run())
 
 
+def _of_epochs(run: Run, iteration: int) -> dict[str, np.ndarray]:
+    """Columns of an update that is made once more: how far each token's ratio is from 1, and whether it was clipped."""
+    from flows.replay import replay
+
+    epochs, same = replay(run, iteration)
+    if not same:
+        log.warning("the update gave other bytes than the run has: its ratios are those of this machine")
+    found = {}
+    for number, epoch in enumerate(epochs, start=1):
+        found[f"ratio − 1, epoch {number}"] = epoch.ratio - 1
+        found[f"clipped, epoch {number}"] = np.where(np.isnan(epoch.ratio), np.nan, epoch.clipped)
+    return found
+
+
 def _page(run: Run, iteration: int, found: list[Response], others: list[Run], file: Path) -> Answer:
     from flows.views.html_page import page
     from flows.views.inspection import elsewhere
 
     sizes = list(accumulate(each.length for each in found))
     kept = found[: max(1, bisect_right(sizes, PAGE_TOKENS))]
-    data = {"run": run.name, "iteration": iteration, "columns": COLUMNS, "responses": [asdict(each) for each in kept],
-            "left_out": len(found) - len(kept),
+    data = {"run": run.name, "iteration": iteration, "columns": list(kept[0].numbers),
+            "responses": [asdict(each) for each in kept], "left_out": len(found) - len(kept),
             "elsewhere": elsewhere([run, *others], {each.prompt_id for each in kept}, ELSEWHERE)}
     text = page("inspect.html", "inspect.js", data)
     _write(file, text)

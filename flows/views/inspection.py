@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,15 @@ def _response(found: dict[str, Any], tokens: Any) -> Response:
         score=found["score"], raw_score=found["raw_score"], kl=found["kl"], raw_advantage=found["raw_advantage"],
         components=found["components"] or {}, tokens=[visible(text, newlines=True) for text in tokens["text"].to_pylist()],
         sampled=None if None in sampled else sampled, numbers={name: tokens[name].to_pylist() for name in NUMBERS})
+
+
+def with_columns(found: list[Response], columns: dict[str, np.ndarray]) -> list[Response]:
+    """With more numbers of each token: name → (n,), of all tokens of the iteration in order; NaN is none."""
+    ends, more = np.cumsum([each.length for each in found]), []
+    for each, end in zip(found, ends, strict=True):
+        own = {name: values[end - each.length : end].tolist() for name, values in columns.items()}
+        more.append({name: [None if x != x else x for x in values] for name, values in own.items()})
+    return [replace(each, numbers=each.numbers | own) for each, own in zip(found, more, strict=True)]
 
 
 def elsewhere(runs: list[Run], prompt_ids: set[int], most: int) -> dict[int, list[dict[str, Any]]]:
