@@ -131,12 +131,15 @@ class _Looked:
     store: Store
     foreseen: _Foreseen
     steps: list[Step] = field(default_factory=list)
+    unknown: bool = False
+    """Whether the next recipes have a number that is not known yet."""
 
     def __call__(self, *calls: StageCall) -> dict[str, Produced]:
         return {call.stage: self._looked_up(call) for call in calls}
 
     def _looked_up(self, call: StageCall) -> Produced:
-        made = self.store.find(call.recipe.ref)
+        made = None if self.unknown else self.store.find(call.recipe.ref)
+        self.unknown |= made is None and call.stage == "reward_bias"  # whose number goes on into recipes
         self.foreseen.recipes[call.recipe.ref] = call.recipe
         self.steps.append(Step(call.iteration, call.stage, call.recipe.ref, made))
         outputs = made.outputs if made else Outputs(kl=0.0, bias=0.0, moments=Moments())

@@ -46,6 +46,8 @@ def grid_of(given: Iterable[str]) -> dict[str, list[str]]:
         found = [value.strip() for value in values.split(",")]
         if not equals or not all(found):
             raise ConfigError(f"--grid {one!r}: expected KEY=VALUE,VALUE, for example gae.gae_lambda=0.9,0.95,1")
+        if key.strip() in grid:
+            raise ConfigError(f"--grid {one!r}: {key.strip()} was named before; name all its values at once")
         grid[key.strip()] = found
     return grid
 
@@ -126,8 +128,10 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _same_order(a: np.ndarray, b: np.ndarray, prompts: np.ndarray) -> float | None:
-    first, second = np.triu_indices(len(a), 1)
-    one = prompts[first] == prompts[second]
-    signs = np.sign(a[first] - a[second])[one] * np.sign(b[first] - b[second])[one]
-    signs = signs[signs != 0]
-    return float((signs > 0).mean()) if len(signs) else None
+    alike = told_apart = 0
+    for prompt in np.unique(prompts):
+        of = np.flatnonzero(prompts == prompt)
+        first, second = (of[index] for index in np.triu_indices(len(of), 1))
+        signs = np.sign(a[first] - a[second]) * np.sign(b[first] - b[second])
+        alike, told_apart = alike + int((signs > 0).sum()), told_apart + int((signs != 0).sum())
+    return alike / told_apart if told_apart else None

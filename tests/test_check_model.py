@@ -194,11 +194,12 @@ SIZED = {  # families that have other names for their sizes, or are slow by defa
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
     "gemma4_text": {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8,
                     "vocab_size_per_layer_input": 293, "num_kv_shared_layers": 0}}
+ALONE = Abilities(pads=False, caches=False, trims=False)
 RIGHT_BUT_SLOWER = {  # docs/field.md counts the others
     "mamba": Abilities(caches=False, trims=False), "mamba2": Abilities(caches=False, trims=False),
     "granitemoehybrid": Abilities(trims=False), "jamba": Abilities(caches=False, trims=False),
-    "rwkv": Abilities(False, False, False), "recurrent_gemma": Abilities(False, False, False),
-    "bart": Abilities(False, False, False), "falcon_h1": Abilities(trims=False), "qwen3_5_text": Abilities(trims=False)}
+    "rwkv": ALONE, "recurrent_gemma": ALONE, "bart": ALONE, "falcon_h1": Abilities(trims=False),
+    "qwen3_5_text": Abilities(trims=False)}
 FAMILIES = {family: SIZED.get(family, {}) for family in (*PLAIN, *SIZED)}
 
 

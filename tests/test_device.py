@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -63,6 +64,18 @@ def test_as_many_threads_as_cores_have_one_each_while_they_compute_and_the_calle
 def test_fewer_threads_than_cores_go_where_they_like():
     _, _, free, inside, _, after = places("1")
     assert {thread: inside[thread] for thread in free} == free == {thread: after[thread] for thread in free}
+
+
+def test_one_stage_at_a_time_has_the_cores():
+    free = os.sched_getaffinity(0)
+    with bound_to_cores(), ThreadPoolExecutor(1) as pool:
+        def beside():
+            os.sched_setaffinity(0, free)  # a thread begins with what its maker has
+            torch.set_num_threads(len(free))
+            with bound_to_cores():
+                return os.sched_getaffinity(0)
+
+        assert pool.submit(beside).result() == free
 
 
 def test_cores_are_given_back_by_what_fails():

@@ -128,9 +128,27 @@ def test_a_sound_run_raises_nothing(runs):
     assert found.verdicts == [] and len(found.checked) >= 6
 
 
-def test_examples_of_control_raise_nothing(controlled):
-    for name in ("cartpole", "pendulum"):
-        assert examine(open_run(Store(controlled[1]), name)).verdicts == []
+def test_a_control_task_raises_nothing(controlled, tmp_path):
+    config = ["train", str(controlled[0] / "cartpole"), "--run", "longer", "--store", str(tmp_path), "--quiet"]
+    assert run_command([*config, "--set", "iterations=8"]) == 0
+    found = examine(open_run(Store(tmp_path), "longer"))
+    assert found.verdicts == [] and {"clip-fraction-high", "critic-explains-nothing"} <= set(found.checked)
+
+
+def test_returns_that_hardly_vary_are_nothing_to_explain(controlled, tmp_path, monkeypatch):
+    """As of a task that is solved, where a critic's small errors are large beside the returns' spread."""
+    config = ["train", str(controlled[0] / "cartpole"), "--run", "solved", "--store", str(tmp_path), "--quiet"]
+    assert run_command([*config, "--set", "iterations=6"]) == 0
+    run = open_run(Store(tmp_path), "solved")
+    states = [state.model_copy(update={"metrics": state.metrics | {
+        "gae/explained_variance": -5.0, "gae/return_mean": 100.0, "gae/return_std": spread}})
+        for state in run.states() for spread in (1.0,)]
+    monkeypatch.setattr(type(run), "states", lambda self: states)
+    found = examine(run)
+    assert found.verdicts == [] and found.left_out["critic-explains-nothing"] == "the returns hardly vary, by 1 around 100"
+    states[:] = [state.model_copy(update={"metrics": state.metrics | {"gae/return_std": 60.0}}) for state in states]
+    (verdict,) = examine(run).verdicts
+    assert verdict.name == "critic-explains-nothing" and "rloo" not in verdict.remedy
 
 
 def test_the_command(runs, capsys):

@@ -78,9 +78,10 @@ def test_delta_of_steps_bootstraps_what_is_not_over(controlled):
     for name in RUNS:
         view = open_view(str(controlled[1]), name)
         run, c = view.run, view.run.config.gae
-        batch = run.store.table(run.state(1).artifacts["rollout"], Trajectories)
+        batch, gae = (run.store.table(run.state(1).artifacts[stage], kind) for stage, kind in (
+            ("rollout", Trajectories), ("gae", Advantages)))
         over = batch.terminated | (batch.truncated & (c.truncation == "terminal"))
-        expected = gae_advantages(batch.rewards, batch.values, np.where(over, 0, batch.bootstrap), c.gamma, 0.0)
+        expected = gae_advantages(gae.rewards, batch.values, np.where(over, 0, batch.bootstrap), c.gamma, 0.0)
         found, action = numbers(view, "SELECT delta, action[1] FROM steps WHERE iteration = 1 ORDER BY row_id, position")
         np.testing.assert_allclose(found, expected.values, atol=1e-5)
         np.testing.assert_array_equal(action, batch.actions.values[:, 0])
@@ -124,6 +125,25 @@ def test_the_page_lists_every_column():
             section = page.split(f"### `{row['view']}`\n")[1].split("\n### ")[0]
             assert f"| `{row['column']}` | {row['type']} | {row['doc'].replace('|', chr(92) + '|')} |" in section
     assert len(QUESTIONS) >= 20
+
+
+def test_a_run_without_critic_and_reference_has_the_same_rows_whatever_is_asked(copied):
+    folder, store = copied
+    settings = ("gae.estimator=rloo", "rollout.responses_per_prompt=4", "kl.coef=0", "kl.measure=false", "iterations=1")
+    assert run_command(["train", str(folder), "--run", "bare", "--store", str(store), "--quiet",
+                        *(f"--set={one}" for one in settings)]) == 0
+    view = open_view(str(store), "bare")
+    (rows, advantages), = view.sql("SELECT count(*), count(advantage) FROM tokens").fetchall()
+    assert rows == advantages > 0
+    (again, values, references, positions), = view.sql(
+        "SELECT count(advantage), count(value), count(reference), count(position) FROM tokens").fetchall()
+    assert (again, values, references, positions) == (rows, 0, 0, rows)
+    assert view.sql("SELECT value, reference, delta FROM tokens").fetchall() == [(None, None, None)] * rows
+
+
+@pytest.mark.parametrize("query", ["FROM tokens", "TABLE tokens", "(FROM tokens LIMIT 9)", "WITH x AS (FROM tokens) FROM x"])
+def test_all_columns_without_a_star(view, query):
+    assert {"kl", "delta", "text", "return"} <= set(view.sql(query).columns)
 
 
 # --- what is read ---
@@ -171,15 +191,21 @@ def test_a_store_of_several_runs(trained, copied):
     assert run_command(["fork", "tiny", "--at", "1", "--run", "other", "--store", str(copied[1]), "--quiet",
                         "--set", "kl.coef=0.3"]) == 0
     store = Store(copied[1])
-    found = Database([open_run(store, name) for name in ("other", "tiny")]).sql(
-        "SELECT run, count(DISTINCT iteration), min(parent) FROM rollouts JOIN runs USING (run) GROUP BY run ORDER BY run")
-    assert found.fetchall() == [("other", 1, "tiny@1"), ("tiny", 2, None)]
+    both = Database([open_run(store, name) for name in ("other", "tiny")])
+    found = both.sql("SELECT run, count(*), min(parent) FROM rollouts JOIN runs USING (run) GROUP BY run ORDER BY run")
+    assert found.fetchall() == [("other", 8, "tiny@1"), ("tiny", 16, None)]  # whose first iteration is one artifact
+    for view in ("responses", "rewards", "advantages"):
+        found = both.sql(f"SELECT run, count(*) FROM {view} GROUP BY run ORDER BY run").fetchall()
+        assert found == [("other", 8), ("tiny", 16)]
+    alone = Database([open_run(store, "tiny")]).sql("SELECT count(*), sum(kl), sum(delta) FROM tokens").fetchall()[0]
+    of_both = both.sql("SELECT count(*), sum(kl), sum(delta) FROM tokens WHERE run = 'tiny'").fetchall()[0]
+    assert of_both == pytest.approx(alone)
 
 
 def test_a_question_about_one_column_reads_no_other(view):
     plan = view.sql("EXPLAIN SELECT iteration, position, avg(kl) FROM tokens GROUP BY ALL").fetchall()[0][1]
     read = set(re.findall(r"\w+", plan))
-    assert "kl" in read and not {"logprobs", "raw_advantages", "response_tokens", "returns"} & read
+    assert "kl" in read and not {"raw_advantages", "response_tokens", "returns", "rewards"} & read
 
 
 # --- Python ---
@@ -242,6 +268,13 @@ def test_a_table_csv_json_and_a_file(trained, capsys, tmp_path):
     assert json.loads(out) == [{"a": None, "b": 1, "c": [1, 2]}]
 
 
+def test_columns_that_are_called_the_same(trained, capsys):
+    _, out, _ = sql(capsys, trained[1], "tiny", "SELECT 1 AS a, 2 AS a, 3 AS b", "--json")
+    assert json.loads(out) == [{"a": 1, "a_1": 2, "b": 3}]
+    _, out, _ = sql(capsys, trained[1], "tiny", "SELECT 1 AS a, 2 AS a, 3 AS b", "--csv")
+    assert out == '"a","a_1","b"\n1,2,3\n'
+
+
 def test_many_rows_and_many_columns_are_cut_and_said(trained, capsys):
     _, out, _ = sql(capsys, trained[1], "tiny", "SELECT i FROM range(100) t(i)")
     assert "the first 40 rows; --csv, --json or --parquet FILE gives all" in out and "41" not in out
@@ -289,6 +322,8 @@ def test_text_of_a_model_acts_on_no_terminal(trained, capsys):
         assert list(csv.reader(io.StringIO(out, newline="")))[1] == [text, "1"]
         _, out, _ = sql(capsys, trained[1], "tiny", f"SELECT '{quoted}' AS t", "--json")
         assert json.loads(out) == [{"t": text}]
+        code, _, error = sql(capsys, trained[1], "tiny", f"SELECT '{quoted}'::INT")
+        assert code == 2 and not set("\x1b\x07\x08\u202e") & set(error)
 
 
 def test_what_is_visible():

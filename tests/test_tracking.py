@@ -82,6 +82,18 @@ def test_the_data_the_report_and_what_is_wrong(trained, tmp_path):
     assert page == report(run)
 
 
+def test_a_run_whose_report_cannot_be_made_is_finished_all_the_same(copied, capsys):
+    store = copied[1]
+    run = open_run(Store(store), "tiny")
+    damaged = Path(run.store.place(run.state(1).artifacts["gae"], "advantages.parquet"))
+    damaged.write_bytes(b"x" * damaged.stat().st_size)
+    (store / "mlflow.db").unlink()
+    assert run_command(["mlflow-sync", "tiny", "--store", str(store)]) == 0
+    mirrored = only_run(client_of(store))
+    assert mirrored.info.status == "FINISHED" and "advantages.parquet" in mirrored.data.tags["baton.doctor"]
+    assert client_of(store).get_model_version_by_alias("baton-tiny", "last")
+
+
 @pytest.mark.parametrize("name, iteration", [("evaluate/kl", 2), ("rollout/logprob", None), ("nothing/there", "none")])
 def test_the_best_is_by_the_metric_that_is_named(copied, capsys, name, iteration):
     store = copied[1]

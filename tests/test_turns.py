@@ -221,6 +221,14 @@ def test_delta_of_a_conversation_is_that_of_its_sampled_tokens(conversed):
     found = Database([run]).sql("SELECT delta FROM tokens WHERE iteration = 1 ORDER BY row_id, position").fetchall()
     assert [delta is not None for delta, in found] == rollouts.sampled.values.tolist()
     np.testing.assert_allclose([delta for delta, in found if delta is not None], expected.values, atol=1e-6)
+    metrics = run.state(1).metrics
+    ((logprob, kl, tokens),) = Database([run]).sql(
+        "SELECT avg(logprob), avg(kl), count(*) FROM tokens WHERE iteration = 1").fetchall()
+    assert logprob == pytest.approx(metrics["rollout/logprob"])
+    assert kl == pytest.approx(metrics["gae/kl_per_token"], abs=1e-9)
+    assert tokens == len(rollouts.response_tokens.values)  # those of replies are there
+    ((length,),) = Database([run]).sql("SELECT avg(length) FROM responses WHERE iteration = 1").fetchall()
+    assert length == pytest.approx(metrics["rollout/response_length"])
 
 
 def test_kill_9_anywhere_in_a_run_of_conversations(conversed, tmp_path):

@@ -51,6 +51,12 @@ def test_the_command(copied, capsys):
     assert data["variants"][0]["metrics"]["advantage_std"] != data["variants"][1]["metrics"]["advantage_std"]
 
 
+def test_one_value_is_held_against_the_run(copied, capsys):
+    assert run_command(["what-if", "tiny", "--iteration", "2", "--grid", "gae.gamma=0.5", "--store", str(copied[1])]) == 0
+    out = capsys.readouterr().out
+    assert "advantage_std" in out and "no metric differs" not in out
+
+
 def test_the_kl_penalty_is_a_setting_of_gae(copied, capsys):
     assert run_command(["what-if", "tiny", "--iteration", "2", "--grid", "kl.coef=0,0.1", "--store", str(copied[1])]) == 0
     assert "gae of iteration 2" in capsys.readouterr().out
@@ -69,6 +75,7 @@ def test_an_update_with_other_settings(copied, capsys):
     (["--iteration", "2", "--grid", "gae.nope=1"], "gae.nope: unknown key"),
     (["--iteration", "2", "--grid", "gae.gamma=1", "--grid", "ppo.epochs=1"], "gae, ppo is not one stage; name it"),
     (["--iteration", "2", "--grid", "gae.gamma=0.9,3"], "gae.gamma"),
+    (["--iteration", "2", "--grid", "gae.gamma=1", "--grid", "gae.gamma=0.9"], "gae.gamma was named before"),
     (["--iteration", "9", "--grid", "gae.gamma=1"], "no iteration 9; it has 0…2"),
     (["--iteration", "0", "--grid", "gae.gamma=1"], "no stage 'gae' in iteration 0"),
 ])

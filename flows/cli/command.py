@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -109,6 +110,14 @@ def open_existing(root: str, name: str) -> Run:
     from flows.store.store import Store
 
     return open_run(Store(root), name)
+
+
+def write_text(file: Path, text: str) -> None:
+    """A page for people. Raises `ConfigError` where it cannot be written."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
 
 
 # --- exit codes ---

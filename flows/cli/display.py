@@ -14,6 +14,7 @@ from flows.runs.diff import Difference
 from flows.runs.gc import Garbage
 from flows.runs.run import Run
 from flows.tracking.tracking_uri import how_to_open
+from flows.views.visible import visible
 from schemas.artifacts import Produced, TrainState
 from schemas.stages import STAGES
 from schemas.tables import EPISODE_FILM, Samples
@@ -59,7 +60,8 @@ def _samples(run: Run, before: TrainState, after: TrainState) -> Grid:
     for name, width in (("prompt", 3), ("before", 5), (f"after {after.iteration} iterations", 5)):
         grid.add_column(name, ratio=width)
     for i in np.unique(new.prompt_ids, return_index=True)[1][:SAMPLES_SHOWN]:
-        grid.add_row(Text(new.prompt[i]), *(Text(f"{s.gold[i]:+.2f} {s.response[i].strip()}") for s in (old, new)))
+        texts = (f"{s.gold[i]:+.2f} {visible(s.response[i].strip(), newlines=True)}" for s in (old, new))
+        grid.add_row(Text(visible(new.prompt[i], newlines=True)), *map(Text, texts))
     return grid
 
 

@@ -71,8 +71,8 @@ def _numbers(response: Response) -> Grid:
         grid.add_column(name, justify="left" if name == "token" else "right")
     for i, token in enumerate(response.tokens[:TOKENS_LISTED]):
         grid.add_row(str(i), Text(repr(token)[1:-1]), *(number(values[i]) for values in response.numbers.values()))
-    if response.length > TOKENS_LISTED:
-        grid.caption = f"the first {TOKENS_LISTED} of {response.length} tokens; baton sql gives all"
+    if len(response.tokens) > TOKENS_LISTED:
+        grid.caption = f"the first {TOKENS_LISTED} of {len(response.tokens)} tokens; baton sql gives all"
     return grid
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from flows.cli import view_commands, what_if_commands  # noqa: F401, their commands
+from flows.cli import report_commands, view_commands, what_if_commands  # noqa: F401, their commands
 from flows.cli.command import SETTINGS, Answer, command, open_existing, run_command, terminate
 from schemas.errors import ConfigError
 
@@ -94,6 +94,8 @@ def train(
     from schemas.settings import NO_OVERRIDES, Overrides
 
     overrides = Overrides(iterations=iterations) if iterations else NO_OVERRIDES
+    if dry_run and iterations == 0:
+        raise ConfigError("--dry-run with --iterations 0: nothing would be trained; leave --iterations out")
     if dry_run:
         return _planned(Request(root, name, config, settings, overrides))
     server = None

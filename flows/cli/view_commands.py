@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from flows.cli.command import Answer, command, open_existing
+from flows.cli.command import Answer, command, open_existing, write_text
 from flows.views.visible import visible
 from schemas.errors import ConfigError
 
@@ -85,7 +85,7 @@ def _answer(found: duckdb.DuckDBPyRelation | None, as_csv: bool, parquet: str | 
                       lambda console: console.print(f"{rows:,} rows in {parquet}", highlight=False, soft_wrap=True))
     all_rows = _explained(lambda: list(_rows(found)))
     if as_csv:
-        return Answer(all_rows, lambda console: _explained(_write_csv)(found.columns, _rows(found)))
+        return Answer(all_rows, lambda console: _explained(_write_csv)(_names(found), _rows(found)))
     few = found.limit(ROWS_SHOWN + 1)
     return Answer(all_rows, lambda console: _print(console, found, _explained(lambda: list(_rows(few)))()))
 
@@ -106,9 +106,19 @@ def _explained(function: Callable[..., T]) -> Callable[..., T]:
 
 
 def _rows(found: duckdb.DuckDBPyRelation) -> Iterator[dict[str, Any]]:
+    names = _names(found)
     for batch in found.to_arrow_reader():
-        for row in batch.to_pylist(maps_as_pydicts="strict"):
-            yield {name: _plain(value) for name, value in row.items()}
+        for row in zip(*(column.to_pylist(maps_as_pydicts="strict") for column in batch.columns), strict=True):
+            yield dict(zip(names, map(_plain, row), strict=True))
+
+
+def _names(found: duckdb.DuckDBPyRelation) -> list[str]:
+    """Of its columns; of several that are called the same, which a join has, the later ones with a number."""
+    names: list[str] = []
+    for name in found.columns:
+        same = sum(each == name for each in found.columns[: len(names)])
+        names.append(f"{name}_{same}" if same else name)
+    return names
 
 
 def _plain(value: Any) -> Any:
@@ -153,7 +163,7 @@ def _print(console: Console, found: duckdb.DuckDBPyRelation, rows: list[dict[str
 
 def _across(found: duckdb.DuckDBPyRelation, rows: list[dict[str, Any]]) -> Grid:
     grid = Grid()
-    for name, type_ in zip(found.columns, found.types, strict=True):
+    for name, type_ in zip(_names(found), found.types, strict=True):
         grid.add_column(Text(visible(name)), justify="left" if str(type_) in ("VARCHAR", "BOOLEAN") else "right")
     for row in rows:
         grid.add_row(*(Text(_cell(value)) for value in row.values()))
@@ -207,7 +217,7 @@ def inspect(
     what = open_existing(root, run)
     others = [open_existing(root, other)] if other else []
     iteration = iteration or max(what.iterations(), default=0)
-    found = responses(what, iteration, None if replay else rows or None)
+    found = _explained(responses)(what, iteration, None if replay else rows or None)
     if replay:
         found = [each for each in with_columns(found, _of_epochs(what, iteration)) if not rows or each.row in rows]
     data = lambda: [asdict(each) for each in found]  # noqa: E731
@@ -246,67 +256,9 @@ def _page(run: Run, iteration: int, found: list[Response], others: list[Run], fi
             "responses": [asdict(each) for each in kept], "left_out": len(found) - len(kept),
             "elsewhere": elsewhere([run, *others], {each.prompt_id for each in kept}, ELSEWHERE)}
     text = page("inspect.html", "inspect.js", data)
-    _write(file, text)
+    write_text(file, text)
     size, all_of_them = len(text.encode()), f"{len(kept)} responses"
     said = all_of_them if len(kept) == len(found) else f"the first {len(kept)} of {len(found)} responses"
     return Answer({"file": str(file), "bytes": size, "responses": len(kept), "left_out": len(found) - len(kept)},
                   lambda console: console.print(f"{file}: iteration {iteration} of {run.name}, {said}, {size:,} bytes; open "
                                                 "it in a browser", highlight=False, soft_wrap=True))
-
-
-def _write(file: Path, text: str) -> None:
-    """Raises `ConfigError` where it cannot be written."""
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from None
-
-
-# --- what is wrong ---
-
-@command
-@click.argument("run")
-def doctor(run: str, root: str) -> Answer:
-    """Say what is wrong with RUN's training. By which numbers, and what people do about it."""
-    from flows.views.doctor import examine
-
-    found = examine(open_existing(root, run))
-
-    def print_all(console: Console) -> None:
-        for verdict in found.verdicts:
-            first, last = verdict.iterations
-            console.print(Text(f"{verdict.name}, iterations {first} to {last}", "bold"))
-            console.print(Text(f"  {verdict.reason}"))
-            console.print(Text(f"  What helps: {verdict.remedy}\n", "dim"))
-        console.print(Text(f"{run}: {found.summary}"))
-        for name, why in found.left_out.items() if found.checked else ():
-            console.print(Text(f"  not checked: {name}, {why}", "dim"))
-
-    return Answer(asdict(found), print_all)
-
-
-# --- the whole run ---
-
-@command
-@click.argument("run")
-@click.option("--compare", "other", metavar="RUN", help="Another run beside it, in the same charts.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Where the page goes; RUN.html by default.")
-@click.option("--png", type=click.Path(path_type=Path), metavar="DIR", help="The charts as pictures too.")
-def report(run: str, other: str | None, html: Path | None, png: Path | None, root: str) -> Answer:
-    """A page about RUN. Curves, samples, what is wrong and what it was made from, in one file that needs no network."""
-    from flows.views.report import report as make_report
-    from flows.views.report import write_pictures
-
-    what, beside = open_existing(root, run), open_existing(root, other) if other else None
-    text = make_report(what, beside)
-    file = html or Path(f"{run}.html")
-    _write(file, text)
-    pictures = write_pictures(what, beside, png) if png else []
-    size = len(text.encode())
-
-    def say(console: Console) -> None:
-        console.print(f"{file}: {size:,} bytes; open it in a browser", highlight=False, soft_wrap=True)
-        if pictures:
-            console.print(f"{png}: {len(pictures)} pictures", highlight=False, soft_wrap=True)
-
-    return Answer({"file": str(file), "bytes": size, "pictures": list(map(str, pictures))}, say)

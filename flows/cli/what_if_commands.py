@@ -33,7 +33,6 @@ def what_if(run: str, iteration: int, grids: tuple[str, ...], stage: str | None,
 
     what, grid = open_existing(root, run), grid_of(grids)
     stage = stage or stage_of(what, grid)
-    what.recorded(stage, iteration)
     before = what.store.manifest(what.recorded(stage, iteration)).metrics
     found = list(variants(what, stage, iteration, grid))
     data = {"run": run, "stage": stage, "iteration": iteration, "recorded": before, "variants": [
@@ -44,8 +43,10 @@ def what_if(run: str, iteration: int, grids: tuple[str, ...], stage: str | None,
 def _print_variants(console: Console, what: str, before: dict[str, float], found: list[Variant]) -> None:
     """The metrics that the settings change most, beside the run's."""
     names = {name for each in found for name in each.metrics}
+    rows = [before, *(each.metrics for each in found)]
     spread = {name: np.ptp(values) / (np.abs(values).max() or 1) for name in names
-              if len(values := [each.metrics[name] for each in found if name in each.metrics]) == len(found)}
+              if all(name in each.metrics for each in found)
+              and len(values := [row[name] for row in rows if name in row]) > 1}
     shown = [name for name in found[0].metrics if spread.get(name, 0) > 1e-9]
     kept = sorted(shown, key=lambda name: -spread[name])[:METRICS_SHOWN]
     grid = Grid(title=what, title_justify="left")

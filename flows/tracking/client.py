@@ -86,12 +86,12 @@ class Client:
                 logged(self.next - 1)
                 points = []
         if state.iteration >= self.run.config.iterations:
-            self._log_report()
             ended = max(self.run.store.manifest(ref).created for ref in state.artifacts.values())
             self.client.set_terminated(self.run_id, end_time=_milliseconds(ended))
             self._register(state, "last")
             if (best := best_of(self.run)) is not None:
                 self._register(self.run.state(best.iteration), "best")
+            self._log_report()
 
     def _find(self) -> str | None:
         """The MLflow run that mirrors this one, by its tags."""
@@ -138,8 +138,13 @@ class Client:
         from flows.views.doctor import examine  # imported at the end of a run alone
         from flows.views.report import report
 
-        self.client.set_tag(self.run_id, "baton.doctor", examine(self.run).summary)
-        self.client.log_text(self.run_id, report(self.run), "report.html")
+        try:
+            found, text = examine(self.run).summary, report(self.run)
+        except Exception as error:  # a damaged table, say, of which verify and the commands speak
+            found, text = f"not examined: {' '.join(str(error).split())[:400]}", None
+        self.client.set_tag(self.run_id, "baton.doctor", found)
+        if text is not None:
+            self.client.log_text(self.run_id, text, "report.html")
 
     def _experiment(self) -> Experiment | None:
         """The config's. Raises `TrackingError` if it was deleted, with what brings it back."""

@@ -16,6 +16,8 @@ from flows.runs.run import Run
 from flows.views.sql import Database
 from schemas.artifacts import TrainState
 
+FLAT = 0.2
+"""Of the mean return: a smaller spread, as of a task that is solved, is nothing that a critic could explain."""
 LEAST = 3
 """Iterations that a window has, and a run has to have twice."""
 
@@ -146,11 +148,15 @@ def _critic(course: _Course) -> Found:
     if course.last[-1].critic is None:
         raise _NotApplicableError(f"gae.estimator={course.run.config.gae.estimator} has no critic")
     found = course.mean("gae/explained_variance", course.last, "the returns do not vary")
-    if found < 0 and course.mean("gae/explained_variance", course.states[len(course.states) // 2 :], "") < 0:
+    mean, spread = (course.mean(f"gae/return_{of}", course.last, "") for of in ("mean", "std"))
+    if spread < FLAT * abs(mean):
+        raise _NotApplicableError(f"the returns hardly vary, by {spread:.3g} around {mean:.3g}")
+    if found < -0.1 and course.mean("gae/explained_variance", course.states[len(course.states) // 2 :], "") < 0:
         yield (f"the critic explains {found:.0%} of the returns' variance: its values are further off than their mean, and "
                "add noise to the advantages",
-               "raise ppo.critic_learning_rate or ppo.critic_warmup, scale rewards (reward.normalize), or take an estimator "
-               "without a critic (gae.estimator: rloo)")
+               "raise ppo.critic_learning_rate or ppo.epochs, or scale rewards (reward.normalize)" + (
+                   "; or take an estimator without a critic (gae.estimator: rloo)"
+                   if course.run.config.kind == "language" else ""))
 
 
 def _groups(course: _Course) -> Found:

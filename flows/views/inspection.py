@@ -77,15 +77,19 @@ def _response(found: dict[str, Any], tokens: Any) -> Response:
 
 def with_columns(found: list[Response], columns: dict[str, np.ndarray]) -> list[Response]:
     """With more numbers of each token: name → (n,), of all tokens of the iteration in order; NaN is none."""
-    ends, more = np.cumsum([each.length for each in found]), []
+    ends, more = np.cumsum([len(each.tokens) for each in found]), []
     for each, end in zip(found, ends, strict=True):
-        own = {name: values[end - each.length : end].tolist() for name, values in columns.items()}
+        own = {name: values[end - len(each.tokens) : end].tolist() for name, values in columns.items()}
         more.append({name: [None if x != x else x for x in values] for name, values in own.items()})
     return [replace(each, numbers=each.numbers | own) for each, own in zip(found, more, strict=True)]
 
 
 def elsewhere(runs: list[Run], prompt_ids: set[int], most: int) -> dict[int, list[dict[str, Any]]]:
-    """Responses to the same prompts in all iterations, by prompt id; of more than `most` to a prompt, every so many."""
+    """Responses to the same prompts in all iterations, by prompt id; of more than `most` to a prompt, every so many.
+
+    Of the first run, and those that have its prompts.
+    """
+    runs = [run for run in runs if run.inputs.get("prompts") == runs[0].inputs.get("prompts")]
     found: dict[int, list[dict[str, Any]]] = defaultdict(list)
     rows = Database(runs).sql("SELECT prompt_id, run, iteration, score, kl, response FROM responses "
                               "ORDER BY prompt_id, iteration, run, row_id").to_arrow_reader()

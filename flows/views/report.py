@@ -77,8 +77,7 @@ def _samples(run: Run, states: list[TrainState]) -> tuple[dict[str, list[dict[st
     if run.config.kind != "language":
         return _episodes(run, states), ""
     database = Database([run], {run.name: states})
-    first = "QUALIFY row_number() OVER (PARTITION BY iteration, prompt_id ORDER BY row_id) = 1 ORDER BY iteration, row_id"
-    held_out, rolled = (database.sql(f"{query} {first}").to_arrow_table().to_pylist() for query in (
+    held_out, rolled = (database.sql(_first_of(query)).to_arrow_table().to_pylist() for query in (
         "SELECT row_id, iteration, coalesce(prompt_id, row_id) AS prompt_id, prompt, response, score, gold, kl FROM samples",
         "SELECT row_id, iteration, prompt_id, prompt, response, score, NULL AS gold, kl FROM responses"))
     found: dict[int, list[dict[str, Any]]] = {}
@@ -91,6 +90,13 @@ def _samples(run: Run, states: list[TrainState]) -> tuple[dict[str, list[dict[st
                                    "response": visible(row["response"], CHARACTERS, newlines=True)})
         found = of_source | found
     return _within(found)
+
+
+def _first_of(query: str) -> str:
+    """The first sample to each of an iteration's first prompts, which are the same ones in each evaluation."""
+    one_each = f"{query} QUALIFY row_number() OVER (PARTITION BY iteration, prompt_id ORDER BY row_id) = 1"
+    few = f"QUALIFY row_number() OVER (PARTITION BY iteration ORDER BY row_id) <= {SHOWN}"
+    return f"SELECT * FROM ({one_each}) {few} ORDER BY iteration, row_id"
 
 
 def _within(found: dict[int, list[dict[str, Any]]]) -> tuple[dict[str, list[dict[str, Any]]], str]:

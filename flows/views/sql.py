@@ -18,6 +18,7 @@ import pyarrow as pa
 from flows.runs.run import Run
 from flows.views.run_tables import ALL_VIEWS, INPUTS, Part, gae_settings, input_file, parts, views
 from flows.views.token_texts import TokenTexts
+from flows.views.visible import visible
 from schemas.artifacts import TrainState
 from schemas.errors import ConfigError
 from schemas.stages import STAGES
@@ -72,8 +73,9 @@ RECORDS: dict[str, pa.Schema] = {
 }
 RESPONSES = """
     SELECT rollouts.run, rollouts.iteration, rollouts.identity, row_id, prompt_id, prompt, response, finish_reason,
-        len(response_tokens) AS length, rewards.raw_score, rewards.score, rewards.components, list_sum(advantages.kl) AS kl,
-        list_sum(advantages.rewards) AS reward, list_avg(advantages.raw_advantages) AS raw_advantage
+        coalesce(list_sum(list_transform(sampled, lambda s: s::BIGINT)), len(response_tokens))::BIGINT AS length,
+        rewards.raw_score, rewards.score, rewards.components, list_sum(advantages.kl) AS kl,
+        list_sum(advantages.rewards) AS reward, list_sum(advantages.raw_advantages) / length AS raw_advantage
     FROM rollouts LEFT JOIN rewards USING (run, iteration, row_id) LEFT JOIN advantages USING (run, iteration, row_id)"""
 NAMES = (*ALL_VIEWS, *UNNESTED, "responses", *RECORDS, *INPUTS)
 
@@ -84,6 +86,7 @@ class Database:
 
     runs: Sequence[Run]
     _states: dict[str, list[TrainState]] = field(default_factory=dict)
+    _paths: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def sql(self, query: str) -> duckdb.DuckDBPyRelation:
         """The answer, which is computed when it is read: `.df()`, `.pl()`, `.to_arrow_table()`, `.fetchall()`.
@@ -105,6 +108,13 @@ class Database:
         _Views(connection, self, words).make(name for name in NAMES if name in named)
         return connection.sql(query)
 
+    def path(self, part: Part) -> str:
+        """Where its file is, checked once."""
+        key = str(part.ref), part.file
+        if key not in self._paths:
+            self._paths[key] = str(part.path)
+        return self._paths[key]
+
     def states(self, run: Run) -> list[TrainState]:
         """All of a run, read once."""
         if run.name not in self._states:
@@ -119,7 +129,7 @@ class Database:
 def _words(query: str) -> frozenset[str] | None:
     """Words that may be columns, none where any column may be meant."""
     text = re.sub(r"count\s*\(\s*\*\s*\)", "", query.lower())
-    if re.search(r"\*|\bcolumns\b|\bdescribe\b|\bsummarize\b|^\s*from\b", text):
+    if re.search(r"\*|\bcolumns\b|\bdescribe\b|\bsummarize\b|(^|\()\s*(from|table)\b", text):
         return None
     return frozenset(re.findall(r"\w+", text))
 
@@ -168,7 +178,7 @@ class _Views:
             keys = pa.schema([(key, FILE_KEYS.field(key).type) for key in KEYS])
             self.connection.register(name, pa.schema([*keys, *ALL_VIEWS[name].schema(optional)]).empty_table())
             return
-        paths = ", ".join(_quoted(str(part.path)) for part in found)
+        paths = ", ".join(map(_quoted, dict.fromkeys(map(self.database.path, found))))  # runs may share some
         alike = all(part.columns == found[0].columns for part in found)
         lacking = [column for column in ALL_VIEWS[name].optional() if not any(column.name in part.columns for part in found)]
         more = "".join(f', NULL::{_duckdb_type(column.metadata["type"])} AS "{column.name}"' for column in lacking)
@@ -177,16 +187,16 @@ class _Views:
             FROM read_parquet([{paths}], filename = true, union_by_name = {str(not alike).lower()}) AS rows
             JOIN "files of {name}" AS keys USING (filename)""")
 
-    @staticmethod
-    def _key(name: str, part: Part) -> dict[str, Any]:
+    def _key(self, name: str, part: Part) -> dict[str, Any]:
         more = gae_settings(part.manifest) if name == "advantages" else {}
-        return {"filename": str(part.path), "run": part.run.name, "iteration": part.iteration, "identity": part.ref.identity,
-                **more}
+        return {"filename": self.database.path(part), "run": part.run.name, "iteration": part.iteration,
+                "identity": part.ref.identity, **more}
 
     def _input(self, role: str) -> None:
         """Imported rows, by prompt id where they are prompts."""
         line = _line(role)
-        queries = [f"SELECT {_quoted(run.name)} AS run, row_number() OVER () - 1 AS {line}, * FROM {_quoted(str(path))}"
+        queries = [f"SELECT {_quoted(run.name)} AS run, row_number() OVER () - 1 AS {line}, "
+                   f"COLUMNS(lambda c: c NOT IN ('run', '{line}')) FROM {_quoted(str(path))}"
                    for run in self.database.runs if (path := input_file(run, role)) is not None]
         self._view(role, " UNION ALL BY NAME ".join(queries) or f"SELECT ''::VARCHAR AS run, 0::BIGINT AS {line} LIMIT 0")
 
@@ -198,32 +208,34 @@ class _Views:
         asked = [column for column in columns if self.words is None or column in self.words]
         tables = {columns[column][0] for column in asked}
         if "delta" in asked:
-            tables |= {first, "advantages", "values"} if name == "tokens" else {first, "advantages"}
-        if not tables or self.words is None or set(ids[1:]) & self.words:
-            tables.add(first)
-        order = [table for table in (first, "reference", "values", "advantages") if table in tables]
+            tables |= {"advantages", "values"} if name == "tokens" else {"advantages"}
+        order = [first, *(table for table in ("reference", "values", "advantages") if table in tables)]
         self.make(order)
-        base = order[0]
-        ids = ids if base == first else ids[:1]
         lists = {column: f'"{columns[column][0]}"."{columns[column][1]}"' for column in asked if columns[column][1]}
         if "delta" in asked:
             lists["delta"] = self._deltas(name)
-        some = next(iter(lists.values()), f'"{first}".logprobs')
         joins = " ".join(f'LEFT JOIN "{table}" USING (run, iteration, row_id)' for table in order[1:])
         if "delta" in asked:
             joins += ' LEFT JOIN "files of advantages" AS settings USING (run, iteration)'
         unnested = "".join(f', unnest({values}) AS "{column}"' for column, values in lists.items())
-        inner = (f'SELECT "{base}".run, "{base}".iteration, "{base}".identity, {", ".join(f"{base}.{one}" for one in ids)}, '
-                 f'generate_subscripts({some}, 1) - 1 AS position{unnested} FROM "{base}" {joins}')
-        text = " REPLACE (token_text(run, text) AS text)" if "text" in asked else ""
-        self._view(name, f"SELECT *{text} FROM ({inner})")
+        of_turns = name == "tokens"  # whose replies are no samples, and have no numbers
+        keys = ", ".join(f"{first}.{one}" for one in (*KEYS, *ids))
+        sampled = ", unnest(rollouts.sampled) AS _sampled" if of_turns else ""
+        inner = (f'SELECT {keys}, generate_subscripts({first}.logprobs, 1) - 1 AS position{unnested}{sampled} '
+                 f'FROM {first} {joins}')
+        others = {column: f'if(_sampled IS FALSE, NULL, "{column}")' for column in asked
+                  if of_turns and column not in ("token", "text", "sampled", "delta")}
+        others |= {"text": "token_text(run, text)"} if "text" in asked else {}
+        replaced = ", ".join(f'{how} AS "{column}"' for column, how in others.items())
+        changed = (" EXCLUDE (_sampled)" if of_turns else "") + (f" REPLACE ({replaced})" if replaced else "")
+        self._view(name, f"SELECT *{changed} FROM ({inner})")
 
     @staticmethod
     def _deltas(name: str) -> str:
         """δ of a row's steps, a list: of its rewards, its values, and V after the last one, which counts where it is
         bootstrapped."""
         if name == "steps":
-            values, rewards = "trajectories.values", "trajectories.rewards"
+            values, rewards = "trajectories.values", "advantages.rewards"
             last = ("if(trajectories.terminated OR (trajectories.truncated AND NOT settings.bootstraps), 0, "
                     "trajectories.bootstrap)")
             sampled = "NULL"
@@ -247,7 +259,7 @@ class _Views:
 
     def _runs(self) -> Iterator[dict[str, Any]]:
         for run in self.database.runs:
-            yield {"run": run.name, "kind": run.config.kind, "iterations": len(self.database.states(run)) - 1,
+            yield {"run": run.name, "kind": run.config.kind, "iterations": max(0, len(self.database.states(run)) - 1),
                    "created": run.record.created, "parent": run.record.parent,
                    "config": run.config.model_dump_json(exclude={"execution", "tracking"})}
 
@@ -272,7 +284,7 @@ class _Views:
 
 def explained(error: duckdb.Error) -> ConfigError:
     """A query's error as a line, with what there is instead."""
-    text = " ".join(str(error).split())
+    text = visible(" ".join(str(error).split()))
     if isinstance(error, duckdb.CatalogException) and "Table" in text:
         text += f"; there are {', '.join(NAMES)}"
     return ConfigError(f"sql: {text}")
@@ -315,7 +327,7 @@ def _docs(view: str) -> dict[str, str]:
         columns, first, _ = UNNESTED[view]
         return keys | _docs(first) | {name: doc for name, (_, _, doc) in columns.items()}
     if view == "responses":
-        own = {"length": "tokens", "kl": "nats: Σ over its tokens", "reward": "Σ over its tokens",
+        own = {"length": "tokens that were sampled", "kl": "nats: Σ over its tokens", "reward": "Σ over its tokens",
                "raw_advantage": "the mean over its tokens"}
         return keys | _docs("rollouts") | _docs("rewards") | own
     if view in RECORDS:

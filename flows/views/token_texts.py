@@ -28,14 +28,17 @@ class TokenTexts:
         known = self._known.setdefault(run, {})
         if token not in known:
             tokenizer = self._tokenizer(run)
-            there = tokenizer.id_to_token(token) is not None
+            there = tokenizer is not None and tokenizer.id_to_token(token) is not None
             known[token] = tokenizer.decode([token], skip_special_tokens=False) if there else f"<{token}>"
         return known[token]
 
-    def _tokenizer(self, run: str) -> Tokenizer:
+    def _tokenizer(self, run: str) -> Tokenizer | None:
+        """None where its folder has no `tokenizer.json`."""
         if run not in self._tokenizers:
             there = self._runs[run]
-            self._tokenizers[run] = tokenizer_of(there, there.state(0).actor)
+            model = there.state(0).actor
+            has = f"{model.folder}/tokenizer.json" in there.store.manifest(model.artifact).digests()
+            self._tokenizers[run] = tokenizer_of(there, model) if has else None
         return self._tokenizers[run]
 
 

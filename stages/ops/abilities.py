@@ -28,6 +28,8 @@ class Abilities:
 
     pads: bool = True
     """Prompts of several lengths may be padded on the left and sampled side by side; else only those of one length."""
+    pads_after: bool = True
+    """Rows of several lengths may be padded on the right and scored side by side; else only those of one length."""
     caches: bool = True
     """A step may begin from a cache; else each step reads the row from its beginning."""
     trims: bool = True
@@ -67,12 +69,16 @@ def _tried(module: PreTrainedModel) -> Abilities:
     last = torch.cat([alone[0][:, -1:], alone[1][:, -1:]])
     both, mask = _side_by_side(short, long)
     pads = _works(lambda: _close(_padded(module, both, mask)[:1, -short.shape[1] :], alone[0]))
+    after = torch.nn.functional.pad(short, (0, long.shape[1] - short.shape[1]), value=int(long[0, 0]))
+    pads_after = _works(lambda: _close(
+        _hidden(module, input_ids=torch.cat([after, long]), attention_mask=torch.ones_like(both),
+                position_ids=torch.arange(long.shape[1], device=long.device).expand(2, -1))[:1, : short.shape[1]], alone[0]))
     caches = _works(lambda: _close(_after_steps(module, long), alone[1][:, -1:])) and (
         not pads or _works(lambda: _close(_after_steps(module, both, mask), last)))
     trims = caches and _works(
         lambda: _close(_after_steps(module, torch.cat([changed, long]), keep=1), alone[1][:, -1:]))
     splits = _works(lambda: _close(logits_of(module, alone[1]), module(input_ids=long, use_cache=False).logits))
-    return Abilities(pads, caches, trims, splits)
+    return Abilities(pads, pads_after, caches, trims, splits)
 
 
 def _tokens(module: PreTrainedModel, length: int) -> Tensor:

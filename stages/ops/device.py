@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ def threads_kept() -> Iterator[None]:
 
 # --- cores ---
 
+_BOUND = threading.Lock()
+
 @contextmanager
 def bound_to_cores() -> Iterator[None]:
     """Inside it each of this thread's OpenMP threads stays on a core of its own, if there are as many threads as cores.
@@ -71,13 +74,18 @@ def bound_to_cores() -> Iterator[None]:
     thread is free again afterwards, so that threads and processes that it starts elsewhere go where they like.
     """
     allowed = _affinity()
-    if allowed is None or not _place_openmp_threads(torch.get_num_threads(), allowed):
-        yield
+    if allowed is None or torch.cuda.is_initialized() or not _BOUND.acquire(blocking=False):
+        yield  # products are a GPU's, or another stage of this process has the cores
         return
     try:
-        yield
+        placed = _place_openmp_threads(torch.get_num_threads(), allowed)
+        try:
+            yield
+        finally:
+            if placed:
+                os.sched_setaffinity(0, allowed)
     finally:
-        os.sched_setaffinity(0, allowed)
+        _BOUND.release()
 
 
 def _affinity() -> frozenset[int] | None:
@@ -87,7 +95,7 @@ def _affinity() -> frozenset[int] | None:
 
 def _place_openmp_threads(threads: int, allowed: frozenset[int]) -> bool:
     """Each thread of the calling thread's team to its core; whether it was done."""
-    cores = _cores(allowed)
+    cores = _cores(allowed) if threads < len(allowed) else tuple(frozenset({processor}) for processor in sorted(allowed))
     parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)  # of GNU's library, and of Intel's for programs made for it
     if threads < 2 or threads != len(cores) or parallel is None:
         return False

@@ -22,7 +22,8 @@ def embeddings(encoder: LanguageModel, texts: Sequence[str]) -> np.ndarray:
     rows = tokenizer(list(texts), split_special_tokens=True, truncation=most is not None, max_length=most)["input_ids"]
     rows = [row or [encoder.pad_id] for row in rows]
     lengths, found = np.array([len(row) for row in rows]), [None] * len(rows)
-    for group in progress_bar(split_by_tokens(lengths, np.arange(len(rows)), encoder.micro_batch_tokens), "embeddings"):
+    for group in progress_bar(split_by_tokens(lengths, np.arange(len(rows)), encoder.micro_batch_tokens,
+                                              encoder.device.torch.type), "embeddings"):
         ids, mask = (torch.from_numpy(x).to(encoder.device.torch) for x in pad_right(
             [np.asarray(rows[i], np.int64) for i in group], encoder.pad_id))
         with encoder.computing():

@@ -23,7 +23,7 @@ from stages.ops.device import Device, bound_to_cores
 from stages.ops.output_head import logits_of
 from stages.ops.precision import FLOAT32, Precision
 from stages.ops.progress import progress_bar
-from stages.ops.sequences import Batch, make_batch, pad_right, split_by_tokens
+from stages.ops.sequences import Batch, by_length, make_batch, pad_right, split_by_tokens
 from stages.ops.texts import Texts
 
 # GPT-2's activation, ½x(1 + tanh(√(2/π)(x + 0.044715x³))), is eight operations in transformers and one in torch: the same
@@ -142,7 +142,9 @@ def context_length(config: PretrainedConfig) -> int | None:
 def batches(rollouts: Rollouts | Texts, rows: np.ndarray, model: LanguageModel) -> list[Batch]:
     """The rows as padded batches within the model's token budget."""
     lengths = rollouts.prompt_tokens.lengths + rollouts.response_tokens.lengths
-    groups = split_by_tokens(lengths, rows, model.micro_batch_tokens)
+    apart = [rows] if model.abilities.pads_after else by_length(lengths[rows], rows)
+    groups = [group for some in apart
+              for group in split_by_tokens(lengths, some, model.micro_batch_tokens, model.device.torch.type)]
     sampled = getattr(rollouts, "sampled", None)  # texts have none
     return [make_batch(rollouts.prompt_tokens, rollouts.response_tokens, group, model.pad_id, model.device.torch, sampled)
             for group in groups]
@@ -171,7 +173,7 @@ def sequence_scores(model: LanguageModel, rows: Sequence[Sequence[int]], progres
     """(b,) float32: what a sequence classifier with one label gives for each row: at its last token, whatever token that is,
     if it has a `score` for each position, as causal ones have."""
     lengths, out = np.array([len(row) for row in rows]), np.empty(len(rows), np.float32)
-    groups = split_by_tokens(lengths, np.arange(len(rows)), model.micro_batch_tokens)
+    groups = split_by_tokens(lengths, np.arange(len(rows)), model.micro_batch_tokens, model.device.torch.type)
     for group in progress_bar(groups, progress):
         ids, mask = (torch.from_numpy(x).to(model.device.torch) for x in pad_right(
             [np.asarray(rows[i], np.int64) for i in group], model.pad_id))

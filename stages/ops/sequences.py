@@ -10,7 +10,8 @@ from torch import Tensor
 
 from schemas.tables import Ragged
 
-GROUPS_IN_BUDGET = 128  # a forward and backward pass costs as much as this part of the budget, beside its tokens
+PASS_COST = {"cpu": 32}  # tokens that take as long as what a pass costs beside its tokens, by type of device
+PASS_COST_ELSEWHERE = 2048  # of a GPU, which waits for its kernels to be launched
 
 
 @dataclass(frozen=True)
@@ -74,20 +75,21 @@ def by_length(lengths: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
     return [rows[lengths == length] for length in np.unique(lengths)[::-1]]
 
 
-def split_by_tokens(lengths: np.ndarray, rows: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+def split_by_tokens(lengths: np.ndarray, rows: np.ndarray, max_tokens: int, device: str = "cpu") -> list[np.ndarray]:
     """`rows` sorted by length, longest first, cut so that no padded group is larger than `max_tokens`, and so that padding
-    is small beside what a group costs, `max_tokens`/128.
+    and what a group costs beside it on that type of device are least.
 
     `lengths`: (B,). A row longer than the budget makes a group of its own. Ties keep the order of `rows`.
     """
     order = rows[np.argsort(-lengths[rows], kind="stable")]
-    widths, n = lengths[order], len(rows)
+    widths, n, cost = lengths[order], len(rows), PASS_COST.get(device, PASS_COST_ELSEWHERE)
     least, begin = np.zeros(n + 1), np.zeros(n + 1, np.int64)  # of the first j rows: the least cost, where a group begins
     for j in range(1, n + 1):
-        padded = widths[:j] * np.arange(j, 0, -1)  # of a group from i to j, by i
-        cost = np.where((padded <= max_tokens) | (np.arange(j) == j - 1), least[:j] + padded, np.inf)
-        begin[j] = cost.argmin()
-        least[j] = cost[begin[j]] + max_tokens / GROUPS_IN_BUDGET
+        first = max(0, j - max(1, max_tokens // max(1, int(widths[j - 1]))))  # more rows than that do not fit
+        padded = widths[first:j] * np.arange(j - first, 0, -1)  # of a group from i to j, by i
+        padded = np.where((padded <= max_tokens) | (np.arange(first, j) == j - 1), least[first:j] + padded, np.inf)
+        begin[j] = first + padded.argmin()
+        least[j] = padded.min() + cost
     groups, j = [], n
     while j:
         groups.append(order[begin[j] : j])
