@@ -127,7 +127,7 @@ def mlflow_server(tmp_path):
     yield uri, start
     for server in servers:
         os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+        server.wait(120)
 
 
 def test_mlflow_sync_brings_a_server_that_was_away_to_what_the_store_says(copied, mlflow_server, capsys):
