@@ -116,7 +116,8 @@ def runs(tmp_path_factory, prefect_server):
 def test_a_run_that_goes_wrong_in_one_way(runs, name, monkeypatch):
     if name == "engine-and-update-apart":
         monkeypatch.setattr(sampling, "sample", off_by_a_fifth(sampling.sample))
-    found = examine(runs(name, BAD[name]))
+    run = runs(name, BAD[name])
+    found = examine(run, run.states())
     assert [verdict.name for verdict in found.verdicts] == [name], found
     (verdict,) = found.verdicts
     assert not verdict.reason[0].islower() and verdict.remedy and any(c.isdigit() for c in verdict.reason)
@@ -124,30 +125,32 @@ def test_a_run_that_goes_wrong_in_one_way(runs, name, monkeypatch):
 
 
 def test_a_sound_run_raises_nothing(runs):
-    found = examine(runs("sound", STILL | FIXED | GROUPS | reward("varied")))
+    run = runs("sound", STILL | FIXED | GROUPS | reward("varied"))
+    found = examine(run, run.states())
     assert found.verdicts == [] and len(found.checked) >= 6
 
 
 def test_a_control_task_raises_nothing(controlled, tmp_path):
     config = ["train", str(controlled[0] / "cartpole"), "--run", "longer", "--store", str(tmp_path), "--quiet"]
     assert run_command([*config, "--set", "iterations=8"]) == 0
-    found = examine(open_run(Store(tmp_path), "longer"))
+    run = open_run(Store(tmp_path), "longer")
+    found = examine(run, run.states())
     assert found.verdicts == [] and {"clip-fraction-high", "critic-explains-nothing"} <= set(found.checked)
 
 
-def test_returns_that_hardly_vary_are_nothing_to_explain(controlled, tmp_path, monkeypatch):
+def test_returns_that_hardly_vary_are_nothing_to_explain(controlled, tmp_path):
     """As of a task that is solved, where a critic's small errors are large beside the returns' spread."""
     config = ["train", str(controlled[0] / "cartpole"), "--run", "solved", "--store", str(tmp_path), "--quiet"]
     assert run_command([*config, "--set", "iterations=6"]) == 0
     run = open_run(Store(tmp_path), "solved")
-    states = [state.model_copy(update={"metrics": state.metrics | {
-        "gae/explained_variance": -5.0, "gae/return_mean": 100.0, "gae/return_std": spread}})
-        for state in run.states() for spread in (1.0,)]
-    monkeypatch.setattr(type(run), "states", lambda self: states)
-    found = examine(run)
+
+    def with_spread(spread):
+        numbers = {"gae/explained_variance": -5.0, "gae/return_mean": 100.0, "gae/return_std": spread}
+        return [state.model_copy(update={"metrics": state.metrics | numbers}) for state in run.states()]
+
+    found = examine(run, with_spread(1.0))
     assert found.verdicts == [] and found.left_out["critic-explains-nothing"] == "the returns hardly vary, by 1 around 100"
-    states[:] = [state.model_copy(update={"metrics": state.metrics | {"gae/return_std": 60.0}}) for state in states]
-    (verdict,) = examine(run).verdicts
+    (verdict,) = examine(run, with_spread(60.0)).verdicts
     assert verdict.name == "critic-explains-nothing" and "rloo" not in verdict.remedy
 
 

@@ -16,8 +16,9 @@ from flows.cli.main import run_command
 from flows.replay import replay
 from flows.runs.run import open_run
 from flows.store.store import Store
+from flows.views.columns import NUMBERS
 from flows.views.html_page import as_json, page
-from flows.views.inspection import NUMBERS, Response, responses
+from flows.views.inspection import Response, responses
 from flows.views.visible import visible
 from schemas.errors import ConfigError
 from schemas.tables import Advantages, Rewards, Rollouts
@@ -233,9 +234,3 @@ def test_hostile_text_in_the_terminal():
             assert app.query_one("#response", Static)
 
     asyncio.run(use())
-
-
-def test_which_columns_there_are_is_said_once():
-    from flows.cli.view_commands import COLUMNS
-
-    assert COLUMNS == NUMBERS

@@ -92,6 +92,7 @@ class Inspector(App[None]):
         self.title, self.responses, self.column = title, responses, column
         self.sorted_by, self.down, self.grouped, self.words = "row", False, False, ""
         self.order: list[Response] = []
+        self.scales = {name: scale_of(responses, name) for name in responses[0].numbers}
 
     def compose(self) -> ComposeResult:
         yield Static(Text(self.title, "bold"), id="title")
@@ -132,7 +133,7 @@ class Inspector(App[None]):
             return
         response = self.order[min(table.cursor_row, len(self.order) - 1)]
         self.query_one("#response", Static).update(
-            shown(response, self.column, scale_of(self.responses, self.column), tokens=True))
+            shown(response, self.column, self.scales[self.column], tokens=True))
 
     def on_data_table_row_highlighted(self, _: DataTable.RowHighlighted) -> None:
         self._show()

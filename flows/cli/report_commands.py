@@ -19,7 +19,8 @@ def doctor(run: str, root: str) -> Answer:
     """Say what is wrong with RUN's training. By which numbers, and what people do about it."""
     from flows.views.doctor import examine
 
-    found = examine(open_existing(root, run))
+    what = open_existing(root, run)
+    found = examine(what, what.states())
 
     def print_all(console: Console) -> None:
         for verdict in found.verdicts:

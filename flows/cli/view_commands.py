@@ -21,6 +21,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from flows.cli.command import Answer, command, open_existing, write_text
+from flows.views.columns import NUMBERS
 from flows.views.visible import visible
 from schemas.errors import ConfigError
 
@@ -193,7 +194,6 @@ def _catalog(rows: list[dict[str, str]]) -> Grid:
 
 # --- responses ---
 
-COLUMNS = ("kl", "advantage", "raw_advantage", "value", "delta", "reward", "return", "logprob", "reference")
 PAGE_TOKENS, ELSEWHERE = 60_000, 24  # of a page, beyond which it would be slow to open; responses to a prompt
 
 
@@ -202,7 +202,7 @@ PAGE_TOKENS, ELSEWHERE = 60_000, 24  # of a page, beyond which it would be slow 
 @click.option("--iteration", type=click.IntRange(min=1), help="Which; the last one by default.")
 @click.option("--row", "rows", type=click.IntRange(min=0), multiple=True, help="One response, with the numbers of each of "
               "its tokens; may be repeated.")
-@click.option("--colour", "column", type=click.Choice(COLUMNS), default="kl", show_default=True, help="What tokens are "
+@click.option("--colour", "column", type=click.Choice(NUMBERS), default="kl", show_default=True, help="What tokens are "
               "coloured by.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="As one HTML file that needs no network.")
 @click.option("--compare", "other", metavar="RUN", help="Another run, whose responses to the same prompts are shown too.")
@@ -220,10 +220,12 @@ def inspect(
     found = _explained(responses)(what, iteration, None if replay else rows or None)
     if replay:
         found = [each for each in with_columns(found, _of_epochs(what, iteration)) if not rows or each.row in rows]
-    data = lambda: [asdict(each) for each in found]  # noqa: E731
     if html is not None:
         return _page(what, iteration, found, others, html)
     from flows.cli.inspector import Inspector, print_responses, scale_of
+
+    def data() -> list[dict[str, Any]]:
+        return [asdict(each) for each in found]
 
     title = f"{run}, iteration {iteration}"
     if rows or not sys.stdout.isatty():

@@ -116,7 +116,8 @@ def examined(run: Run) -> None:
     """At the end of a run: what is wrong with its training, and how it went, as an artifact of the flow run."""
     from flows.views.doctor import examine
 
-    found, states = examine(run), run.states()
+    states = run.states()
+    found = examine(run, states)
     lines = [f"### {run.name}: {found.summary}", ""]
     lines += [f"- **{verdict.name}**: {_escaped(verdict.reason)}. *What helps:* {_escaped(verdict.remedy)}."
               for verdict in found.verdicts]

@@ -139,7 +139,8 @@ class Client:
         from flows.views.report import report
 
         try:
-            found, text = examine(self.run).summary, report(self.run)
+            examined = examine(self.run, self.run.states())
+            found, text = examined.summary, report(self.run, found=examined)
         except Exception as error:  # a damaged table, say, of which verify and the commands speak
             found, text = f"not examined: {' '.join(str(error).split())[:400]}", None
         self.client.set_tag(self.run_id, "baton.doctor", found)

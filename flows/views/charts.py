@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from flows.runs.run import Run
+from flows.views.thinning import thinned
 from schemas.artifacts import TrainState
 from schemas.stages import STAGES
 
@@ -116,8 +115,8 @@ def _frontier(run: Run, states: list[TrainState]) -> list[Line]:
 def _by_stage(run: Run, states: list[TrainState], what: str) -> list[Line]:
     lines = []
     for stage in STAGES[run.config.kind]:
-        there = _every([(state.iteration, state.artifacts[stage]) for state in states
-                         if state.iteration > 0 and stage in state.artifacts])
+        there = thinned([(state.iteration, state.artifacts[stage]) for state in states
+                         if state.iteration > 0 and stage in state.artifacts], POINTS)
         found = [(iteration, float(getattr(run.store.manifest(ref), what))) for iteration, ref in there]
         if found:
             iterations, y = map(list, zip(*found, strict=True))
@@ -125,13 +124,7 @@ def _by_stage(run: Run, states: list[TrainState], what: str) -> list[Line]:
     return lines
 
 
-def _every(points: list) -> list:
-    if len(points) <= POINTS:
-        return points
-    return [points[i] for i in np.unique(np.linspace(0, len(points) - 1, POINTS).round().astype(int))]
-
-
 def _thinned(line: Line) -> Line:
-    kept = _every(list(range(len(line.y))))
+    kept = thinned(range(len(line.y)), POINTS)
     return replace(line, **{name: [values[i] for i in kept] for name in ("iterations", "x", "y", "low", "high")
                             if (values := getattr(line, name))})

@@ -61,7 +61,8 @@ class _Course:
     """A run's numbers over its iterations."""
 
     run: Run
-    states: list[TrainState]
+    states: list[TrainState]  # of iterations
+    all_states: list[TrainState]  # what was prepared too
 
     @property
     def window(self) -> int:
@@ -92,13 +93,12 @@ class _Course:
         return Database([self.run], {self.run.name: states}).sql(query).fetchall()
 
 
-def examine(run: Run) -> Examination:
-    """All checks, on the iterations that are there."""
-    states = [state for state in run.states() if state.iteration > 0]
+def examine(run: Run, states: list[TrainState]) -> Examination:
+    """All checks, on the iterations that are there; `states`: all of the run."""
+    course = _Course(run, states[1:], states)
     verdicts, checked, left_out = [], [], {}
-    if len(states) < 2 * LEAST:
-        return Examination([], [], dict.fromkeys(CHECKS, f"it takes {2 * LEAST} iterations, there are {len(states)}"))
-    course = _Course(run, states)
+    if (there := len(course.states)) < 2 * LEAST:
+        return Examination([], [], dict.fromkeys(CHECKS, f"it takes {2 * LEAST} iterations, there are {there}"))
     for name, check in CHECKS.items():
         try:
             found = list(check(course))
@@ -179,7 +179,7 @@ def _length(course: _Course) -> Found:
     _language(course)
     before, now = (course.mean("rollout/response_length", states, "") for states in (course.first, course.last))
     ((correlation,),) = course.ask("SELECT corr(length, score) FROM responses", course.last)
-    gold = [state.metrics["evaluate/gold"] for state in course.run.states() if "evaluate/gold" in state.metrics]
+    gold = [state.metrics["evaluate/gold"] for state in course.all_states if "evaluate/gold" in state.metrics]
     better = course.run.config.evaluate.judge is not None and len(gold) > 1 and gold[-1] > gold[0]
     if correlation is not None and correlation > 0.8 and now > 1.5 * before and not better:
         yield (f"responses grew from {before:.0f} to {now:.0f} tokens, and their length explains {correlation**2:.0%} of "
@@ -210,7 +210,7 @@ def _gold(course: _Course) -> Found:
     _language(course)
     if course.run.config.evaluate.judge is None and not course.run.config.evaluate.judges:
         raise _NotApplicableError("no judge beside the reward is set (evaluate.judge)")
-    seen = [state for state in course.run.states() if "evaluate/gold_low" in state.metrics]
+    seen = [state for state in course.all_states if "evaluate/gold_low" in state.metrics]
     if len(seen) < 2:
         raise _NotApplicableError("it was evaluated once")
     best, last = max(seen, key=lambda state: state.metrics["evaluate/gold"]), seen[-1]

@@ -15,10 +15,11 @@ ASSETS = Path(__file__).parent / "assets"
 
 def page(template: str, script: str, data: dict[str, Any], **more: Any) -> str:
     """The page of a template; `data` is what its script reads. Text of either is text wherever it stands, never markup."""
+    scripts = "".join((ASSETS / name).read_text(encoding="utf-8") for name in ("page.js", script))
     environment = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined)
     return environment.get_template(template).render(
         data=data, json=Markup(as_json(data)), css=Markup((ASSETS / "page.css").read_text(encoding="utf-8")),
-        script=Markup((ASSETS / script).read_text(encoding="utf-8")), **more)
+        script=Markup(scripts), **more)
 
 
 def as_json(data: Any) -> str:

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 
 from flows.runs.run import Run
+from flows.views.columns import NUMBERS
 from flows.views.run_tables import parts
-from flows.views.sql import TOKENS, Database
+from flows.views.sql import Database
+from flows.views.thinning import thinned
 from flows.views.visible import visible
 from schemas.errors import ConfigError
-
-NUMBERS = tuple(name for name in ("kl", "advantage", "raw_advantage", "value", "delta", "reward", "return", "logprob",
-                                  "reference") if name in TOKENS)
-"""Columns of `tokens` that tokens are coloured by."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +95,5 @@ def elsewhere(runs: list[Run], prompt_ids: set[int], most: int) -> dict[int, lis
         for row in batch.to_pylist():
             if row["prompt_id"] in prompt_ids:
                 found[row["prompt_id"]].append(row)
-    return {prompt: [row | {"response": visible(row["response"], 400)} for row in _thinned(some, most)]
+    return {prompt: [row | {"response": visible(row["response"], 400)} for row in thinned(some, most)]
             for prompt, some in found.items()}
-
-
-def _thinned(rows: list[Any], most: int) -> list[Any]:
-    """Every so many, the first and the last among them."""
-    if len(rows) <= most:
-        return rows
-    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, most).round().astype(int))]

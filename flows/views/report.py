@@ -12,7 +12,7 @@ import yaml
 
 from flows.runs.run import Run
 from flows.views.charts import Chart, charts
-from flows.views.doctor import examine
+from flows.views.doctor import Examination, examine
 from flows.views.html_page import page
 from flows.views.sql import Database
 from flows.views.visible import visible
@@ -25,8 +25,8 @@ SHOWN, CHARACTERS, TEXT = 12, 400, 2_500_000
 EXTREMES = 6  # samples that are best, worst, most changed
 
 
-def report(run: Run, other: Run | None = None) -> str:
-    """The page. Raises `ConfigError` where nothing is prepared yet."""
+def report(run: Run, other: Run | None = None, found: Examination | None = None) -> str:
+    """The page. `found`: of the run, if it was examined. Raises `ConfigError` where nothing is prepared yet."""
     runs = [run, *([other] if other else [])]
     states = [each.states() for each in runs]
     for each, some in zip(runs, states, strict=True):
@@ -37,7 +37,9 @@ def report(run: Run, other: Run | None = None) -> str:
     data = {"runs": [each.name for each in runs], "charts": curves, "samples": samples, "kept": kept,
             "kind": run.config.kind}
     facts = [_facts(each, some) for each, some in zip(runs, states, strict=True)]
-    return page("report.html", "report.js", data, facts=facts, examinations={each.name: examine(each) for each in runs},
+    examinations = {each.name: found if found and each is run else examine(each, some)
+                    for each, some in zip(runs, states, strict=True)}
+    return page("report.html", "report.js", data, facts=facts, examinations=examinations,
                 extremes=_extremes(run, states[0]), changed=_changed(run, other) if other else None)
 
 
@@ -84,10 +86,7 @@ def _samples(run: Run, states: list[TrainState]) -> tuple[dict[str, list[dict[st
     for source, rows in (("held-out", held_out), ("rollout", rolled)):
         of_source: dict[int, list[dict[str, Any]]] = {}
         for row in rows:
-            some = of_source.setdefault(row.pop("iteration"), [])
-            if len(some) < SHOWN:
-                some.append(row | {"source": source, "prompt": visible(row["prompt"], CHARACTERS, newlines=True),
-                                   "response": visible(row["response"], CHARACTERS, newlines=True)})
+            of_source.setdefault(row.pop("iteration"), []).append(row | {"source": source} | _shown(row))
         found = of_source | found
     return _within(found)
 
@@ -140,8 +139,11 @@ def _by_prompt(run: Run, state: TrainState) -> dict[int, dict[str, Any]]:
     """The first sample to each held-out prompt."""
     rows = Database([run], {run.name: [state]}).sql(
         "SELECT coalesce(prompt_id, row_id) AS prompt_id, prompt, response, score, gold FROM samples ORDER BY row_id DESC")
-    return {row["prompt_id"]: row | {name: visible(row[name], CHARACTERS, newlines=True) for name in ("prompt", "response")}
-            for row in rows.to_arrow_table().to_pylist()}
+    return {row["prompt_id"]: row | _shown(row) for row in rows.to_arrow_table().to_pylist()}
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    return {name: visible(row[name], CHARACTERS, newlines=True) for name in ("prompt", "response")}
 
 
 # --- where it came from ---

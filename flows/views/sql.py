@@ -16,6 +16,7 @@ import duckdb
 import pyarrow as pa
 
 from flows.runs.run import Run
+from flows.views.columns import STEPS, TOKENS
 from flows.views.run_tables import ALL_VIEWS, INPUTS, Part, gae_settings, input_file, parts, views
 from flows.views.token_texts import TokenTexts
 from flows.views.visible import visible
@@ -26,36 +27,6 @@ from schemas.stages import STAGES
 KEYS = ("run", "iteration", "identity")
 FILE_KEYS = pa.schema([("filename", pa.string()), ("run", pa.string()), ("iteration", pa.int64()), ("identity", pa.string()),
                        ("gamma", pa.float64()), ("bootstraps", pa.bool_())])
-
-
-# Of each column of `tokens`: the table that it is in, the list there, and what it is.
-TOKENS: dict[str, tuple[str, str, str]] = {
-    "token": ("rollouts", "response_tokens", "id"),
-    "text": ("rollouts", "response_tokens", "the token alone, decoded"),
-    "logprob": ("rollouts", "logprobs", "nats: log π_old, as it was sampled"),
-    "sampled": ("rollouts", "sampled", "several turns: whether it was sampled, rather than part of a reply"),
-    "reference": ("reference", "logprobs", "nats: log π_ref"),
-    "value": ("values", "values", "V before the token"),
-    "kl": ("advantages", "kl", "nats: the KL estimate"),
-    "reward": ("advantages", "rewards", "r_t, what `gae` was given: −β·kl and, at the last one, the score"),
-    "delta": ("values", "", "δ_t = r_t + γ·V_{t+1} − V_t"),
-    "raw_advantage": ("advantages", "raw_advantages", "A_t before whitening"),
-    "advantage": ("advantages", "advantages", "A_t, what the policy is updated with"),
-    "return": ("advantages", "returns", "what the critic is fitted to"),
-}
-# Of each column of `steps`.
-STEPS: dict[str, tuple[str, str, str]] = {
-    "observation": ("trajectories", "observations", "o_t"),
-    "action": ("trajectories", "actions", "a_t, as sampled"),
-    "logprob": ("trajectories", "logprobs", "nats: log π_old(a_t | o_t)"),
-    "value": ("trajectories", "values", "V(o_t)"),
-    "raw_reward": ("trajectories", "raw_rewards", "as the environment gave it"),
-    "reward": ("trajectories", "rewards", "scaled and clipped, if set"),
-    "delta": ("trajectories", "", "δ_t = r_t + γ·V_{t+1} − V_t"),
-    "raw_advantage": ("advantages", "raw_advantages", "A_t before whitening"),
-    "advantage": ("advantages", "advantages", "A_t, what the policy is updated with"),
-    "return": ("advantages", "returns", "what the critic is fitted to"),
-}
 UNNESTED = {"tokens": (TOKENS, "rollouts", ("row_id", "prompt_id")),
             "steps": (STEPS, "trajectories", ("row_id", "environment", "episode"))}
 RECORDS: dict[str, pa.Schema] = {

@@ -66,8 +66,8 @@ def make_batch(
         row, step, index = row[kept], step[kept], index[kept]
     place = row * ids.shape[1] + first[row] + step
     ends = np.arange(len(rows)) * ids.shape[1] + mask.sum(1) - 1
-    move = lambda x: torch.from_numpy(x).to(device)  # noqa: E731
-    return Batch(rows, index, move(ids), move(ids.reshape(-1)[place]), move(place - 1), move(step), move(ends))
+    tensors = (torch.from_numpy(x).to(device) for x in (ids, ids.reshape(-1)[place], place - 1, step, ends))
+    return Batch(rows, index, *tensors)
 
 
 def by_length(lengths: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:

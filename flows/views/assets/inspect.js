@@ -1,18 +1,6 @@
-"use strict";
-// Responses of one iteration, token by token. All text is put in as text, never as markup.
-const data = JSON.parse(document.getElementById("data").textContent);
-const $ = (id) => document.getElementById(id);
+// Responses of one iteration, token by token.
 const number = (x) => x === null || x === undefined ? "" : Math.abs(x) >= 1e5 || (x !== 0 && Math.abs(x) < 5e-4) ? x.toExponential(2)
   : Number.isInteger(x) ? String(x) : x.toFixed(3);
-
-function make(tag, options = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [key, value] of Object.entries(options)) {
-    if (key in element) element[key] = value; else element.setAttribute(key, value);
-  }
-  element.append(...children);
-  return element;
-}
 
 // --- colour: red below, green above, grey at 0; by the 98th percentile of this iteration ---
 
@@ -89,7 +77,7 @@ function open(row) {
     const sampled = !row.sampled || row.sampled[i];
     const token = make("span", { className: sampled ? "token" : "token reply", textContent: text, tabIndex: 0 });
     token.style.backgroundColor = colour(row.numbers[state.column][i], scales[state.column]);
-    token.onmouseenter = token.onfocus = () => tip(token, row, i);
+    token.onmouseenter = token.onfocus = () => tip(numbers(row, i), token.getBoundingClientRect());
     token.onmouseleave = token.onblur = () => { $("tip").hidden = true; };
     tokens.append(token);
   });
@@ -132,17 +120,13 @@ function elsewhere(row) {
   return make("div", {}, make("h2", { textContent: "The same prompt elsewhere" }), table);
 }
 
-function tip(token, row, i) {
+function numbers(row, i) {
   const table = make("table");
   table.append(make("tr", {}, make("th", { colSpan: 2, textContent: `${JSON.stringify(row.tokens[i])}, position ${i}` })));
   for (const column of data.columns) {
     table.append(make("tr", {}, make("td", { textContent: column }), make("td", { className: "number", textContent: number(row.numbers[column][i]) })));
   }
-  const place = $("tip"), box = token.getBoundingClientRect();
-  place.replaceChildren(table);
-  place.hidden = false;
-  place.style.left = `${Math.max(4, Math.min(box.left, innerWidth - place.offsetWidth - 8))}px`;
-  place.style.top = `${box.bottom + place.offsetHeight + 8 > innerHeight ? Math.max(4, box.top - place.offsetHeight - 6) : box.bottom + 6}px`;
+  return table;
 }
 
 // --- controls ---

@@ -1,19 +1,9 @@
-"use strict";
-// Curves and samples of a run. All text is put in as text, never as markup.
-const data = JSON.parse(document.getElementById("data").textContent);
-const $ = (id) => document.getElementById(id);
+// Curves and samples of a run.
 const number = (x) => x === null || x === undefined ? "" : Number.isInteger(x) && Math.abs(x) < 1e15 ? String(x)
   : x !== 0 && Math.abs(x) < 1e-3 ? x.toExponential(1) : String(+x.toPrecision(4));
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 2 });
 const short = (x) => Math.abs(x) >= 1e4 ? compact.format(x) : number(x);
-function make(tag, options = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [key, value] of Object.entries(options)) {
-    if (key in element) element[key] = value; else element.setAttribute(key, value);
-  }
-  element.append(...children);
-  return element;
-}
+
 function draw(tag, attributes) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
@@ -83,7 +73,7 @@ function chart(one) {
       table.append(make("tr", {}, make("td", { textContent: name }), make("td", { className: "number", textContent: number(line.y[i]) +
         (line.low.length ? ` (${number(line.low[i])} to ${number(line.high[i])})` : "") })));
     }
-    tip(table, event.clientX, event.clientY);
+    tip(table, { left: event.clientX + 14, top: event.clientY - 6, bottom: event.clientY + 12 });
   };
   svg.onpointerleave = () => { cursor.setAttribute("visibility", "hidden"); $("tip").hidden = true; };
   svg.onclick = (event) => { show(nearest(event).iteration); $("samples").scrollIntoView({ behavior: "smooth" }); };
@@ -93,14 +83,6 @@ function chart(one) {
   }
   if (data.runs.length > 1) legend.append(make("span", { textContent: `dashed: ${data.runs[1]}` }));
   return make("figure", { className: "chart" }, make("figcaption", {}, one.title, make("span", { className: "unit", textContent: ` ${one.unit}` })), svg, legend);
-}
-
-function tip(content, x, y) {
-  const place = $("tip");
-  place.replaceChildren(content);
-  place.hidden = false;
-  place.style.left = `${Math.max(4, Math.min(x + 14, innerWidth - place.offsetWidth - 8))}px`;
-  place.style.top = `${y + 18 + place.offsetHeight > innerHeight ? Math.max(4, y - place.offsetHeight - 12) : y + 18}px`;
 }
 
 // --- samples ---
