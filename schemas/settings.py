@@ -254,6 +254,11 @@ class TrackingConfig(Settings):
     best: str | None = None
     """Metric by which the best iteration is found, the greatest: that with MLflow's alias `best`, which retention keeps;
     null: evaluate/gold, or evaluate/episode_return of a control task."""
+    traces: int = Field(16, ge=0)
+    """Samples of each evaluation, and as many of what that iteration was trained on, that become traces with their rewards;
+    one takes about 50 ms, beside the training."""
+    system_metrics: bool = True
+    """Whether the use of processors, memory, disk, network and GPUs goes there while the run trains."""
 
 
 class CheckpointsConfig(Settings):

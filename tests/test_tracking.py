@@ -5,6 +5,7 @@ import shlex
 import shutil
 import sqlite3
 import subprocess
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from conftest import TRACKED
 from flows.cli.main import run_command
 from flows.runs.run import changed, open_run
 from flows.store.store import Store
-from flows.tracking.client import timings
+from flows.tracking.client import Client, timings
 from flows.tracking.tracking_uri import how_to_open, is_mirrored
 from flows.views.report import report
+from flows.views.visible import visible
+from schemas.tables import Rewards, Rollouts, Samples
 
 
 def manifests(run, state):
@@ -45,7 +48,7 @@ def test_every_metric_of_every_stage_is_there_once(trained):
     for state in run.states():
         for key, value in (state.metrics | timings(state, manifests(run, state))).items():
             expected.setdefault(key, {})[state.iteration] = value
-    found = points(client, mirrored)
+    found = {key: there for key, there in points(client, mirrored).items() if not key.startswith("system/")}
     assert found.keys() == expected.keys()
     for key, values in expected.items():
         assert len(found[key]) == len(values) and dict(found[key]) == pytest.approx(values), key
@@ -68,6 +71,84 @@ def test_samples_and_the_best_actor(trained, tmp_path):
     version = client.get_model_version_by_alias("baton-tiny", "best")
     assert version.tags["baton.artifact"] == str(best.actor.artifact)
     assert version.tags["baton.iteration"] == str(best.iteration)
+
+
+def test_an_evaluated_actor_is_a_logged_model_that_can_be_ranked(trained):
+    """By MLflow's own search; what was measured of other things than the actor is the run's alone."""
+    store = trained[1]
+    run, client = open_run(Store(store), "tiny"), client_of(store)
+    mirrored = only_run(client)
+    best_first = client.search_logged_models([mirrored.info.experiment_id],
+                                             order_by=[{"field_name": "metrics.evaluate/kl", "ascending": False}])
+    states = sorted((run.state(i) for i in (0, 2)), key=lambda state: -state.metrics["evaluate/kl"])
+    assert [model.tags["baton.artifact"] for model in best_first] == [str(state.actor.artifact) for state in states]
+    for model, state in zip(best_first, states, strict=True):
+        measured = {key: value for key, value in state.metrics.items() if key.startswith("evaluate/")}
+        assert {metric.key: metric.value for metric in model.metrics} == pytest.approx(measured)
+        assert {(metric.dataset_name, metric.dataset_digest) for metric in model.metrics} == {
+            ("heldout_prompts", run.inputs["heldout_prompts"].identity[:36])}
+    outputs = {(output.model_id, output.step) for output in mirrored.outputs.model_outputs}
+    assert outputs == {(model.model_id, state.iteration) for model, state in zip(best_first, states, strict=True)}
+
+
+def test_a_sample_is_a_trace_with_its_rewards(trained):
+    store = trained[1]
+    run, client = open_run(Store(store), "tiny"), client_of(store)
+    mirrored = only_run(client)
+    traces = client.search_traces(locations=[mirrored.info.experiment_id], run_id=mirrored.info.run_id)
+    found = {(trace.info.tags["baton.stage"], trace.info.tags["baton.iteration"], root.attributes["row_id"]): (
+        root.inputs["prompt"], root.outputs["response"], {each.name: each.value for each in trace.info.assessments})
+        for trace in traces for root in [trace.data.spans[0]]}
+    expected = {}
+    for state in (run.state(0), run.state(2)):
+        rows = run.store.table(state.artifacts["evaluate"], Samples)
+        for i in range(len(rows)):
+            given = {name: float(getattr(rows, name)[i]) for name in ("gold", "score", "kl", "win")}
+            expected["evaluate", str(state.iteration), i] = (rows.prompt[i], rows.response[i], given)
+    rows, rewards = (run.store.table(run.state(2).artifacts[stage], kind)
+                     for stage, kind in (("rollout", Rollouts), ("reward", Rewards)))
+    for i in range(len(rows)):
+        given = {"score": float(rewards.score[i])} | {
+            f"reward.{name}": float(values[i]) for name, values in rewards.components.items()}
+        expected["rollout", "2", i] = (rows.prompt[i], rows.response[i], given)
+    assert found.keys() == expected.keys() and len(traces) == len(expected)
+    for key, (prompt, response, given) in expected.items():
+        assert found[key][:2] == (visible(prompt, newlines=True), visible(response, newlines=True))
+        assert found[key][2] == pytest.approx(given), key
+
+
+def test_an_evaluation_that_was_begun_is_logged_once(trained, tmp_path):
+    """A mirror that ended between traces and table."""
+    run, uri = open_run(Store(trained[1]), "tiny"), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    first = Client(run, uri)
+    first.bring_to(run.last())
+    client, place = first.client, [first.experiment_id]
+    before = client.search_traces(locations=place, run_id=first.run_id, include_spans=False)
+    client.set_tag(first.run_id, "baton.mirrored", "1")
+    (table,) = tmp_path.glob("mlflow-artifacts/**/samples/iteration-000002.json")
+    table.unlink()
+    Client(run, uri).bring_to(run.last())
+    after = client.search_traces(locations=place, run_id=first.run_id, include_spans=False)
+    assert table.is_file() and len(after) == len(before) > 0
+    assert len({trace.info.trace_id for trace in [*before, *after]}) > len(before)  # those of the table were made again
+    assert len(client.search_logged_models(place)) == 2
+
+
+def test_the_machines_use_is_logged_while_a_run_trains(trained, tmp_path, monkeypatch):
+    """By a mirror that lives, of a run that goes on; a finished run that is completed later has none."""
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    run, uri = open_run(Store(trained[1]), "tiny"), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = Client(run, uri, live=True)
+    deadline = time.monotonic() + 60
+    while not (keys := client.client.get_run(client.run_id).data.metrics.keys()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    client.close()
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= keys
+    client.bring_to(run.last())
+    again = Client(run, uri)
+    again.bring_to(run.last())
+    assert again.machine is None and again.client.get_run(again.run_id).info.status == "FINISHED"
 
 
 def test_the_data_the_report_and_what_is_wrong(trained, tmp_path):

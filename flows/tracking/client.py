@@ -1,4 +1,4 @@
-"""MLflow, the only file that knows it: one MLflow run for each training run, brought to what the store has.
+"""MLflow: one MLflow run for each training run, brought to what the store has.
 
 Run as `python -m flows.tracking.client STORE` by `mirror.py`, which writes the address, the run's record and its config, and
 then the number of each committed state, to its standard input, a line each. It prints `page …`, where a server shows the
@@ -18,36 +18,34 @@ import logging
 import os
 import select
 import shlex
-import shutil
 import sys
-import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # without these a call waits four minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")  # its threads wait for each other's lock of sqlite
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param
-from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from flows.runs.best import best_of
 from flows.runs.run import Run
 from flows.store.store import Store
+from flows.tracking.logged_models import LoggedModels
+from flows.tracking.samples import log_samples
 from flows.tracking.tracking_uri import database_of
-from flows.views.visible import visible
 from schemas.addresses import without_user_info
 from schemas.artifacts import Manifest, RunRecord, TrainState
 from schemas.config import parse_config
 from schemas.data import COLUMNS
 from schemas.errors import TrackingError
-from schemas.tables import EPISODE_FILM, Returns, Samples
 
-SAMPLES_SHOWN = 32  # rows of the table of samples
 BATCH = 1000  # the most metrics that MLflow takes in one call
+DIGEST = 36  # the most characters that it takes of a dataset's digest
 MIRRORED = "baton.mirrored"
 INTERVAL = 2.0  # seconds: states that come faster are logged together
 for _noisy in ("mlflow", "alembic"):
@@ -55,28 +53,36 @@ for _noisy in ("mlflow", "alembic"):
 
 
 class Client:
-    """One MLflow run for the training run."""
+    """One MLflow run for the training run. `live`: this machine trains it now, so that its system metrics are the run's."""
 
-    def __init__(self, run: Run, uri: str) -> None:
+    def __init__(self, run: Run, uri: str, live: bool = False) -> None:
         self.run, self.uri, self.client = run, uri, mlflow.MlflowClient(uri)
         there = self._find()
         self.new, self.run_id = there is None, there or self._create()
+        self.experiment_id = self.client.get_run(self.run_id).info.experiment_id
+        self.models = LoggedModels(run, self.client, self.experiment_id, self.run_id)
         self._log_params()
         if self.new:
             self._log_inputs()
         self.next, self.logged = self._end()
+        self.machine: SystemMetricsMonitor | None = None
+        if live and run.config.tracking.system_metrics:
+            self._watch_machine()
 
     @property
     def page(self) -> str:
         """Where a server shows the run."""
-        experiment = self.client.get_run(self.run_id).info.experiment_id
-        return f"{without_user_info(self.uri).rstrip('/')}/#/experiments/{experiment}/runs/{self.run_id}"
+        return f"{without_user_info(self.uri).rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
 
     def bring_to(self, state: TrainState, logged: Callable[[int], object] = lambda last: None) -> None:
         """Every point up to `state` that is not there yet, its samples, and the model once the run is finished.
 
         `logged` is called with the last iteration that is there, whenever some were logged.
         """
+        with _at(self.uri):
+            self._bring_to(state, logged)
+
+    def _bring_to(self, state: TrainState, logged: Callable[[int], object]) -> None:
         points = []
         while self.next <= state.iteration:
             points += self._points(self.run.state(self.next))
@@ -86,12 +92,26 @@ class Client:
                 logged(self.next - 1)
                 points = []
         if state.iteration >= self.run.config.iterations:
+            self.close()
             ended = max(self.run.store.manifest(ref).created for ref in state.artifacts.values())
             self.client.set_terminated(self.run_id, end_time=_milliseconds(ended))
-            self._register(state, "last")
+            self.models.register(state, "last")
             if (best := best_of(self.run)) is not None:
-                self._register(self.run.state(best.iteration), "best")
+                self.models.register(self.run.state(best.iteration), "best")
             self._log_report()
+
+    def close(self) -> None:
+        """Ends the thread that reads the machine's use, with what it has."""
+        if self.machine is not None:
+            self.machine.finish()
+            self.machine = None
+
+    def _watch_machine(self) -> None:
+        """Processors, memory, disk, network and GPUs, every ten seconds, by a thread of MLflow's."""
+        if not self.new:
+            self.client.update_run(self.run_id, "RUNNING")  # for a finished run it reads nothing
+        self.machine = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.uri)
+        self.machine.start()
 
     def _find(self) -> str | None:
         """The MLflow run that mirrors this one, by its tags."""
@@ -126,8 +146,9 @@ class Client:
 
     def _log_inputs(self) -> None:
         """Imported data by role, with a digest of what it holds."""
-        given = [DatasetInput(Dataset(role, ref.identity[:36], "local", json.dumps({"uri": self.run.store.place(ref, "")}),
-                                      profile=json.dumps(self.run.store.manifest(ref).metrics)),
+        store = self.run.store
+        given = [DatasetInput(Dataset(role, ref.identity[:DIGEST], "local", json.dumps({"uri": store.place(ref, "")}),
+                                      profile=json.dumps(store.manifest(ref).metrics)),
                               [InputTag("mlflow.data.context", role)])
                  for role, ref in sorted(self.run.inputs.items()) if role in COLUMNS]
         if given:
@@ -175,56 +196,35 @@ class Client:
         """Those of an iteration that are not there yet; its samples are logged before them."""
         manifests = {stage: self.run.store.manifest(ref) for stage, ref in state.artifacts.items()}
         at = max(datetime.fromisoformat(manifest.created).timestamp() for manifest in manifests.values())
-        points = [Metric(key, value, int(at * 1000), state.iteration)
-                  for key, value in (state.metrics | timings(state, manifests)).items()
-                  if (key, state.iteration) not in self.logged]
-        if points and "evaluate" in manifests:
-            self._log_samples(state, manifests["evaluate"])
-        return points
+        values = {key: value for key, value in (state.metrics | timings(state, manifests)).items()
+                  if (key, state.iteration) not in self.logged}
+        measured: dict[str, str] = {}  # what the actor's own metrics are linked to
+        if values and "evaluate" in manifests:
+            model_id = self.models.of(state)
+            log_samples(self.run, self.client, self.experiment_id, self.run_id, state, model_id)
+            measured = {"model_id": model_id} | self._dataset("heldout_prompts")
+        return [Metric(key, value, int(at * 1000), state.iteration, **measured if key.startswith("evaluate/") else {})
+                for key, value in values.items()]
+
+    def _dataset(self, role: str) -> dict[str, str]:
+        ref = self.run.inputs.get(role)
+        return {} if ref is None else {"dataset_name": role, "dataset_digest": ref.identity[:DIGEST]}
 
     def _log(self, points: list[Metric]) -> None:
         for start in range(0, len(points), BATCH):
             self.client.log_batch(self.run_id, metrics=points[start : start + BATCH])
         self.client.set_tag(self.run_id, MIRRORED, self.next - 1)
 
-    def _log_samples(self, state: TrainState, evaluation: Manifest) -> None:
-        """Samples or returns of an evaluation, and its film, as artifacts on MLflow's page; once, since a table appends."""
-        name = f"iteration-{state.iteration:06d}"
-        if f"samples/{name}.json" in {item.path for item in self.client.list_artifacts(self.run_id, "samples")}:
-            return
-        for kind in (Samples, Returns):
-            if kind.file in evaluation.digests():
-                rows = self.run.store.table(evaluation.ref, kind).to_arrow().slice(0, SAMPLES_SHOWN).to_pydict()
-                shown = {name: [visible(value, newlines=True) if isinstance(value, str) else value for value in values]
-                         for name, values in rows.items()}
-                self.client.log_table(self.run_id, shown, f"samples/{name}.json")
-        if EPISODE_FILM in evaluation.digests():
-            with tempfile.TemporaryDirectory() as folder:
-                film = shutil.copy(self.run.store.file(evaluation.ref, EPISODE_FILM), Path(folder) / f"{name}.gif")
-                self.client.log_artifact(self.run_id, film, "films")
 
-    def _register(self, state: TrainState, alias: str) -> None:
-        """The actor as a version of the run's registered model, with that alias; the weights stay in the store."""
-        name, artifact = f"baton-{self.run.name}", str(state.actor.artifact)
-        with contextlib.suppress(MlflowException):  # it is there already
-            self.client.create_registered_model(name)
-        there = self.client.search_model_versions(f"name = '{name}'")
-        versions = [version.version for version in there if version.tags.get("baton.artifact") == artifact]
-        version = versions[0] if versions else self._new_version(name, artifact, state)
-        self.client.set_registered_model_alias(name, alias, version)
-
-    def _new_version(self, name: str, artifact: str, state: TrainState) -> str:
-        folder = self.run.store.place(state.actor.artifact, state.actor.folder)
-        folder = folder if "://" in folder else str(Path(folder).resolve())
-        tags = {"baton.artifact": artifact, "baton.folder": folder, "baton.iteration": str(state.iteration)}
-        experiment, before = self.client.get_run(self.run_id).info.experiment_id, os.environ.get("MLFLOW_TRACKING_URI")
-        mlflow.set_tracking_uri(self.uri)  # the client has no call for external models, nor looks for them at its own
-        try:
-            model = mlflow.create_external_model(name, self.run_id, tags=tags, experiment_id=experiment)
-            return self.client.create_model_version(name, f"models:/{model.model_id}", self.run_id, tags=tags,
-                                                    model_id=model.model_id).version
-        finally:
-            mlflow.set_tracking_uri(before)
+@contextlib.contextmanager
+def _at(uri: str) -> Iterator[None]:
+    """Inside it MLflow's functions for external models and traces, which the client lacks, go there."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
 def timings(state: TrainState, manifests: Mapping[str, Manifest]) -> dict[str, float]:
@@ -263,20 +263,22 @@ def main(root: str) -> int:
     begin = json.loads(lines.first())
     record = RunRecord.model_validate(begin["record"])
     run = Run(Store(root), record, parse_config(begin["config"], f"run {record.name!r}"))
-    mirror = _Retried(run, begin["uri"], lambda line: print(line, file=answers, flush=True))
+    mirror = _Retried(run, begin["uri"], begin["live"], lambda line: print(line, file=answers, flush=True))
     mirror.bring_to(None)
     while (iteration := lines.last()) is not None:
         mirror.bring_to(int(iteration))
     if mirror.failed:
         mirror.bring_to(mirror.wanted)
+    if mirror.client is not None:
+        mirror.client.close()
     return 1 if mirror.failed else 0
 
 
 class _Retried:
     """A client that is made anew after an error."""
 
-    def __init__(self, run: Run, uri: str, answer: Callable[[str], None]) -> None:
-        self.run, self.uri, self.answer = run, uri, answer
+    def __init__(self, run: Run, uri: str, live: bool, answer: Callable[[str], None]) -> None:
+        self.run, self.uri, self.live, self.answer = run, uri, live, answer
         self.client: Client | None = None
         self.wanted: int | None = None
         self.failed = False
@@ -286,7 +288,7 @@ class _Retried:
         self.wanted = iteration
         try:
             if self.client is None:
-                self.client = Client(self.run, self.uri)
+                self.client = Client(self.run, self.uri, self.live)
                 if self.uri.startswith("http"):
                     self.answer(f"page {self.client.page}")
             if iteration is not None:

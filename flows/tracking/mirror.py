@@ -67,7 +67,8 @@ class Mirror:
             here = contextvars.copy_context()  # in which Prefect's log knows the flow run
             self._listener = threading.Thread(target=here.run, args=(self._listen,), name="mlflow", daemon=True)
             self._listener.start()
-            begin = {"uri": tracking_uri(self.run), "record": self.run.record.model_dump(mode="json"),
+            begin = {"uri": tracking_uri(self.run), "live": not self.until_done,
+                     "record": self.run.record.model_dump(mode="json"),
                      "config": self.run.config.model_dump(mode="json")}
             self._send(json.dumps(begin))  # not as an argument: an address may hold a password
         return self
