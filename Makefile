@@ -42,6 +42,10 @@ bench: install .peers/.installed   ## how fast, beside TRL and Stable-Baselines3
 	.peers/bin/python -m pip --disable-pip-version-check --quiet install --requirement tests/benchmarks/peers.txt
 	touch $@
 
+pages: install          ## a run's pages in headless Chromium (Debian's package chromium): make pages RUN=reviews STORE=data/store
+	$(PIP) install --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/python tests/benchmarks/pages.py $(or $(STORE),data/store) $(or $(RUN),reviews)
+
 torture: install        ## break everything and count; an hour and more; ONLY="random bits" for some of it
 	$(BIN)/python tests/benchmarks/torture.py $(ONLY)
 

@@ -6,6 +6,7 @@ reward, and how far the two agree.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from flows.perform import perform
 from flows.runs.run import Run
 from flows.runs.start import check_device
 from flows.store.lease import wait_for_gc
-from schemas.artifacts import ArtifactRef, Produced
+from schemas.artifacts import ArtifactRef, Produced, StageCall
 from schemas.errors import ConfigError
 from schemas.stages import STAGES
 from schemas.tables import Rewards, Rollouts
@@ -43,13 +44,27 @@ def grid_of(given: Iterable[str]) -> dict[str, list[str]]:
     grid: dict[str, list[str]] = {}
     for one in given:
         key, equals, values = one.partition("=")
-        found = [value.strip() for value in values.split(",")]
+        found = _values(values)
         if not equals or not all(found):
             raise ConfigError(f"--grid {one!r}: expected KEY=VALUE,VALUE, for example gae.gae_lambda=0.9,0.95,1")
         if key.strip() in grid:
             raise ConfigError(f"--grid {one!r}: {key.strip()} was named before; name all its values at once")
         grid[key.strip()] = found
     return grid
+
+
+def _values(text: str) -> list[str]:
+    """What commas part, but for those within brackets, braces or quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote or character in "'\"":
+            quote = "" if character == quote else quote or character
+        depth += 0 if quote else (character in "[{(") - (character in ")}]")
+        if character == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
 
 
 def stage_of(run: Run, keys: Iterable[str]) -> str:
@@ -67,11 +82,25 @@ def what_if(run: Run, stage: str, iteration: int, grid: Mapping[str, Sequence[st
     settings = [tuple(f"{key}={value}" for key, value in zip(grid, values, strict=True))
                 for values in product(*grid.values())]
     calls = [call_again(run, stage, iteration, each) for each in settings]  # mistakes before anything is computed
+    _require_read(stage, grid, settings, calls)
     check_device(calls[0].execution)
     with closing(warm_of(calls[0].kind, run.store, calls[0].execution)) as warm:
         for each, call in zip(settings, calls, strict=True):
             produced: Produced = perform(call, run.store, warm)
             yield Variant(each, produced.ref, produced.how, produced.metrics)
+
+
+def _require_read(
+    stage: str, grid: Mapping[str, Sequence[str]], settings: Sequence[tuple[str, ...]], calls: Sequence[StageCall]
+) -> None:
+    """Raises `ConfigError` for a setting whose values are one and the same to the stage."""
+    for i, (key, values) in enumerate(grid.items()):
+        others: dict[tuple[str, ...], set[str]] = defaultdict(set)
+        for each, call in zip(settings, calls, strict=True):
+            others[each[:i] + each[i + 1 :]].add(call.recipe.ref.identity)
+        if len(values) > 1 and all(len(identities) == 1 for identities in others.values()):
+            raise ConfigError(f"what-if: {key}={','.join(values)} changes nothing of stage {stage!r}, which does not "
+                              "read it as this run is set; --stage names another")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, LogFilter
 from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, TaskRun
 from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.orchestration.pool import LEASES, WORKER, Processes, deploy
@@ -208,6 +209,19 @@ class Pool:
         """The lines on its page."""
         with self.client() as client:
             return [line.message for line in client.read_logs(LogFilter(flow_run_id={"any_": [flow_run.id]}))]
+
+    def assets(self, run: str) -> dict[str, list[tuple[dict[str, Any], set[str]]]]:
+        """By stage, the oldest first: what each asset event says, and the stages that the asset is made from."""
+        prefix = f"{self.store.as_uri()}/runs/{run}/"
+        wanted = EventFilter(event=EventNameFilter(prefix=["prefect.asset."]),
+                             resource=EventResourceFilter(id_prefix=[prefix]))
+        with self.client() as client:
+            events = sorted(client.read_events(wanted, limit=50).events, key=lambda event: event.occurred)
+        stages: dict[str, list[tuple[dict[str, Any], set[str]]]] = {}
+        for event in events:
+            sources = {each.id.removeprefix(prefix) for each in event.related if each.role == "asset"}
+            stages.setdefault(event.resource.id.removeprefix(prefix), []).append((event.payload, sources))
+        return stages
 
     # --- what lies in the store ---
 

@@ -108,7 +108,7 @@ def test_a_sample_is_a_trace_with_its_rewards(trained):
     rows, rewards = (run.store.table(run.state(2).artifacts[stage], kind)
                      for stage, kind in (("rollout", Rollouts), ("reward", Rewards)))
     for i in range(len(rows)):
-        given = {"score": float(rewards.score[i])} | {
+        given = {"reward": float(rewards.score[i])} | {
             f"reward.{name}": float(values[i]) for name, values in rewards.components.items()}
         expected["rollout", "2", i] = (rows.prompt[i], rows.response[i], given)
     assert found.keys() == expected.keys() and len(traces) == len(expected)

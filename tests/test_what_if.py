@@ -76,6 +76,7 @@ def test_an_update_with_other_settings(copied, capsys):
     (["--iteration", "2", "--grid", "gae.gamma=1", "--grid", "ppo.epochs=1"], "gae, ppo is not one stage; name it"),
     (["--iteration", "2", "--grid", "gae.gamma=0.9,3"], "gae.gamma"),
     (["--iteration", "2", "--grid", "gae.gamma=1", "--grid", "gae.gamma=0.9"], "gae.gamma was named before"),
+    (["--iteration", "2", "--grid", "ppo.epochs=1,2", "--stage", "gae"], "ppo.epochs=1,2 changes nothing of stage 'gae'"),
     (["--iteration", "9", "--grid", "gae.gamma=1"], "no iteration 9; it has 0…2"),
     (["--iteration", "0", "--grid", "gae.gamma=1"], "no stage 'gae' in iteration 0"),
 ])
@@ -89,6 +90,8 @@ def test_a_grid_that_cannot_be(copied, capsys, arguments, words):
 
 def test_values_are_split_at_commas():
     assert grid_of(["a.b=1, 2", "c.d=x"]) == {"a.b": ["1", "2"], "c.d": ["x"]}
+    assert grid_of(["a.b={x: 1, y: [2, 3]}, {x: 2}", "c.d='a,b', c"]) == {
+        "a.b": ["{x: 1, y: [2, 3]}", "{x: 2}"], "c.d": ["'a,b'", "c"]}
     with pytest.raises(ConfigError, match="--grid 'a'"):
         grid_of(["a"])
 

@@ -274,12 +274,15 @@ def runs(root: str) -> Answer:
 @command
 @click.argument("run")
 @click.option("--iteration", type=click.IntRange(min=0), help="Every metric of one iteration.")
-def show(run: str, iteration: int | None, root: str) -> Answer:
+@click.option("--live", is_flag=True, help="Curves, samples and times while it is trained; Ctrl-C ends the view alone.")
+def show(run: str, iteration: int | None, live: bool, root: str) -> Answer:
     """The iterations of RUN. And where the time of the last, or of one, went."""
     from flows.cli import display
     from flows.views.overview import time_spent, worth_showing
 
     what = open_existing(root, run)
+    if live:
+        return _followed(what, iteration)
     there = what.iterations() if iteration is None else [iteration]
     if not there:
         raise ConfigError(f"run {run!r} is not prepared yet; go on with baton train")
@@ -293,6 +296,18 @@ def show(run: str, iteration: int | None, root: str) -> Answer:
 
     return Answer(lambda: {"states": [what.state(number).model_dump(mode="json") for number in there], "time": spent},
                   print_all)
+
+
+def _followed(run: Run, iteration: int | None) -> Answer:
+    if iteration is not None:
+        raise ConfigError("--live with --iteration: one iteration does not change; leave one of them out")
+
+    def print_all(console: Console) -> None:
+        from flows.cli.live import follow
+
+        follow(run, console)
+
+    return Answer(lambda: {"states": [state.model_dump(mode="json") for state in run.states()]}, print_all)
 
 
 @command

@@ -13,7 +13,9 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from prefect.artifacts import (
     create_link_artifact,
@@ -26,6 +28,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
+from prefect.events import emit_event
 from prefect.events.clients import NullEventsClient, PrefectEventsClient
 from prefect.events.worker import EventsWorker
 from prefect.runtime import deployment
@@ -34,9 +37,10 @@ from prefect.states import Cancelled
 
 from flows.runs.run import Run, open_run
 from flows.store.store import Store
+from flows.views.samples import Sample, evaluated, sampled
 from flows.views.visible import visible
-from schemas.artifacts import TrainState
-from schemas.tables import Returns, Rewards, Rollouts, Samples
+from schemas.artifacts import Produced, StageCall, TrainState
+from schemas.tables import Returns
 from stages.ops.progress import listened_to
 
 log = logging.getLogger("baton")
@@ -142,6 +146,25 @@ def compare(
 
 
 @_best_effort
+def materialized(run: str, call: StageCall, produced: Produced) -> None:
+    """An asset event of a stage's artifact, made from those of other stages: an asset for each stage of a run.
+
+    Prefect's own server has it in its feed of events; Prefect Cloud draws assets and what they come from.
+    """
+    place = call.store if "://" in call.store else Path(call.store).absolute().as_uri()
+
+    def key(stage: str) -> str:
+        return re.sub(r"""[\s#?&%"'<>\[\]{}|\\^`]""", "_", unquote(f"{place}/runs/{run}/{stage}"))  # what Prefect forbids
+
+    sources = sorted({ref.stage for ref in call.recipe.inputs.values()})
+    emit_event("prefect.asset.materialization.succeeded",
+               {"prefect.resource.id": key(call.stage), "prefect.resource.name": f"{run}: {call.stage}"},
+               related=[{"prefect.resource.id": key(stage), "prefect.resource.role": "asset"} for stage in sources],
+               payload={"iteration": call.iteration, "artifact": str(produced.ref), "how": produced.how,
+                        "seconds": produced.seconds})
+
+
+@_best_effort
 def link(run: Run, address: str) -> None:
     """To the MLflow run, where that has a page."""
     log.info(f"MLflow: {address}")
@@ -155,25 +178,24 @@ def _key(run: Run, what: str) -> str:
 
 def _samples(run: Run, state: TrainState) -> str:
     """Markdown: held-out samples if the iteration was evaluated, else responses with their rewards; or episodes."""
-    for kind, numbers in ((Samples, ("gold", "win")), (Returns, ("episode_return", "length"))):
-        if "evaluate" in state.artifacts and kind.file in run.store.manifest(state.artifacts["evaluate"]).digests():
-            rows = run.store.table(state.artifacts["evaluate"], kind).to_arrow().to_pylist()[:SHOWN]
-            return _markdown(f"evaluated after iteration {state.iteration}", rows, numbers)
-    if "reward" in state.artifacts:
-        rollouts, rewards = (run.store.table(state.artifacts[stage], kind)
-                             for stage, kind in (("rollout", Rollouts), ("reward", Rewards)))
-        rows = [{"prompt": rollouts.prompt[i], "response": rollouts.response[i], "reward": float(rewards.score[i])}
-                for i in range(min(SHOWN, len(rollouts)))]
-        return _markdown(f"sampled in iteration {state.iteration}", rows, ("reward",))
+    if held_out := list(evaluated(run, state, SHOWN)):
+        return _markdown(f"evaluated after iteration {state.iteration}", held_out, 2)
+    if trained_on := list(sampled(run, state, SHOWN)):
+        return _markdown(f"sampled in iteration {state.iteration}", trained_on, 1)
+    if "evaluate" in state.artifacts:
+        returns = run.store.table(state.artifacts["evaluate"], Returns)
+        episodes = [Sample("", "", {}, {"episode_return": float(value), "length": float(length)})
+                    for value, length in zip(returns.episode_return[:SHOWN], returns.length[:SHOWN], strict=True)]
+        return _markdown(f"evaluated after iteration {state.iteration}", episodes, 2)
     return f"Iteration {state.iteration} was not evaluated; its episodes are in its metrics."
 
 
-def _markdown(title: str, rows: list[dict[str, Any]], numbers: tuple[str, ...]) -> str:
+def _markdown(title: str, samples: list[Sample], numbers: int) -> str:
     """A list, since the page cuts off what is wider than a table's cell: numbers, the prompt in bold, the response."""
     lines = [f"### {title}", ""]
-    for row in rows:
-        figures = "  ".join(f"{name} {row[name]:.3f}" for name in numbers)
-        texts = f" **{_escaped(row['prompt'])}** {_escaped(row['response'])}" if "prompt" in row else ""
+    for sample in samples:
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in list(sample.given.items())[:numbers])
+        texts = f" **{_escaped(sample.prompt)}** {_escaped(sample.response)}" if sample.prompt else ""
         lines.append(f"- `{figures}`{texts}")
     return "\n".join(lines)
 

@@ -105,6 +105,8 @@ def _task(stage: str) -> Task:
             produced = perform(call)
         if produced.how == "found":
             return Completed(name="Found", message=f"{produced.ref.short} was committed before", data=produced)
+        if produced.how in {"made", "adopted"}:
+            page.materialized(run, call, produced)
         return produced
 
     return staged

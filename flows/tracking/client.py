@@ -13,6 +13,7 @@ that of the artifact.
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import logging
 import os
@@ -35,8 +36,8 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from flows.runs.best import best_of
 from flows.runs.run import Run
 from flows.store.store import Store
-from flows.tracking.logged_models import LoggedModels
-from flows.tracking.samples import log_samples
+from flows.tracking.logged_models import SOURCE, LoggedModels
+from flows.tracking.traces import log_samples
 from flows.tracking.tracking_uri import database_of
 from schemas.addresses import without_user_info
 from schemas.artifacts import Manifest, RunRecord, TrainState
@@ -71,8 +72,9 @@ class Client:
 
     @property
     def page(self) -> str:
-        """Where a server shows the run."""
-        return f"{without_user_info(self.uri).rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        """Where a server shows the run, in its view of trainings."""
+        address = without_user_info(self.uri).rstrip("/")
+        return f"{address}/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
 
     def bring_to(self, state: TrainState, logged: Callable[[int], object] = lambda last: None) -> None:
         """Every point up to `state` that is not there yet, its samples, and the model once the run is finished.
@@ -126,7 +128,7 @@ class Client:
         experiment = self._experiment()
         experiment_id = experiment.experiment_id if experiment else self._new_experiment()
         tags = {"baton.run": self.run.name, "baton.created": self.run.record.created, "baton.store": self.run.store.absolute,
-                "mlflow.note.content": self._description()}
+                "mlflow.note.content": self._description(), "mlflow.user": _user()} | SOURCE
         begun = _milliseconds(self.run.record.created)
         return self.client.create_run(experiment_id, begun, tags, run_name=self.run.name).info.run_id
 
@@ -235,6 +237,13 @@ def timings(state: TrainState, manifests: Mapping[str, Manifest]) -> dict[str, f
         if manifest.tokens_per_second:
             out[f"tokens_per_second/{stage}"] = manifest.tokens_per_second
     return out
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # none of that number, as in some containers
+        return ""
 
 
 def _milliseconds(created: str) -> int:

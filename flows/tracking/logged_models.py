@@ -12,6 +12,8 @@ from mlflow.exceptions import MlflowException
 from flows.runs.run import Run
 from schemas.artifacts import TrainState
 
+SOURCE = {"mlflow.source.name": "baton train", "mlflow.source.type": "LOCAL"}
+
 
 class LoggedModels:
     """Of one run. A logged model is external: the weights stay in the store, its tags say where."""
@@ -47,4 +49,5 @@ class LoggedModels:
     def _tags(self, state: TrainState) -> dict[str, str]:
         folder = self.run.store.place(state.actor.artifact, state.actor.folder)
         folder = folder if "://" in folder else str(Path(folder).resolve())
-        return {"baton.artifact": str(state.actor.artifact), "baton.folder": folder, "baton.iteration": str(state.iteration)}
+        return SOURCE | {"baton.artifact": str(state.actor.artifact), "baton.folder": folder,
+                         "baton.iteration": str(state.iteration)}

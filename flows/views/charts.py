@@ -69,14 +69,24 @@ CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
 
 def charts(runs: Sequence[Run], states: Sequence[list[TrainState]]) -> list[Chart]:
     """Those that the runs have points of, the runs' curves in one chart."""
-    found = [Chart(title, unit, "iteration", [line for run, some in zip(runs, states, strict=True)
-                                              for line in _lines(run, some, metrics)]) for title, unit, metrics in CURVES]
+    found = curves(runs, states)
     found.insert(4, Chart("Gold against KL", "gold, over √ of KL in nats", "√KL", [
         line for run, some in zip(runs, states, strict=True) for line in _frontier(run, some)]))
     found.append(Chart("Seconds", "of an iteration, by stage", "iteration", [
         line for run, some in zip(runs, states, strict=True) for line in _by_stage(run, some, "seconds")]))
     found.append(Chart("Bytes", "written in an iteration, by stage", "iteration", [
         line for run, some in zip(runs, states, strict=True) for line in _by_stage(run, some, "bytes")]))
+    return drawn(found)
+
+
+def curves(runs: Sequence[Run], states: Sequence[list[TrainState]]) -> list[Chart]:
+    """Those of metrics, which the states hold: nothing else is read."""
+    return [Chart(title, unit, "iteration", [line for run, some in zip(runs, states, strict=True)
+                                             for line in _lines(run, some, metrics)]) for title, unit, metrics in CURVES]
+
+
+def drawn(found: Sequence[Chart]) -> list[Chart]:
+    """Those that have a point."""
     return [chart for chart in found if any(line.y for line in chart.lines)]
 
 

@@ -89,11 +89,12 @@ def elsewhere(runs: list[Run], prompt_ids: set[int], most: int) -> dict[int, lis
     """
     runs = [run for run in runs if run.inputs.get("prompts") == runs[0].inputs.get("prompts")]
     found: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    rows = Database(runs).sql("SELECT prompt_id, run, iteration, score, kl, response FROM responses "
-                              "ORDER BY prompt_id, iteration, run, row_id").to_arrow_reader()
-    for batch in rows:
+    if not prompt_ids:
+        return found
+    rows = Database(runs).sql("SELECT prompt_id, run, iteration, score, kl, response FROM responses WHERE prompt_id IN "
+                              f"({', '.join(map(str, sorted(prompt_ids)))}) ORDER BY prompt_id, iteration, run, row_id")
+    for batch in rows.to_arrow_reader():
         for row in batch.to_pylist():
-            if row["prompt_id"] in prompt_ids:
-                found[row["prompt_id"]].append(row)
+            found[row["prompt_id"]].append(row)
     return {prompt: [row | {"response": visible(row["response"], 400)} for row in thinned(some, most)]
             for prompt, some in found.items()}

@@ -5,31 +5,19 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlflow
 from mlflow.entities import AssessmentSource
 from mlflow.entities.trace_location import MlflowExperimentLocation
 
 from flows.runs.run import Run
+from flows.views.samples import evaluated, sampled
 from flows.views.visible import visible
 from schemas.artifacts import TrainState
-from schemas.tables import EPISODE_FILM, Returns, Rewards, Rollouts, Samples
+from schemas.tables import EPISODE_FILM, Returns, Samples
 
 ROWS = 32  # of the table
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A sample and the numbers that it was given."""
-
-    prompt: str
-    response: str
-    about: dict[str, Any]
-    given: dict[str, float]
 
 
 def log_samples(
@@ -63,8 +51,8 @@ def _log_traces(
     if begun:  # by a process that ended in the middle
         client.delete_traces(experiment_id, trace_ids=[trace.info.trace_id for trace in begun])
     place, count = MlflowExperimentLocation(experiment_id), run.config.tracking.traces
-    for stage, samples, model in (("evaluate", _evaluated(run, state, count), model_id),
-                                  ("rollout", _sampled(run, state, count), None)):  # by an actor before
+    for stage, samples, model in (("evaluate", evaluated(run, state, count), model_id),
+                                  ("rollout", sampled(run, state, count), None)):  # by an actor before
         for sample in samples:
             with mlflow.start_span(stage, attributes=sample.about, trace_destination=place, run_id=run_id) as span:
                 span.set_inputs({"prompt": _shown(sample.prompt)})
@@ -74,30 +62,6 @@ def _log_traces(
                     if math.isfinite(value):
                         mlflow.log_feedback(trace_id=span.trace_id, name=name, value=value,
                                             source=AssessmentSource("CODE", f"baton {stage}"))
-
-
-def _evaluated(run: Run, state: TrainState, count: int) -> Iterator[Traced]:
-    samples = run.store.table(state.artifacts["evaluate"], Samples)
-    for i in range(min(count, len(samples))):
-        given = {name: float(getattr(samples, name)[i]) for name in ("gold", "score", "kl", "win")}
-        given |= {name: float(values[i]) for name, values in (samples.judges or {}).items()}
-        about = {"row_id": int(samples.row_id[i]), "prompt_id": int(samples.prompt_ids[i]),
-                 "finish_reason": samples.finish_reason[i], "response_length": int(samples.response_length[i])}
-        yield Traced(samples.prompt[i], samples.response[i], about, given)
-
-
-def _sampled(run: Run, state: TrainState, count: int) -> Iterator[Traced]:
-    """Of what the iteration was trained on, with each component of its reward."""
-    if "reward" not in state.artifacts:
-        return
-    rollouts, rewards = (run.store.table(state.artifacts.get("resample", state.artifacts[stage]), kind)
-                         for stage, kind in (("rollout", Rollouts), ("reward", Rewards)))
-    for i in range(min(count, len(rollouts))):
-        given = {"score": float(rewards.score[i])}
-        given |= {f"reward.{name}": float(values[i]) for name, values in rewards.components.items()}
-        about = {"row_id": int(rollouts.row_id[i]), "prompt_id": int(rollouts.prompt_id[i]),
-                 "finish_reason": rollouts.finish_reason[i]}
-        yield Traced(rollouts.prompt[i], rollouts.response[i], about, given)
 
 
 def _shown(text: str) -> str:
