@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from contextvars import copy_context
 
 from prefect import flow
@@ -15,6 +15,7 @@ from flows.opening import requested
 from flows.orchestration import page
 from flows.orchestration.tasks import StageTasks, untagged
 from flows.perform import perform
+from flows.runners import shards_of
 from flows.runs.best import best_after
 from flows.runs.kind import Warm
 from flows.runs.retention import Retention
@@ -38,9 +39,11 @@ class Session:
     What an iteration makes is committed while the next one samples and scores; a state is saved after all that it names.
     """
 
-    def __init__(self, run: Run, warm: Warm, mirror: Mirror, writer: Writer) -> None:
+    def __init__(self, run: Run, warm: Warm, mirror: Mirror, writer: Writer, resources: ExitStack) -> None:
         self.run, self.warm, self.mirror, self.writer = run, warm, mirror, writer
-        self.tasks = StageTasks(run.name, self._perform, run.config.execution.concurrent_stages)
+        execution = run.config.execution
+        shards = resources.enter_context(shards_of(run.store, execution, self._perform, writer.wait))
+        self.tasks = StageTasks(run.name, self._perform, execution.concurrent_stages, shards)
         self.chain, self.retention = chain_of(run), Retention(run)
         self.iterations = run.config.iterations
         self._logged = float("-inf")  # when an iteration last got a line
@@ -54,6 +57,7 @@ class Session:
                                          "best": best_after(self.run, None, state)})
         self.run.save(state)
         self.mirror.push(state)
+        page.materialized(self.run, state, ())
         page.report(self.run, state, None)
         return state
 
@@ -95,6 +99,7 @@ class Session:
         """A state whose artifacts are committed."""
         self.run.save(state)
         self.mirror.push(state)
+        page.materialized(self.run, state, found)
         self.retention.after(before, state)
         if time.monotonic() - self._logged >= LOG_INTERVAL or state.iteration >= self.iterations:
             self._logged = time.monotonic()
@@ -135,9 +140,9 @@ def session(name: str, config: Source | None, overrides: Overrides, store: str |
     run = requested(name, config, overrides, store)
     warm = warm_of(run.config.kind, run.store, run.config.execution)
     with (untagged(), working_on(run.store, lease_key(name), f"run {name!r}"), closing(warm), Mirror(run) as mirror,
-          Writer() as writer):
+          Writer() as writer, ExitStack() as resources):
         require_there(run)
-        yield Session(run, warm, mirror, writer)
+        yield Session(run, warm, mirror, writer, resources)
 
 
 @flow(name="iterate", flow_run_name="{run}-iterate", persist_result=False)

@@ -17,7 +17,7 @@ import numpy as np
 from flows.again import call_again
 from flows.chains import warm_of
 from flows.perform import perform
-from flows.runs.run import Run
+from flows.runs.run import Run, changed
 from flows.runs.start import check_device
 from flows.store.lease import wait_for_gc
 from schemas.artifacts import ArtifactRef, Produced, StageCall
@@ -54,12 +54,14 @@ def grid_of(given: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _values(text: str) -> list[str]:
-    """What commas part, but for those within brackets, braces or quotes."""
+    """What commas part, but for those within brackets, braces, or a value in quotes."""
     parts, depth, quote = [""], 0, ""
     for character in text:
-        if quote or character in "'\"":
-            quote = "" if character == quote else quote or character
-        depth += 0 if quote else (character in "[{(") - (character in ")}]")
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"" and not parts[-1].strip():
+            quote = character
+        depth = max(0, depth + (0 if quote else (character in "[{(") - (character in ")}]")))
         if character == "," and not depth and not quote:
             parts.append("")
         else:
@@ -82,7 +84,7 @@ def what_if(run: Run, stage: str, iteration: int, grid: Mapping[str, Sequence[st
     settings = [tuple(f"{key}={value}" for key, value in zip(grid, values, strict=True))
                 for values in product(*grid.values())]
     calls = [call_again(run, stage, iteration, each) for each in settings]  # mistakes before anything is computed
-    _require_read(stage, grid, settings, calls)
+    _require_read(run, stage, grid, settings, calls)
     check_device(calls[0].execution)
     with closing(warm_of(calls[0].kind, run.store, calls[0].execution)) as warm:
         for each, call in zip(settings, calls, strict=True):
@@ -91,16 +93,21 @@ def what_if(run: Run, stage: str, iteration: int, grid: Mapping[str, Sequence[st
 
 
 def _require_read(
-    stage: str, grid: Mapping[str, Sequence[str]], settings: Sequence[tuple[str, ...]], calls: Sequence[StageCall]
+    run: Run, stage: str, grid: Mapping[str, Sequence[str]], settings: Sequence[tuple[str, ...]], calls: Sequence[StageCall]
 ) -> None:
-    """Raises `ConfigError` for a setting whose values are one and the same to the stage."""
-    for i, (key, values) in enumerate(grid.items()):
-        others: dict[tuple[str, ...], set[str]] = defaultdict(set)
-        for each, call in zip(settings, calls, strict=True):
-            others[each[:i] + each[i + 1 :]].add(call.recipe.ref.identity)
-        if len(values) > 1 and all(len(identities) == 1 for identities in others.values()):
-            raise ConfigError(f"what-if: {key}={','.join(values)} changes nothing of stage {stage!r}, which does not "
-                              "read it as this run is set; --stage names another")
+    """Raises `ConfigError` for a setting that is changed and changes nothing of the stage."""
+    points = [(each, changed(run, settings=each).config.model_dump_json(), call.recipe.ref.identity)
+              for each, call in zip(settings, calls, strict=True)]
+    if len(grid) == 1:  # the run's own value beside those that are named
+        points.append(((), run.config.model_dump_json(), run.recorded(stage, calls[0].iteration).identity))
+    for i, key in enumerate(grid):
+        others: dict[tuple[str, ...], set[tuple[str, str]]] = defaultdict(set)
+        for each, config, identity in points:
+            others[each[:i] + each[i + 1 :]].add((config, identity))
+        different = any(len({config for config, _ in found}) > 1 for found in others.values())
+        if different and all(len({identity for _, identity in found}) == 1 for found in others.values()):
+            raise ConfigError(f"what-if: {key} changes nothing of stage {stage!r}, which does not read it as this run is "
+                              "set; --stage names another")
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,19 @@ class Moments(Record):
     """Standard deviation (÷ count)."""
 
 
+class Shard(Record):
+    """A part of a stage's rows: the `index`th of `of`, of almost equal length."""
+
+    index: int = Field(ge=0)
+    of: int = Field(ge=1)
+
+    def rows(self, count: int, unit: int = 1) -> slice:
+        """Which of `count` rows; `unit` of them, the responses to one prompt, stay together."""
+        groups = -(-count // unit)
+        begin, end = (groups * edge // self.of for edge in (self.index, self.index + 1))
+        return slice(begin * unit, min(end * unit, count))
+
+
 class StageCall(Record):
     """One stage's work, by references alone: what decides its result, and how it is computed.
 
@@ -115,6 +128,20 @@ class StageCall(Record):
     execution: ExecutionConfig
     snapshot: bool = True
     """Whether weights that it makes are written, or their digests alone are taken."""
+    parts: tuple[ArtifactRef, ...] = ()
+    """Artifacts of its shards, in order, whose rows it joins instead of computing them."""
+
+    def shards(self) -> tuple[StageCall, ...]:
+        """A call for each of `execution.shards`, whose artifact holds a part of the rows."""
+        shards = (Shard(index=i, of=self.execution.shards).model_dump() for i in range(self.execution.shards))
+        fields = {name: getattr(self, name) for name in StageCall.model_fields}  # a copy would keep the recipe
+        return tuple(StageCall(**fields | {"settings": self.settings | {"shard": shard}}) for shard in shards)
+
+    @property
+    def shard(self) -> Shard | None:
+        """Which part of the rows it is about; none of all of them."""
+        found = self.settings.get("shard")
+        return None if found is None else Shard.model_validate(found)
 
     @cached_property
     def recipe(self) -> Recipe:

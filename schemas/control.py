@@ -167,6 +167,9 @@ class ControlConfig(RunConfig):
 def _inconsistencies(c: ControlConfig):
     """One line for each contradiction between sections."""
     steps = f"rollout.num_envs={c.rollout.num_envs} times rollout.num_steps={c.rollout.num_steps}"
+    if c.execution.shards > 1:
+        yield (f"execution.shards={c.execution.shards}: a control task steps its environments together; set it to 1, "
+               "execution.environments=async steps each in a process of its own")
     if c.batch_size % c.ppo.minibatches:
         yield f"{steps}: {c.batch_size} steps do not divide into ppo.minibatches={c.ppo.minibatches}; make it a multiple"
     if c.ppo.whiten_minibatches and c.batch_size == c.ppo.minibatches:

@@ -457,6 +457,10 @@ def _inconsistencies(c: LanguageConfig):
     if c.rollout.batch_size % c.ppo.minibatches:
         yield (f"rollout.batch_size={c.rollout.batch_size} does not divide into "
                f"ppo.minibatches={c.ppo.minibatches}; make it a multiple")
+    prompts = c.rollout.batch_size // c.rollout.responses_per_prompt
+    if c.execution.shards > prompts:
+        yield (f"execution.shards={c.execution.shards}: a batch has {prompts} prompts, whose responses stay together; take "
+               "at most as many")
     new_model, kinds = c.base_model.source is None, {part.kind for part in c.reward.components.values()}
     changed = [name for name, value in c.base_model if value != BaseModelConfig.model_fields[name].default]
     if not new_model and (extra := set(changed) - {"source", "chat_template", "special_tokens_in_text", "precision"}):

@@ -221,6 +221,14 @@ class ExecutionConfig(Settings):
     concurrent_stages: PositiveInt = 1
     """Stages of an iteration that do not need each other (`reference`, `reward`, `value`) and run side by side; each takes
     `threads` threads, and its models' memory."""
+    shards: PositiveInt = 1
+    """Parts that the rows of `rollout`, `reference`, `reward` and `value` are cut into. Each is an artifact of its own, made
+    again alone if it is lost. What is sampled does not depend on it; the last bits of what is computed do."""
+    runner: Literal["inline", "processes"] = "inline"
+    """What makes the shards: this process, one after the other; or `workers` processes of this machine, side by side, each
+    with `threads` threads and models of its own."""
+    workers: PositiveInt = 2
+    """How many processes."""
     warm_models: PositiveInt = 5
     """Models kept in memory between stages; 1 on a machine that holds only one (the update itself needs two)."""
     function_patience: PositiveFloat = 30.0
@@ -254,11 +262,12 @@ class TrackingConfig(Settings):
     best: str | None = None
     """Metric by which the best iteration is found, the greatest: that with MLflow's alias `best`, which retention keeps;
     null: evaluate/gold, or evaluate/episode_return of a control task."""
-    traces: int = Field(16, ge=0)
+    traces: int = Field(8, ge=0, le=200)
     """Samples of each evaluation, and as many of what that iteration was trained on, that become traces with their rewards;
     one takes about 50 ms, beside the training."""
     system_metrics: bool = True
-    """Whether the use of processors, memory, disk, network and GPUs goes there while the run trains."""
+    """Whether the use of processors, memory, disk, network and GPUs (where nvidia-ml-py is installed) goes there, every ten
+    seconds while the run trains."""
 
 
 class CheckpointsConfig(Settings):
@@ -337,6 +346,13 @@ class RunConfig(Settings):
     tracking: TrackingConfig = TrackingConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     retention: RetentionConfig = RetentionConfig()
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        if self.execution.runner != "inline" and self.checkpoints.every > 1:
+            raise ValueError(f"execution.runner={self.execution.runner}: other processes read each iteration's weights from "
+                             f"the store, and checkpoints.every={self.checkpoints.every} does not write them; set it to 1")
+        return self
 
     def decides(self) -> dict[str, Any]:
         """The settings that decide what a run's artifacts are: all but its length, speed, tracking and checkpoints."""

@@ -60,6 +60,8 @@ class Stage:
     """Tables that it may write beside that one."""
     headline: tuple[str, ...] = ()
     """Metrics of the line that announces it before the first iteration."""
+    sharded: bool = False
+    """Whether its rows do not need each other, so that they can be made apart."""
 
 
 def _by_name(*stages: Stage) -> dict[str, Stage]:
@@ -74,12 +76,12 @@ STAGES: dict[Kind, dict[str, Stage]] = {
         Stage("language", "sft", 2, SFTMetrics, headline=("loss",)),
         Stage("language", "reward_model", 2, RewardModelMetrics, headline=("heldout_accuracy",)),
         Stage("language", "reward_bias", 2, RewardBiasMetrics, Rewards, headline=("bias",)),
-        Stage("language", "rollout", 2, RolloutMetrics, Rollouts),
-        Stage("language", "reference", 2, ReferenceMetrics, ReferenceLogprobs),
-        Stage("language", "reward", 3, RewardMetrics, Rewards, (TokenRewards, ScoredTexts)),
+        Stage("language", "rollout", 2, RolloutMetrics, Rollouts, sharded=True),
+        Stage("language", "reference", 2, ReferenceMetrics, ReferenceLogprobs, sharded=True),
+        Stage("language", "reward", 3, RewardMetrics, Rewards, (TokenRewards, ScoredTexts), sharded=True),
         Stage("language", "resample", 2, ResampleMetrics, Rollouts,
               (Rewards, TokenRewards, ScoredTexts, DroppedResponses)),
-        Stage("language", "value", 2, ValueMetrics, Values),
+        Stage("language", "value", 2, ValueMetrics, Values, sharded=True),
         Stage("language", "gae", GAE_VERSION, GAEMetrics, Advantages),
         Stage("language", "ppo", 4, PPOMetrics),
         Stage("language", "evaluate", 3, EvaluateMetrics, Samples, headline=("gold", "score")),

@@ -138,6 +138,13 @@ class Table:
         """Those of its rows, (b,) positions, with these ids."""
         return replace(self, **{f.name: _taken(getattr(self, f.name), rows) for f in self._filled()} | {"row_id": row_id})
 
+    def part(self, rows: slice) -> Self:
+        """These rows, with the ids that they have; itself where they are all."""
+        if (rows.start, rows.stop) == (0, len(self)):
+            return self
+        kept = np.arange(rows.start, rows.stop)
+        return self.only(kept, self.row_id[kept])
+
     @classmethod
     def joined(cls, tables: Sequence[Self]) -> Self:
         """All rows of all of them, one after the other, numbered anew."""

@@ -43,15 +43,23 @@ def reward(
     """
     given = given_scores(scorers, rollouts)
     components, tokens = {name: of_responses(values) for name, values in given.items()}, of_tokens(given, config)
+    rewards = of_components(components, rollouts, config, bias=bias, moments=moments, max_new_tokens=max_new_tokens)
+    return rewards, tokens and TokenRewards(row_id=rollouts.row_id, rewards=tokens)
+
+
+def of_components(
+    components: Mapping[str, np.ndarray], rollouts: Rollouts, config: RewardConfig, *, bias: float, moments: Moments,
+    max_new_tokens: int,
+) -> Rewards:
+    """`components`: (B,) each, as their sources gave them. Raises `NonFiniteError`."""
     raw = weighted_sum(components, config, bias)
     require_finite("the score", raw, rollouts.row_id)
     score = normalized(raw, updated_moments(moments, raw), config.normalize)
     if config.normalize_components != "none":
         equalized = normalized_components(components, rollouts.prompt_id, config.normalize_components)
         score = weighted_sum(equalized, config, bias=0.0).astype(np.float64)
-    rewards = Rewards(row_id=rollouts.row_id, raw_score=raw, components=components,
-                      score=penalized(score, rollouts, config, max_new_tokens).astype(np.float32))
-    return rewards, tokens and TokenRewards(row_id=rollouts.row_id, rewards=tokens)
+    return Rewards(row_id=rollouts.row_id, raw_score=raw, components=dict(components),
+                   score=penalized(score, rollouts, config, max_new_tokens).astype(np.float32))
 
 
 def texts(scorers: Mapping[str, Scorer], rollouts: Rollouts) -> ScoredTexts | None:

@@ -22,13 +22,15 @@ from stages.ops.turns import Partner
 
 def rollout(
     sampler: Sampler, prompts: Sequence[Prompt], prompt_id: np.ndarray, config: RolloutConfig, *, seed: int,
-    partner: Partner | None = None,
+    partner: Partner | None = None, first_row: int = 0,
 ) -> Rollouts:
     """`prompts`: B, one a response; `prompt_id`: (B,) their rows in the file.
 
-    `partner`: who answers responses of several turns. Raises `NonFiniteError` with the rows, and `RewardError`.
+    `partner`: who answers responses of several turns; `first_row`: of the batch, where they are a part of it. Raises
+    `NonFiniteError` with the rows, and `RewardError`.
     """
-    return respond(sampler, prompts, prompt_id, config, seed=seed, progress="rollout", partner=partner)
+    return respond(sampler, prompts, prompt_id, config, seed=seed, progress="rollout", partner=partner,
+                   first_row=first_row)
 
 
 def metrics(rollouts: Rollouts) -> RolloutMetrics:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 from test_inspect import HOSTILE, Script
@@ -117,7 +118,7 @@ def test_text_of_a_model_is_no_markup():
         row = {"prompt": shown, "iterations": [0, 1, 2], "samples": [sample] * 3, "change": 0.0}
         fact = dict.fromkeys(("created", "parent", "store", "device", "config"), shown) | {
             "name": "r", "kind": "language", "done": 1, "iterations": 1, "seconds": 1.0, "total": 1.0, "packages": {},
-            "python": "3", "inputs": {}, "best": None, "artifacts": {}}
+            "python": "3", "inputs": {}, "best": None, "artifacts": {}, "lacking": [shown]}
         data = {"runs": ["r"], "charts": [], "samples": {"1": [sample]}, "kept": "", "kind": "language"}
         more = {"facts": [fact, fact], "examinations": {}, "extremes": {"Best": [row]}, "changed": [shown]}
         return page("report.html", "report.js", data, **more)
@@ -152,3 +153,26 @@ def test_a_page_that_cannot_be_written(language, capsys, tmp_path):
         place = str(tmp_path / "no" / "x.html")
         assert run_command([command, "tiny", "--html", place, "--store", language.store.uri]) == 2
         assert f"{place}: No such file or directory" in capsys.readouterr().err
+
+
+# --- a run of which something is missing ---
+
+COMMANDS = (["show"], ["doctor"], ["report", "--html", "{page}"], ["sql", "SELECT count(*) FROM rollouts"],
+            ["sql", "SELECT count(*) FROM responses"], ["sql", "SELECT count(*) FROM rewards"],
+            ["inspect", "--iteration", "2"], ["inspect", "--iteration", "1"])
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command))
+def test_what_is_there_is_shown_and_what_is_missing_said(copied, tmp_path, capsys, command):
+    run, page = open_run(Store(copied[1]), "tiny"), tmp_path / "page.html"
+    ref = run.state(1).artifacts["reward"]
+    shutil.rmtree(copied[1] / "artifacts" / "reward" / ref.identity)
+    name, *more = (word.replace("{page}", str(page)) for word in command)
+    assert run_command([name, "tiny", *more, "--store", str(copied[1])]) == 0
+    line = "reward of iteration 1 is not in the store, and left out; baton stage reward tiny --iteration 1 makes it again"
+    assert f"run tiny: {line}" in capsys.readouterr().err
+    assert not page.exists() or line in page.read_text(encoding="utf-8")
+    assert run_command(["stage", "reward", "tiny", "--iteration", "1", "--store", str(copied[1])]) == 0
+    capsys.readouterr()
+    assert run_command([name, "tiny", *more, "--store", str(copied[1])]) == 0
+    assert capsys.readouterr().err == ""

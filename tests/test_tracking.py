@@ -5,21 +5,28 @@ import shlex
 import shutil
 import sqlite3
 import subprocess
+import threading
 import time
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 import mlflow
 import pytest
 from conftest import TRACKED
+from mlflow.entities import NoOpSpan
+from mlflow.exceptions import MlflowException
 
 from flows.cli.main import run_command
 from flows.runs.run import changed, open_run
 from flows.store.store import Store
-from flows.tracking.client import Client, timings
+from flows.tracking.client import Client, _Retried, timings
+from flows.tracking.logged_models import LoggedModels
+from flows.tracking.machine import THREAD, Machine
 from flows.tracking.tracking_uri import how_to_open, is_mirrored
 from flows.views.report import report
 from flows.views.visible import visible
+from schemas.errors import TrackingError
 from schemas.tables import Rewards, Rollouts, Samples
 
 
@@ -124,7 +131,7 @@ def test_an_evaluation_that_was_begun_is_logged_once(trained, tmp_path):
     first.bring_to(run.last())
     client, place = first.client, [first.experiment_id]
     before = client.search_traces(locations=place, run_id=first.run_id, include_spans=False)
-    client.set_tag(first.run_id, "baton.mirrored", "1")
+    client.set_tag(first.run_id, "baton.shown", "0")
     (table,) = tmp_path.glob("mlflow-artifacts/**/samples/iteration-000002.json")
     table.unlink()
     Client(run, uri).bring_to(run.last())
@@ -134,21 +141,65 @@ def test_an_evaluation_that_was_begun_is_logged_once(trained, tmp_path):
     assert len(client.search_logged_models(place)) == 2
 
 
+def test_metrics_do_not_wait_for_models_and_samples(trained, tmp_path):
+    """While a newer state waits, what takes MLflow longer is left for later."""
+    run, uri = open_run(Store(trained[1]), "tiny"), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = Client(run, uri)
+    assert not client.bring_to(run.last(), newer=lambda: True)
+    mirrored = client.client.get_run(client.run_id)
+    assert mirrored.info.status == "FINISHED"
+    assert mirrored.data.metrics["evaluate/gold"] == run.last().metrics["evaluate/gold"]
+    assert not client.client.search_logged_models([client.experiment_id])
+    again = Client(run, uri)
+    assert again.bring_to(run.last()) and len(again.client.search_logged_models([client.experiment_id])) == 2
+
+
+def test_a_server_that_refuses_models_has_every_metric(trained, tmp_path, monkeypatch):
+    run, uri, said = open_run(Store(trained[1]), "tiny"), f"sqlite:///{tmp_path / 'mlflow.db'}", []
+
+    def refused(*_):
+        raise MlflowException("no such endpoint")
+
+    monkeypatch.setattr(LoggedModels, "of", refused)
+    mirror = _Retried(run, uri, live=True, answer=said.append)
+    for iteration in (0, 1, 1):
+        mirror.bring_to(iteration)
+    threads = [thread for thread in threading.enumerate() if thread.name == THREAD]
+    mirror.close()
+    assert said == ["at 0", "error no such endpoint", "at 1"] and mirror.failed and len(threads) == 1
+    found = only_run(mlflow.MlflowClient(uri)).data.metrics
+    assert found["reward/score"] == run.state(1).metrics["reward/score"]
+
+
+def test_traces_that_do_not_arrive_are_an_error(trained, tmp_path, monkeypatch):
+    """MLflow logs it, and raises nothing."""
+    run, uri = open_run(Store(trained[1]), "tiny"), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = Client(run, uri)
+    monkeypatch.setenv("MLFLOW_TRACE_SAMPLING_RATIO", "0")
+    monkeypatch.setattr("flows.tracking.traces.mlflow.start_span", no_span)
+    with pytest.raises(TrackingError, match="0 of 6 traces of iteration 0 have arrived"):
+        client.bring_to(run.last())
+    assert not list(tmp_path.glob("mlflow-artifacts/**/samples/*"))
+
+
+@contextmanager
+def no_span(*_, **__):
+    yield NoOpSpan()
+
+
 def test_the_machines_use_is_logged_while_a_run_trains(trained, tmp_path, monkeypatch):
-    """By a mirror that lives, of a run that goes on; a finished run that is completed later has none."""
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
     run, uri = open_run(Store(trained[1]), "tiny"), f"sqlite:///{tmp_path / 'mlflow.db'}"
-    client = Client(run, uri, live=True)
+    client = Client(run, uri)
+    machine = Machine(client.client, uri)
+    machine.watch(client.run_id)
     deadline = time.monotonic() + 60
     while not (keys := client.client.get_run(client.run_id).data.metrics.keys()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    client.close()
+    machine.end()
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= keys
-    client.bring_to(run.last())
-    again = Client(run, uri)
-    again.bring_to(run.last())
-    assert again.machine is None and again.client.get_run(again.run_id).info.status == "FINISHED"
+    assert THREAD not in {thread.name for thread in threading.enumerate()}
 
 
 def test_the_data_the_report_and_what_is_wrong(trained, tmp_path):

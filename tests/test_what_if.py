@@ -76,7 +76,10 @@ def test_an_update_with_other_settings(copied, capsys):
     (["--iteration", "2", "--grid", "gae.gamma=1", "--grid", "ppo.epochs=1"], "gae, ppo is not one stage; name it"),
     (["--iteration", "2", "--grid", "gae.gamma=0.9,3"], "gae.gamma"),
     (["--iteration", "2", "--grid", "gae.gamma=1", "--grid", "gae.gamma=0.9"], "gae.gamma was named before"),
-    (["--iteration", "2", "--grid", "ppo.epochs=1,2", "--stage", "gae"], "ppo.epochs=1,2 changes nothing of stage 'gae'"),
+    (["--iteration", "2", "--grid", "ppo.epochs=1,2", "--stage", "gae"], "ppo.epochs changes nothing of stage 'gae'"),
+    (["--iteration", "2", "--grid", "ppo.epochs=3", "--stage", "gae"], "ppo.epochs changes nothing of stage 'gae'"),
+    (["--iteration", "2", "--grid", "gae.gamma=0.9,1", "--grid", "ppo.epochs=1,2", "--stage", "gae"],
+     "ppo.epochs changes nothing of stage 'gae'"),
     (["--iteration", "9", "--grid", "gae.gamma=1"], "no iteration 9; it has 0…2"),
     (["--iteration", "0", "--grid", "gae.gamma=1"], "no stage 'gae' in iteration 0"),
 ])
@@ -88,10 +91,16 @@ def test_a_grid_that_cannot_be(copied, capsys, arguments, words):
     assert sorted((copied[1] / "artifacts").rglob("manifest.json")) == before
 
 
+def test_a_value_that_the_run_has_already_is_no_mistake(copied, capsys):
+    assert run_command(["what-if", "tiny", "--iteration", "2", "--grid", "gae.gamma=1,1.0", "--store", str(copied[1])]) == 0
+    assert "gae.gamma=1.0" in capsys.readouterr().out
+
+
 def test_values_are_split_at_commas():
     assert grid_of(["a.b=1, 2", "c.d=x"]) == {"a.b": ["1", "2"], "c.d": ["x"]}
     assert grid_of(["a.b={x: 1, y: [2, 3]}, {x: 2}", "c.d='a,b', c"]) == {
         "a.b": ["{x: 1, y: [2, 3]}", "{x: 2}"], "c.d": ["'a,b'", "c"]}
+    assert grid_of(["a.b=it's, that's", "c.d=a), b"]) == {"a.b": ["it's", "that's"], "c.d": ["a)", "b"]}
     with pytest.raises(ConfigError, match="--grid 'a'"):
         grid_of(["a"])
 

@@ -84,7 +84,7 @@ def test_what_a_person_reads_on_the_page(pool, tmp_path):
     assert re.search(r"^\| evaluate/gold \| -?\d.*\| -?\d.*\|$", artifacts["shown-doctor"].data, re.MULTILINE)
     trained = pool.wait(lambda: made if len(made := pool.assets("shown").get("ppo", [])) == 2 else None, "its asset events")
     assert [payload["iteration"] for payload, _ in trained] == [1, 2]
-    ppo, sources = open_run(Store(pool.store), "shown").state(2).artifacts["ppo"], {"gae", "ppo", "rollout", "value"}
+    ppo, sources = open_run(Store(pool.store), "shown").state(2).artifacts["ppo"], {"gae", "rollout", "value"}
     assert trained[-1][0]["artifact"] == str(ppo) and trained[-1][1] == sources
     assert re.search(r"^- `gold -?\d\.\d{3}  win \d\.\d{3}` \*\*.+\*\* ", artifacts["shown-samples"].data, re.MULTILINE)
 

@@ -112,6 +112,16 @@ def open_existing(root: str, name: str) -> Run:
     return open_run(Store(root), name)
 
 
+def open_shown(root: str, name: str) -> Run:
+    """As `open_existing`, to be looked at: with a warning for what its states name and the store does not have."""
+    from flows.views.lacking import lacking
+
+    run = open_existing(root, name)
+    for line in lacking(run, run.states()):
+        click.echo(f"run {name}: {line}", err=True)  # not among rows that a program reads
+    return run
+
+
 def write_text(file: Path, text: str) -> None:
     """A page for people. Raises `ConfigError` where it cannot be written."""
     try:

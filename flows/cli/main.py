@@ -17,7 +17,7 @@ import click
 from rich.console import Console
 
 from flows.cli import report_commands, view_commands, what_if_commands  # noqa: F401, their commands
-from flows.cli.command import SETTINGS, Answer, command, open_existing, run_command, terminate
+from flows.cli.command import SETTINGS, Answer, command, open_existing, open_shown, run_command, terminate
 from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ def show(run: str, iteration: int | None, live: bool, root: str) -> Answer:
     from flows.cli import display
     from flows.views.overview import time_spent, worth_showing
 
-    what = open_existing(root, run)
+    what = open_shown(root, run)
     if live:
         return _followed(what, iteration)
     there = what.iterations() if iteration is None else [iteration]

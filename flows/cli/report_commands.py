@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from flows.cli.command import Answer, command, open_existing, write_text
+from flows.cli.command import Answer, command, open_shown, write_text
 from schemas.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def doctor(run: str, root: str) -> Answer:
     """Say what is wrong with RUN's training. By which numbers, and what people do about it."""
     from flows.views.doctor import examine
 
-    what = open_existing(root, run)
+    what = open_shown(root, run)
     found = examine(what, what.states())
 
     def print_all(console: Console) -> None:
@@ -45,7 +45,7 @@ def report(run: str, other: str | None, html: Path | None, png: Path | None, roo
     from flows.views.report import report as make_report
     from flows.views.report import write_pictures
 
-    what, beside = open_existing(root, run), open_existing(root, other) if other else None
+    what, beside = open_shown(root, run), open_shown(root, other) if other else None
     text = make_report(what, beside)
     file = html or Path(f"{run}.html")
     write_text(file, text)

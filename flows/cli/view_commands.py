@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from flows.cli.command import Answer, command, open_existing, write_text
+from flows.cli.command import Answer, command, open_existing, open_shown, write_text
 from flows.views.columns import NUMBERS
 from flows.views.visible import visible
 from schemas.errors import ConfigError
@@ -69,7 +69,7 @@ def _database(root: str, run: str | None) -> Database:
     from flows.views.sql import Database
 
     if run is not None:
-        return Database([open_existing(root, run)])
+        return Database([open_shown(root, run)])
     store = existing_store(root)
     return Database([open_run(store, name) for name in run_names(store)])
 
@@ -214,14 +214,16 @@ def inspect(
     """Look at RUN's responses, token by token. In the terminal, or as a page."""
     from flows.views.inspection import responses, with_columns
 
-    what = open_existing(root, run)
-    others = [open_existing(root, other)] if other else []
+    what = open_shown(root, run)
+    others = [open_shown(root, other)] if other else []
     iteration = iteration or max(what.iterations(), default=0)
     found = _explained(responses)(what, iteration, None if replay else rows or None)
     if replay:
         found = [each for each in with_columns(found, _of_epochs(what, iteration)) if not rows or each.row in rows]
     if html is not None:
         return _page(what, iteration, found, others, html)
+    if others:
+        raise ConfigError("--compare shows two runs on a page: add --html FILE")
     from flows.cli.inspector import Inspector, print_responses, scale_of
 
     def data() -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ All that decides a result is in the call, whose settings are those of the recipe
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ from schemas.language import (
     SFTConfig,
 )
 from schemas.settings import PPOConfig
-from schemas.tables import Advantages, ReferenceLogprobs, Rewards, Rollouts, Samples, TokenRewards, Values
+from schemas.tables import Advantages, ReferenceLogprobs, Rewards, Rollouts, Samples, ScoredTexts, TokenRewards, Values
 from stages import base_model as base_model_stage
 from stages import evaluate as evaluate_stage
 from stages import ppo as ppo_stage
@@ -108,33 +109,53 @@ def rollout(work: Work[WarmModels]) -> StageOutput:
     k = config.responses_per_prompt
     ids = np.repeat(prompt_order(len(prompts), config.batch_size // k, seed=work.setting("order_seed"),
                                  iteration=work.setting("iteration")), k)
-    actor = work.warm.actor(work.model("actor"), _reading(work), _precision(work))
-    rollouts = rollout_stage.rollout(ModelSampler(actor), [prompt_of(prompts[int(i)]) for i in ids], ids, config,
-                                     seed=work.call.seed, partner=_partner(work, config))
+
+    def part(rows: slice) -> tuple[Rollouts]:
+        sampler = ModelSampler(work.warm.actor(work.model("actor"), _reading(work), _precision(work)))
+        return rollout_stage.rollout(sampler, [prompt_of(prompts[int(i)]) for i in ids[rows]], ids[rows], config,
+                                     seed=work.call.seed, partner=_partner(work, config), first_row=rows.start),
+
+    (rollouts,) = work.in_parts(len(ids), part, (Rollouts,), unit=k)
     work.attempt.table(rollouts)
     return StageOutput(rollout_stage.metrics(rollouts), int(rollouts.sampled_lengths.sum()))
 
 
 def reference(work: Work[WarmModels]) -> StageOutput:
     rollouts = work.table("rollouts", Rollouts)
-    model = work.warm.reference(work.model("reference_model"), _precision(work))
-    distribution = distribution_of(_sampling(work), model.tokenizer, model.eos_ids)
-    scored = reference_stage.reference(model, rollouts, distribution)
+
+    def part(rows: slice) -> tuple[ReferenceLogprobs]:
+        model = work.warm.reference(work.model("reference_model"), _precision(work))
+        distribution = distribution_of(_sampling(work), model.tokenizer, model.eos_ids)
+        return reference_stage.reference(model, rollouts.part(rows), distribution),
+
+    (scored,) = work.in_parts(len(rollouts), part, (ReferenceLogprobs,))
     work.attempt.table(scored)
+    rollouts = _of_the_shard(work, rollouts)
     return StageOutput(reference_stage.metrics(scored, rollouts), _tokens(rollouts))
 
 
 def reward(work: Work[WarmModels]) -> StageOutput:
     config, rollouts, before = work.settings(RewardConfig), work.table("rollouts", Rollouts), work.moments
-    scorers = _scorers(work, config)
-    rewards, tokens = reward_stage.reward(scorers, rollouts, config, bias=work.setting("bias"), moments=before,
-                                          max_new_tokens=work.setting("max_new_tokens"))
-    for table in (rewards, tokens, reward_stage.texts(scorers, rollouts)):
+    known = {"bias": work.setting("bias"), "moments": before, "max_new_tokens": work.setting("max_new_tokens")}
+    scorers: dict[str, Scorer] = {}
+
+    def part(rows: slice) -> tuple[Rewards, TokenRewards | None, ScoredTexts | None]:
+        if not scorers:
+            scorers.update(_scorers(work, config))
+        some = rollouts.part(rows)
+        return (*reward_stage.reward(scorers, some, config, **known), reward_stage.texts(scorers, some))
+
+    rewards, *beside = work.in_parts(len(rollouts), part, (Rewards, TokenRewards, ScoredTexts))
+    rollouts, cut = _of_the_shard(work, rollouts), _cut(scorers) if scorers else _cut_in_parts(work)
+    if work.call.shard is None:  # moments and groups are the whole batch's
+        rewards = reward_stage.of_components(rewards.components, rollouts, config, **known)
+    for table in (rewards, *beside):
         if table is not None:
             work.attempt.table(table)
-    work.warn([*of_components(rewards.components), *cut_texts(_cut(scorers), config, len(rollouts))])
+    if work.call.shard is None:
+        work.warn([*of_components(rewards.components), *cut_texts(cut, config, len(rollouts))])
     moments = updated_moments(before, rewards.raw_score) if config.normalize != "none" else None
-    return StageOutput(reward_stage.metrics(rewards, config, before, _cut(scorers)),
+    return StageOutput(reward_stage.metrics(rewards, config, before, cut),
                        _tokens(rollouts) if _runs_models(work) else None, Outputs(moments=moments))
 
 
@@ -172,8 +193,13 @@ class _Prompts:
 
 def value(work: Work[WarmModels]) -> StageOutput:
     rollouts = work.table("rollouts", Rollouts)
-    values = value_stage.value(work.warm.critic(work.model("critic"), _precision(work)), rollouts)
+
+    def part(rows: slice) -> tuple[Values]:
+        return value_stage.value(work.warm.critic(work.model("critic"), _precision(work)), rollouts.part(rows)),
+
+    (values,) = work.in_parts(len(rollouts), part, (Values,))
     work.attempt.table(values)
+    rollouts = _of_the_shard(work, rollouts)
     return StageOutput(value_stage.metrics(values, rollouts), _tokens(rollouts))
 
 
@@ -215,6 +241,11 @@ TASKS: dict[str, Task] = {task.__name__: task for task in (
 
 
 # --- what several of them need ---
+
+def _of_the_shard(work: Work[WarmModels], rollouts: Rollouts) -> Rollouts:
+    """Those of its rows that the call is about."""
+    return rollouts if work.call.shard is None else rollouts.part(work.call.shard.rows(len(rollouts)))
+
 
 def _tokens(rollouts: Rollouts | Texts) -> int:
     """Prompt and response tokens: what a model that scores them reads."""
@@ -321,6 +352,16 @@ def _columns(work: Work[WarmModels]) -> _Columns | None:
 def _cut(scorers: dict[str, Scorer]) -> dict[str, int]:
     """How many texts were too long for each reward model that is brought."""
     return {name: scorer.cut for name, scorer in scorers.items() if isinstance(scorer, BroughtScorer)}
+
+
+def _cut_in_parts(work: Work[WarmModels]) -> dict[str, int]:
+    """The same, of the shards that the call joins."""
+    found: dict[str, int] = defaultdict(int)
+    for ref in work.call.parts:
+        for name, value in work.store.manifest(ref).metrics.items():
+            if name.startswith("cut_"):
+                found[name.removeprefix("cut_")] += int(value)
+    return dict(found)
 
 
 def _judges(work: Work[WarmModels], config: EvaluateConfig, rewards: RewardConfig) -> dict[str, Scorer]:

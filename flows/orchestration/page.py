@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,7 @@ from flows.runs.run import Run, open_run
 from flows.store.store import Store
 from flows.views.samples import Sample, evaluated, sampled
 from flows.views.visible import visible
-from schemas.artifacts import Produced, StageCall, TrainState
-from schemas.tables import Returns
+from schemas.artifacts import TrainState
 from stages.ops.progress import listened_to
 
 log = logging.getLogger("baton")
@@ -146,22 +145,25 @@ def compare(
 
 
 @_best_effort
-def materialized(run: str, call: StageCall, produced: Produced) -> None:
-    """An asset event of a stage's artifact, made from those of other stages: an asset for each stage of a run.
+def materialized(run: Run, state: TrainState, found: Sequence[str]) -> None:
+    """An asset event for each artifact of a committed state, made from those of other stages: an asset for each stage of a
+    run. Without those that were `found`.
 
-    Prefect's own server has it in its feed of events; Prefect Cloud draws assets and what they come from.
+    Prefect's own server has them in its feed of events; Prefect Cloud draws assets and what they come from.
     """
-    place = call.store if "://" in call.store else Path(call.store).absolute().as_uri()
+    place = run.store.absolute if "://" in run.store.absolute else Path(run.store.absolute).as_uri()
 
     def key(stage: str) -> str:
-        return re.sub(r"""[\s#?&%"'<>\[\]{}|\\^`]""", "_", unquote(f"{place}/runs/{run}/{stage}"))  # what Prefect forbids
+        return re.sub(r"""[\s#?&%"'<>\[\]{}|\\^`]""", "_", unquote(f"{place}/runs/{run.name}/{stage}"))  # Prefect's rule
 
-    sources = sorted({ref.stage for ref in call.recipe.inputs.values()})
-    emit_event("prefect.asset.materialization.succeeded",
-               {"prefect.resource.id": key(call.stage), "prefect.resource.name": f"{run}: {call.stage}"},
-               related=[{"prefect.resource.id": key(stage), "prefect.resource.role": "asset"} for stage in sources],
-               payload={"iteration": call.iteration, "artifact": str(produced.ref), "how": produced.how,
-                        "seconds": produced.seconds})
+    for stage, ref in state.artifacts.items():
+        if stage not in found:
+            manifest = run.store.manifest(ref)
+            sources = sorted({each.stage for each in manifest.recipe.inputs.values()} - {stage})
+            emit_event("prefect.asset.materialization.succeeded",
+                       {"prefect.resource.id": key(stage), "prefect.resource.name": f"{run.name}: {stage}"},
+                       related=[{"prefect.resource.id": key(each), "prefect.resource.role": "asset"} for each in sources],
+                       payload={"iteration": state.iteration, "artifact": str(ref), "seconds": manifest.seconds})
 
 
 @_best_effort
@@ -182,11 +184,6 @@ def _samples(run: Run, state: TrainState) -> str:
         return _markdown(f"evaluated after iteration {state.iteration}", held_out, 2)
     if trained_on := list(sampled(run, state, SHOWN)):
         return _markdown(f"sampled in iteration {state.iteration}", trained_on, 1)
-    if "evaluate" in state.artifacts:
-        returns = run.store.table(state.artifacts["evaluate"], Returns)
-        episodes = [Sample("", "", {}, {"episode_return": float(value), "length": float(length)})
-                    for value, length in zip(returns.episode_return[:SHOWN], returns.length[:SHOWN], strict=True)]
-        return _markdown(f"evaluated after iteration {state.iteration}", episodes, 2)
     return f"Iteration {state.iteration} was not evaluated; its episodes are in its metrics."
 
 
@@ -195,7 +192,7 @@ def _markdown(title: str, samples: list[Sample], numbers: int) -> str:
     lines = [f"### {title}", ""]
     for sample in samples:
         figures = "  ".join(f"{name} {value:.3f}" for name, value in list(sample.given.items())[:numbers])
-        texts = f" **{_escaped(sample.prompt)}** {_escaped(sample.response)}" if sample.prompt else ""
+        texts = f" **{_escaped(sample.prompt)}** {_escaped(sample.response)}" if sample.prompt or sample.response else ""
         lines.append(f"- `{figures}`{texts}")
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
@@ -31,6 +32,19 @@ page.configure_events()  # now: Prefect begins to tell its server before it call
 PATIENCE = 30.0  # seconds that a signal waits for stages in threads of their own
 
 
+class Shards(Protocol):
+    """What cuts the calls of a run into shards, and makes these; see `flows/runners.py`."""
+
+    at_once: int
+    """How many side by side."""
+
+    def of(self, call: StageCall) -> tuple[StageCall, ...]:
+        """The calls of its shards; none where it is not cut."""
+
+    def perform(self, call: StageCall) -> Produced:
+        """Makes a shard."""
+
+
 @dataclass(frozen=True)
 class StageTasks:
     """Performs the calls of a run as tasks of the flow run that it is in: `flows.runs.kind.Perform`."""
@@ -39,26 +53,38 @@ class StageTasks:
     perform: Callable[[StageCall], Produced]
     at_once: int
     """How many of the calls that do not need each other run side by side."""
+    shards: Shards | None = None
 
     def __call__(self, *calls: StageCall) -> dict[str, Produced]:
-        done: dict[str, Produced] = {}
-        for start in range(0, len(calls), self.at_once):
-            done |= self._side_by_side(calls[start : start + self.at_once])
-        return done
+        if self.shards is not None:
+            calls = self._joining(calls)
+        made = self._all(calls, self.perform, self.at_once)
+        return {call.stage: produced for call, produced in zip(calls, made, strict=True)}
 
-    def _side_by_side(self, calls: tuple[StageCall, ...]) -> dict[str, Produced]:
+    def _joining(self, calls: tuple[StageCall, ...]) -> tuple[StageCall, ...]:
+        """The calls, those that are cut with their shards, which are made."""
+        cut = [self.shards.of(call) for call in calls]
+        made = iter(self._all(tuple(part for parts in cut for part in parts), self.shards.perform, self.shards.at_once))
+        return tuple(call.model_copy(update={"parts": tuple(next(made).ref for _ in parts)})
+                     for call, parts in zip(calls, cut, strict=True))
+
+    def _all(self, calls: tuple[StageCall, ...], perform: Callable[[StageCall], Produced], at_once: int) -> list[Produced]:
+        return [produced for start in range(0, len(calls), at_once)
+                for produced in self._side_by_side(calls[start : start + at_once], perform)]
+
+    def _side_by_side(self, calls: tuple[StageCall, ...], perform: Callable[[StageCall], Produced]) -> list[Produced]:
         if len(calls) == 1:
-            made = _task(calls[0].stage)(self.run, calls[0].iteration, quote(calls[0]), quote(self.perform))
-            return {calls[0].stage: made.result() if isinstance(made, State) else made}
-        together = Together(self.perform)
+            made = _task(calls[0].stage)(self.run, calls[0].iteration, _part(calls[0]), quote(calls[0]), quote(perform))
+            return [made.result() if isinstance(made, State) else made]
+        together = Together(perform)
         try:
-            futures = {call.stage: _task(call.stage).submit(self.run, call.iteration, quote(call), quote(together))
-                       for call in calls}
-            wait(list(futures.values()))  # all of them, so that none still writes when another's error ends the flow
+            futures = [_task(call.stage).submit(self.run, call.iteration, _part(call), quote(call), quote(together))
+                       for call in calls]
+            wait(futures)  # all of them, so that none still writes when another's error ends the flow
         except BaseException:  # a signal
             together.end()
             raise
-        return {stage: future.result() for stage, future in futures.items()}
+        return [future.result() for future in futures]
 
 
 class Together:
@@ -91,6 +117,11 @@ class Together:
                             PATIENCE)
 
 
+def _part(call: StageCall) -> str:
+    """Of the name of its task run."""
+    return "" if call.shard is None else f"-{call.shard.index + 1}of{call.shard.of}"
+
+
 @cache
 def _task(stage: str) -> Task:
     """The task named after the stage.
@@ -98,15 +129,15 @@ def _task(stage: str) -> Task:
     What it reads is passed in quotes: Prefect would search all of it for futures, which takes as long as the rest of a task.
     """
 
-    @task(name=stage, task_run_name="{run}-" + stage + "-{iteration:06d}", persist_result=False, cache_policy=NO_CACHE,
+    @task(name=stage, task_run_name="{run}-" + stage + "-{iteration:06d}{part}", persist_result=False, cache_policy=NO_CACHE,
           retries=len(RETRY_DELAYS), retry_delay_seconds=list(RETRY_DELAYS), retry_condition_fn=_is_transient)
-    def staged(run: str, iteration: int, call: StageCall, perform: Callable[[StageCall], Produced]) -> Produced | State:
+    def staged(
+        run: str, iteration: int, part: str, call: StageCall, perform: Callable[[StageCall], Produced]
+    ) -> Produced | State:
         with page.progress(f"{stage} of iteration {iteration}"):
             produced = perform(call)
         if produced.how == "found":
             return Completed(name="Found", message=f"{produced.ref.short} was committed before", data=produced)
-        if produced.how in {"made", "adopted"}:
-            page.materialized(run, call, produced)
         return produced
 
     return staged

@@ -100,6 +100,25 @@ class Work(Generic[W]):
         """A user's function."""
         return stored_function(self.store, self.ref(role), source)
 
+    def in_parts(
+        self, count: int, part: Callable[[slice], tuple[Table | None, ...]], kinds: tuple[type[Table], ...], unit: int = 1
+    ) -> list[Any]:
+        """Tables of `count` rows, one a kind: of the call's shard alone; or joined from those of all shards, which were made
+        before (`parts`) or are made here, one after the other, to the same bytes.
+
+        `part`: rows → their tables, none where the stage gives none of that kind; `unit`: rows that stay together.
+        """
+        if self.call.parts:
+            made = [tuple(self.store.table(ref, kind) if self.store.has_table(ref, kind) else None for kind in kinds)
+                    for ref in self.call.parts]
+        else:
+            shards = [self.call.shard] if self.call.shard else [call.shard for call in self.call.shards()]
+            made = [part(shard.rows(count, unit)) for shard in shards]
+        if len(made) == 1:
+            return list(made[0])
+        return [None if tables[0] is None else kind.joined(tables) for kind, tables in zip(kinds, zip(*made, strict=True),
+                                                                                           strict=True)]
+
     def warn(self, lines: Iterable[str]) -> None:
         """Says them of this stage."""
         for line in lines:

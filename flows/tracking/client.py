@@ -6,8 +6,9 @@ run; `at …`, the last iteration that is there; `whole …`, that there is all 
 `recovered`, when a later try could.
 
 The tag `baton.mirrored` of the MLflow run is the last iteration that is there whole, so that a process begins where the one
-before it ended, however long the run is. A point that is logged twice, after an interruption, is the same point: its time is
-that of the artifact.
+before it ended, however long the run is; `baton.shown` is the last evaluation whose model and samples are there. These come
+after the points, so that what a server refuses of them keeps no metric back. A point that is logged twice, after an
+interruption, is the same point: its time is that of the artifact.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # without these a
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")  # its threads wait for each other's lock of sqlite
 import mlflow
+from mlflow import entities
 from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from flows.runs.best import best_of
 from flows.runs.run import Run
 from flows.store.store import Store
 from flows.tracking.logged_models import SOURCE, LoggedModels
+from flows.tracking.machine import Machine
 from flows.tracking.traces import log_samples
 from flows.tracking.tracking_uri import database_of
 from schemas.addresses import without_user_info
@@ -48,27 +50,26 @@ from schemas.errors import TrackingError
 BATCH = 1000  # the most metrics that MLflow takes in one call
 DIGEST = 36  # the most characters that it takes of a dataset's digest
 MIRRORED = "baton.mirrored"
+SHOWN = "baton.shown"
 INTERVAL = 2.0  # seconds: states that come faster are logged together
 for _noisy in ("mlflow", "alembic"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 
 class Client:
-    """One MLflow run for the training run. `live`: this machine trains it now, so that its system metrics are the run's."""
+    """One MLflow run for the training run."""
 
-    def __init__(self, run: Run, uri: str, live: bool = False) -> None:
+    def __init__(self, run: Run, uri: str) -> None:
         self.run, self.uri, self.client = run, uri, mlflow.MlflowClient(uri)
-        there = self._find()
-        self.new, self.run_id = there is None, there or self._create()
-        self.experiment_id = self.client.get_run(self.run_id).info.experiment_id
+        self.run_id = self._find() or self._create()
+        there = self.client.get_run(self.run_id)
+        self.experiment_id = there.info.experiment_id
         self.models = LoggedModels(run, self.client, self.experiment_id, self.run_id)
-        self._log_params()
-        if self.new:
+        self._log_params(there.data.params)
+        if not (there.inputs and there.inputs.dataset_inputs):
             self._log_inputs()
-        self.next, self.logged = self._end()
-        self.machine: SystemMetricsMonitor | None = None
-        if live and run.config.tracking.system_metrics:
-            self._watch_machine()
+        self.next, self.logged = self._end(there)
+        self.shown = int(there.data.tags.get(SHOWN, -1))  # the last evaluation whose samples are there
 
     @property
     def page(self) -> str:
@@ -76,15 +77,32 @@ class Client:
         address = without_user_info(self.uri).rstrip("/")
         return f"{address}/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
 
-    def bring_to(self, state: TrainState, logged: Callable[[int], object] = lambda last: None) -> None:
-        """Every point up to `state` that is not there yet, its samples, and the model once the run is finished.
+    def bring_to(self, state: TrainState, logged: Callable[[int], object] = lambda last: None,
+                 newer: Callable[[], bool] = lambda: False) -> bool:
+        """Every point up to `state` that is not there yet, and the end of a finished run; then models and samples of what
+        was evaluated, one after the other until there is a `newer` state. Whether all is there.
 
         `logged` is called with the last iteration that is there, whenever some were logged.
         """
         with _at(self.uri):
-            self._bring_to(state, logged)
+            self._log_points(state, logged)
+            finished = state.iteration >= self.run.config.iterations
+            if finished:
+                ended = max(self.run.store.manifest(ref).created for ref in state.artifacts.values())
+                self.client.set_terminated(self.run_id, end_time=_milliseconds(ended))
+            while self.shown < state.iteration:
+                if newer():
+                    return False
+                self._show(self.run.state(self.shown + 1))
+            self.client.set_tag(self.run_id, SHOWN, self.shown)  # past those that were not evaluated
+            if finished:
+                self.models.register(state, "last")
+                if (best := best_of(self.run)) is not None:
+                    self.models.register(self.run.state(best.iteration), "best")
+                self._log_report()
+        return True
 
-    def _bring_to(self, state: TrainState, logged: Callable[[int], object]) -> None:
+    def _log_points(self, state: TrainState, logged: Callable[[int], object]) -> None:
         points = []
         while self.next <= state.iteration:
             points += self._points(self.run.state(self.next))
@@ -93,27 +111,17 @@ class Client:
                 self._log(points)
                 logged(self.next - 1)
                 points = []
-        if state.iteration >= self.run.config.iterations:
-            self.close()
-            ended = max(self.run.store.manifest(ref).created for ref in state.artifacts.values())
-            self.client.set_terminated(self.run_id, end_time=_milliseconds(ended))
-            self.models.register(state, "last")
-            if (best := best_of(self.run)) is not None:
-                self.models.register(self.run.state(best.iteration), "best")
-            self._log_report()
 
-    def close(self) -> None:
-        """Ends the thread that reads the machine's use, with what it has."""
-        if self.machine is not None:
-            self.machine.finish()
-            self.machine = None
-
-    def _watch_machine(self) -> None:
-        """Processors, memory, disk, network and GPUs, every ten seconds, by a thread of MLflow's."""
-        if not self.new:
-            self.client.update_run(self.run_id, "RUNNING")  # for a finished run it reads nothing
-        self.machine = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.uri)
-        self.machine.start()
+    def _show(self, state: TrainState) -> None:
+        """The actor that was evaluated as a model with what was measured of it, and its samples; nothing of another."""
+        if "evaluate" in state.artifacts:
+            model_id, data = self.models.of(state), self._dataset("heldout_prompts")
+            measured = [Metric(point.key, point.value, point.timestamp, point.step, model_id, **data)
+                        for point in self._points(state) if point.key.startswith("evaluate/")]
+            self.client.log_batch(self.run_id, metrics=measured)
+            log_samples(self.run, self.client, self.experiment_id, self.run_id, state, model_id)
+            self.client.set_tag(self.run_id, SHOWN, state.iteration)
+        self.shown = state.iteration
 
     def _find(self) -> str | None:
         """The MLflow run that mirrors this one, by its tags."""
@@ -139,9 +147,8 @@ class Client:
         return (f"Baton's run **{self.run.name}**{parent}, in `{self.run.store.absolute}`.\n\nInputs:\n\n{inputs}\n\n"
                 f"`baton show {self.run.name} --store {shlex.quote(self.run.store.absolute)}`")
 
-    def _log_params(self) -> None:
+    def _log_params(self, there: Mapping[str, str]) -> None:
         """The settings the run was made with, those that are not there yet."""
-        there = self.client.get_run(self.run_id).data.params
         params = [Param(key, str(value)[:500]) for key, value in _flat(self.run.record.config) if key not in there]
         for start in range(0, len(params), 100):
             self.client.log_batch(self.run_id, params=params[start : start + 100])
@@ -185,28 +192,21 @@ class Client:
         return self.client.create_experiment(self.run.config.tracking.experiment, artifact_location=place, tags={
             "mlflow.experimentKind": "custom_model_development"})
 
-    def _end(self) -> tuple[int, set[tuple[str, int]]]:
+    def _end(self, run: entities.Run) -> tuple[int, set[tuple[str, int]]]:
         """The first iteration that is not there whole; and (metric, iteration) of points that are there all the same, in a
         run that was mirrored before there was the tag."""
-        there = self.client.get_run(self.run_id).data
-        if MIRRORED in there.tags:
-            return int(there.tags[MIRRORED]) + 1, set()
-        return 0, {(key, point.step) for key in there.metrics
+        if MIRRORED in run.data.tags:
+            return int(run.data.tags[MIRRORED]) + 1, set()
+        return 0, {(key, point.step) for key in run.data.metrics
                    for point in self.client.get_metric_history(self.run_id, key)}
 
     def _points(self, state: TrainState) -> list[Metric]:
-        """Those of an iteration that are not there yet; its samples are logged before them."""
+        """Those of an iteration that are not there yet."""
         manifests = {stage: self.run.store.manifest(ref) for stage, ref in state.artifacts.items()}
         at = max(datetime.fromisoformat(manifest.created).timestamp() for manifest in manifests.values())
-        values = {key: value for key, value in (state.metrics | timings(state, manifests)).items()
-                  if (key, state.iteration) not in self.logged}
-        measured: dict[str, str] = {}  # what the actor's own metrics are linked to
-        if values and "evaluate" in manifests:
-            model_id = self.models.of(state)
-            log_samples(self.run, self.client, self.experiment_id, self.run_id, state, model_id)
-            measured = {"model_id": model_id} | self._dataset("heldout_prompts")
-        return [Metric(key, value, int(at * 1000), state.iteration, **measured if key.startswith("evaluate/") else {})
-                for key, value in values.items()]
+        return [Metric(key, value, int(at * 1000), state.iteration)
+                for key, value in (state.metrics | timings(state, manifests)).items()
+                if (key, state.iteration) not in self.logged]
 
     def _dataset(self, role: str) -> dict[str, str]:
         ref = self.run.inputs.get(role)
@@ -272,36 +272,41 @@ def main(root: str) -> int:
     begin = json.loads(lines.first())
     record = RunRecord.model_validate(begin["record"])
     run = Run(Store(root), record, parse_config(begin["config"], f"run {record.name!r}"))
-    mirror = _Retried(run, begin["uri"], begin["live"], lambda line: print(line, file=answers, flush=True))
+    mirror = _Retried(run, begin["uri"], begin["live"], lambda line: print(line, file=answers, flush=True), lines.more)
     mirror.bring_to(None)
     while (iteration := lines.last()) is not None:
         mirror.bring_to(int(iteration))
-    if mirror.failed:
+    if not mirror.whole:
         mirror.bring_to(mirror.wanted)
-    if mirror.client is not None:
-        mirror.client.close()
+    mirror.close()
     return 1 if mirror.failed else 0
 
 
 class _Retried:
-    """A client that is made anew after an error."""
+    """A client that is made anew after an error. `live`: this machine trains the run now, so that its use is the run's."""
 
-    def __init__(self, run: Run, uri: str, live: bool, answer: Callable[[str], None]) -> None:
-        self.run, self.uri, self.live, self.answer = run, uri, live, answer
+    def __init__(
+        self, run: Run, uri: str, live: bool, answer: Callable[[str], None], newer: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.run, self.uri, self.answer, self.newer = run, uri, answer, newer
         self.client: Client | None = None
+        self.machine = Machine(mlflow.MlflowClient(uri), uri) if live and run.config.tracking.system_metrics else None
         self.wanted: int | None = None
-        self.failed = False
+        self.failed, self.whole = False, True
 
     def bring_to(self, iteration: int | None) -> None:
         """To the state of that iteration; None: only connects. Prints what changes: an error once, not with every try."""
-        self.wanted = iteration
+        self.wanted, self.whole = iteration, False
         try:
             if self.client is None:
-                self.client = Client(self.run, self.uri, self.live)
+                self.client = Client(self.run, self.uri)
                 if self.uri.startswith("http"):
                     self.answer(f"page {self.client.page}")
-            if iteration is not None:
-                self.client.bring_to(self.run.state(iteration), lambda last: self.answer(f"at {last}"))
+            if self.machine is not None:
+                self._watch(iteration)
+            self.whole = iteration is None or self.client.bring_to(
+                self.run.state(iteration), lambda last: self.answer(f"at {last}"), self.newer)
+            if iteration is not None and self.whole:
                 self.answer(f"whole {iteration}")
         except Exception as error:  # whatever a tracking server does, the training goes on
             lines = without_user_info(str(error)).strip().splitlines() or [type(error).__name__]
@@ -312,6 +317,18 @@ class _Retried:
             if self.failed:
                 self.answer("recovered")
             self.failed = False
+
+    def close(self) -> None:
+        """Ends its thread."""
+        if self.machine is not None:
+            self.machine.end()
+
+    def _watch(self, iteration: int | None) -> None:
+        """Until the last iteration is there."""
+        if iteration is not None and iteration >= self.run.config.iterations:
+            self.machine.end()
+        else:
+            self.machine.watch(self.client.run_id)
 
 
 class Lines:
@@ -337,6 +354,12 @@ class Lines:
         *_, newest = [line, *self.rest.split(b"\n")[:-1]]
         self.rest = self.rest[self.rest.rfind(b"\n") + 1 :]
         return newest or None
+
+    def more(self) -> bool:
+        """Whether a line waits."""
+        if not self.ended and select.select([self.file], [], [], 0)[0]:
+            self._read()
+        return b"\n" in self.rest
 
     def _read(self) -> None:
         data = os.read(self.file, 65536)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from pathlib import Path
 
 import mlflow
-from mlflow.entities import LoggedModelOutput
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 
 from flows.runs.run import Run
@@ -16,22 +17,24 @@ SOURCE = {"mlflow.source.name": "baton train", "mlflow.source.type": "LOCAL"}
 
 
 class LoggedModels:
-    """Of one run. A logged model is external: the weights stay in the store, its tags say where."""
+    """Of one run. A logged model is external: the weights stay in the store, its tags say where,
+    and what makes those again that were not kept."""
 
     def __init__(self, run: Run, client: mlflow.MlflowClient, experiment_id: str, run_id: str) -> None:
         self.run, self.client, self.experiment_id, self.run_id = run, client, experiment_id, run_id
 
     def of(self, state: TrainState) -> str:
         """The id of the logged model of the state's actor; made if it is not there."""
-        tags = self._tags(state)
         where = f"source_run_id = '{self.run_id}' AND tags.`baton.iteration` = '{state.iteration}'"
-        there = self.client.search_logged_models([self.experiment_id], where, max_results=1)
-        if there:
-            return there[0].model_id
+        there = [model.model_id for model in self.client.search_logged_models([self.experiment_id], where)
+                 if model.status == LoggedModelStatus.READY]  # one that is not was begun by a process that has ended
         name = f"{self.run.name}-{state.iteration:06d}".replace(".", "-")
-        model = mlflow.create_external_model(name, self.run_id, tags=tags, experiment_id=self.experiment_id)
-        self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, state.iteration)])
-        return model.model_id
+        model_id = there[0] if there else mlflow.create_external_model(
+            name, self.run_id, tags=self._tags(state), experiment_id=self.experiment_id).model_id
+        outputs = self.client.get_run(self.run_id).outputs
+        if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else ())}:
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, state.iteration)])
+        return model_id
 
     def register(self, state: TrainState, alias: str) -> None:
         """The state's actor as a version of the run's registered model, with that alias."""
@@ -50,4 +53,6 @@ class LoggedModels:
         folder = self.run.store.place(state.actor.artifact, state.actor.folder)
         folder = folder if "://" in folder else str(Path(folder).resolve())
         return SOURCE | {"baton.artifact": str(state.actor.artifact), "baton.folder": folder,
-                         "baton.iteration": str(state.iteration)}
+                         "baton.iteration": str(state.iteration),
+                         "baton.restore": f"baton restore {self.run.name} --iteration {state.iteration} --store "
+                                          f"{shlex.quote(self.run.store.absolute)}"}

@@ -15,6 +15,7 @@ from flows.runs.run import Run
 from flows.views.samples import evaluated, sampled
 from flows.views.visible import visible
 from schemas.artifacts import TrainState
+from schemas.errors import TrackingError
 from schemas.tables import EPISODE_FILM, Returns, Samples
 
 ROWS = 32  # of the table
@@ -45,14 +46,19 @@ def _log_traces(
     run: Run, client: mlflow.MlflowClient, experiment_id: str, run_id: str, state: TrainState, model_id: str
 ) -> None:
     """A trace a sample. Its numbers are MLflow's feedback, so that its page sorts and filters by them."""
-    tags = {"baton.run": run.name, "baton.iteration": str(state.iteration)}
-    begun = client.search_traces(locations=[experiment_id], run_id=run_id, include_spans=False, max_results=500,
-                                 filter_string=f"tags.`baton.iteration` = '{state.iteration}'")
-    if begun:  # by a process that ended in the middle
-        client.delete_traces(experiment_id, trace_ids=[trace.info.trace_id for trace in begun])
+
+    def there() -> list[str]:
+        found = client.search_traces(locations=[experiment_id], run_id=run_id, include_spans=False, max_results=500,
+                                     filter_string=f"tags.`baton.iteration` = '{state.iteration}'")
+        return [trace.info.trace_id for trace in found]
+
+    if begun := there():  # by a process that ended in the middle
+        client.delete_traces(experiment_id, trace_ids=begun)
     place, count = MlflowExperimentLocation(experiment_id), run.config.tracking.traces
-    for stage, samples, model in (("evaluate", evaluated(run, state, count), model_id),
-                                  ("rollout", sampled(run, state, count), None)):  # by an actor before
+    tags = {"baton.run": run.name, "baton.iteration": str(state.iteration)}
+    groups = (("evaluate", list(evaluated(run, state, count)), model_id),
+              ("rollout", list(sampled(run, state, count)), None))  # by an actor before
+    for stage, samples, model in groups:
         for sample in samples:
             with mlflow.start_span(stage, attributes=sample.about, trace_destination=place, run_id=run_id) as span:
                 span.set_inputs({"prompt": _shown(sample.prompt)})
@@ -62,6 +68,9 @@ def _log_traces(
                     if math.isfinite(value):
                         mlflow.log_feedback(trace_id=span.trace_id, name=name, value=value,
                                             source=AssessmentSource("CODE", f"baton {stage}"))
+    sent, arrived = sum(len(samples) for _, samples, _ in groups), len(there())
+    if arrived != sent:  # MLflow logs why, and raises nothing
+        raise TrackingError(f"{arrived} of {sent} traces of iteration {state.iteration} have arrived")
 
 
 def _shown(text: str) -> str:

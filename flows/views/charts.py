@@ -127,7 +127,8 @@ def _by_stage(run: Run, states: list[TrainState], what: str) -> list[Line]:
     for stage in STAGES[run.config.kind]:
         there = thinned([(state.iteration, state.artifacts[stage]) for state in states
                          if state.iteration > 0 and stage in state.artifacts], POINTS)
-        found = [(iteration, float(getattr(run.store.manifest(ref), what))) for iteration, ref in there]
+        found = [(iteration, float(getattr(manifest, what))) for iteration, ref in there
+                 if (manifest := run.store.find(ref)) is not None]
         if found:
             iterations, y = map(list, zip(*found, strict=True))
             lines.append(Line(stage, run.name, iterations, list(map(float, iterations)), y))

@@ -34,7 +34,8 @@ def time_spent(run: Run, state: TrainState) -> list[dict[str, Any]]:
 
     Stages that ran side by side took less together than their sum, which is then the whole.
     """
-    manifests = {stage: run.store.manifest(ref) for stage, ref in state.artifacts.items()}
+    found = {stage: run.store.find(ref) for stage, ref in state.artifacts.items()}
+    manifests = {stage: manifest for stage, manifest in found.items() if manifest is not None}
     total = max(state.seconds, sum(manifest.seconds for manifest in manifests.values()))
     rows = [{"stage": stage, "seconds": m.seconds, "fraction": m.seconds / total,
              "tokens_per_second": m.tokens_per_second, "bytes": m.bytes, "artifact": m.ref.short}

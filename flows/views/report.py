@@ -14,6 +14,7 @@ from flows.runs.run import Run
 from flows.views.charts import Chart, charts
 from flows.views.doctor import Examination, examine
 from flows.views.html_page import page
+from flows.views.lacking import lacking
 from flows.views.sql import Database
 from flows.views.visible import visible
 from schemas.artifacts import TrainState
@@ -32,6 +33,9 @@ def report(run: Run, other: Run | None = None, found: Examination | None = None)
     for each, some in zip(runs, states, strict=True):
         if not some:
             raise ConfigError(f"run {each.name!r} is not prepared yet; baton train --run {each.name} goes on")
+        if not any(each.store.find(ref) for state in some for ref in state.artifacts.values()):
+            raise ConfigError(f"run {each.name!r}: none of its artifacts is in the store; baton verify {each.name} lists "
+                              "them")
     samples, kept = _samples(run, states[0])
     curves = [asdict(chart) for chart in charts(runs, states)]
     data = {"runs": [each.name for each in runs], "charts": curves, "samples": samples, "kept": kept,
@@ -150,7 +154,8 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
 
 def _facts(run: Run, states: list[TrainState]) -> dict[str, Any]:
     last = states[-1]
-    made = run.store.manifest(next(iter(last.artifacts.values())))
+    made = next(manifest for state in reversed(states) for ref in state.artifacts.values()
+                if (manifest := run.store.find(ref)) is not None)
     between = [state.seconds for state in states[1:]]
     return {
         "name": run.name, "kind": run.config.kind, "created": run.record.created, "parent": run.record.parent,
@@ -160,7 +165,7 @@ def _facts(run: Run, states: list[TrainState]) -> dict[str, Any]:
         "packages": made.environment.packages,
         "python": made.environment.python, "inputs": {role: ref.short for role, ref in run.inputs.items()},
         "best": last.best, "config": _yaml(run.config.model_dump(mode="json", exclude_defaults=True)),
-        "artifacts": {stage: ref.short for stage, ref in last.artifacts.items()}}
+        "lacking": lacking(run, states), "artifacts": {stage: ref.short for stage, ref in last.artifacts.items()}}
 
 
 def _yaml(settings: dict[str, Any]) -> str:

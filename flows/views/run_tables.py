@@ -48,7 +48,8 @@ class Part:
 
 
 def parts(run: Run, view: str, states: list[TrainState]) -> Iterator[Part]:
-    """A view's tables, in order of iterations. Where `resample` has made a batch anew, its own."""
+    """A view's tables, in order of iterations. Where `resample` has made a batch anew, its own. Without those that are
+    not in the store (`lacking.py`)."""
     stages = [stage for stage in STAGES[run.config.kind].values()
               if any(_view(stage, table) == view for table in _tables(stage))]
     for state in states:
@@ -56,8 +57,8 @@ def parts(run: Run, view: str, states: list[TrainState]) -> Iterator[Part]:
             ref = state.artifacts.get(stage.name)
             if ref is None:
                 continue
-            manifest, file = run.store.manifest(ref), f"{_file(view)}.parquet"
-            if file in manifest.digests():
+            manifest, file = run.store.find(ref), f"{_file(view)}.parquet"
+            if manifest is not None and file in manifest.digests():
                 yield Part(run, state.iteration, manifest, file)
                 break
 

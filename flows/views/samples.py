@@ -8,12 +8,12 @@ from typing import Any
 
 from flows.runs.run import Run
 from schemas.artifacts import TrainState
-from schemas.tables import Rewards, Rollouts, Samples
+from schemas.tables import Returns, Rewards, Rollouts, Samples
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`about`: what is known of it; `given`: its numbers, the one that matters most first."""
+    """`about`: what is known of it; `given`: its numbers, the one that matters most first. Episodes have no texts."""
 
     prompt: str
     response: str
@@ -22,14 +22,19 @@ class Sample:
 
 
 def evaluated(run: Run, state: TrainState, count: int) -> Iterator[Sample]:
-    """The first held-out samples, if the state was evaluated."""
-    ref = state.artifacts.get("evaluate")
-    if ref is None or Samples.file not in run.store.manifest(ref).digests():
+    """The first held-out samples, or episodes of a control task, if the state was evaluated."""
+    if (ref := state.artifacts.get("evaluate")) is None:
+        return
+    if not run.store.has_table(ref, Samples):
+        returns = run.store.table(ref, Returns)
+        for i in range(min(count, len(returns))):
+            yield Sample("", "", {"seed": int(returns.seed[i])},
+                         {"episode_return": float(returns.episode_return[i]), "length": float(returns.length[i])})
         return
     samples = run.store.table(ref, Samples)
     for i in range(min(count, len(samples))):
         given = {name: float(getattr(samples, name)[i]) for name in ("gold", "win", "score", "kl")}
-        given |= {name: float(values[i]) for name, values in (samples.judges or {}).items()}
+        given |= {f"judge.{name}": float(values[i]) for name, values in (samples.judges or {}).items()}
         about = {"row_id": int(samples.row_id[i]), "prompt_id": int(samples.prompt_ids[i]),
                  "finish_reason": samples.finish_reason[i], "response_length": int(samples.response_length[i])}
         yield Sample(samples.prompt[i], samples.response[i], about, given)

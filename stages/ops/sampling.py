@@ -99,9 +99,9 @@ class ModelSampler:
 
 def respond(
     sampler: Sampler, prompts: Sequence[Prompt], prompt_id: np.ndarray, config: RolloutConfig, *, seed: int, progress: str,
-    partner: Partner | None = None, greedy: bool = False,
+    partner: Partner | None = None, greedy: bool = False, first_row: int = 0,
 ) -> Rollouts:
-    """One response to each of B prompts, of several turns if there is a partner.
+    """One response to each of B prompts, of several turns if there is a partner. `first_row`: the id of the first.
 
     Raises `NonFiniteError` with the rows, and `RewardError` where the partner fails.
     """
@@ -111,7 +111,8 @@ def respond(
     while True:
         heads = [np.concatenate([prompt_tokens[i], *whole[i].tokens]) for i in open_rows]
         begun = np.array([whole[i].sampled for i in open_rows])
-        found = sampler.sample(heads, config, seed=seed, progress=progress, rows=open_rows, begun=begun, greedy=greedy)
+        found = sampler.sample(heads, config, seed=seed, progress=progress, rows=first_row + open_rows, begun=begun,
+                               greedy=greedy)
         texts = response_texts(sampler.tokenizer, heads, found.tokens)
         for i, text, *each in zip(open_rows, texts, *found, strict=True):
             whole[i].add(text, *each)
@@ -119,12 +120,12 @@ def respond(
         still = [i for i in open_rows if whole[i].reason != "length" and whole[i].sampled < config.max_new_tokens]
         if partner is None or turn > partner.max_turns or not still:
             break
-        open_rows = _answered(sampler, partner, prompts, prompt_id, np.array(still), whole)
+        open_rows = _answered(sampler, partner, prompts, prompt_id, np.array(still), whole, first_row)
         if not len(open_rows):
             break
     tokens = [np.concatenate(each.tokens) for each in whole]
     rollouts = Rollouts(
-        row_id=rows, prompt_id=prompt_id, prompt=tuple(map(shown, prompts)),
+        row_id=first_row + rows, prompt_id=prompt_id, prompt=tuple(map(shown, prompts)),
         response=tuple(response_texts(sampler.tokenizer, prompt_tokens, tokens)),
         prompt_tokens=Ragged.from_rows(prompt_tokens, np.int32), response_tokens=Ragged.from_rows(tokens, np.int32),
         logprobs=Ragged.from_rows([np.concatenate(each.logprobs) for each in whole], np.float32),
@@ -163,11 +164,11 @@ class _Conversation:
 
 def _answered(
     sampler: Sampler, partner: Partner, prompts: Sequence[Prompt], prompt_id: np.ndarray, rows: np.ndarray,
-    whole: list[_Conversation],
+    whole: list[_Conversation], first_row: int,
 ) -> np.ndarray:
     """Adds the replies to these rows; those of them whose conversation goes on."""
     turns = Rollouts(
-        row_id=rows, prompt_id=prompt_id[rows], prompt=tuple(shown(prompts[i]) for i in rows),
+        row_id=first_row + rows, prompt_id=prompt_id[rows], prompt=tuple(shown(prompts[i]) for i in rows),
         response=tuple(whole[i].said[-1]["content"] for i in rows),
         prompt_tokens=Ragged.from_rows([np.empty(0)] * len(rows), np.int32),
         response_tokens=Ragged.from_rows([whole[i].tokens[-1] for i in rows], np.int32),
@@ -180,7 +181,7 @@ def _answered(
             conversation = whole[i]
             conversation.add_reply(reply, partner.tokens(
                 sampler.tokenizer, sampler.chat_template, prompts[i], conversation.said, reply,
-                int(conversation.tokens[-1][-1]), int(i)))
+                int(conversation.tokens[-1][-1]), first_row + int(i)))
     return np.array([i for i, reply in zip(rows, replies, strict=True) if reply is not None], int)
 
 

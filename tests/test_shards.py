@@ -1,0 +1,159 @@
+"""Stages in shards: the same samples whatever their number, and one that is lost is made again alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flows.cli.main import run_command
+from flows.runs.run import open_run
+from flows.store.store import Store
+from schemas.artifacts import Shard
+from schemas.tables import ReferenceLogprobs, Rewards, Rollouts, Values
+
+FIXED = ("--set", "execution.threads=1", "--set", "tracking.enabled=false", "--iterations", "1", "--quiet")
+TABLES = {"rollout": Rollouts, "reference": ReferenceLogprobs, "reward": Rewards, "value": Values}
+
+
+def train(folder, store, *settings, code=0):
+    more = [word for setting in settings for word in ("--set", setting)]
+    assert run_command(["train", str(folder), "--store", str(store), *FIXED, *more]) == code
+    return open_run(Store(str(store)), folder.name) if code == 0 else None
+
+
+def tables(run):
+    artifacts = run.state(1).artifacts
+    return {stage: run.store.table(artifacts[stage], kind) for stage, kind in TABLES.items()}
+
+
+def digests(run):
+    return {stage: run.store.manifest(ref).digests() for stage, ref in run.state(1).artifacts.items()}
+
+
+def shards_in(store, stage):
+    """Index of each shard of a stage → its manifest's file."""
+    found = {}
+    for file in (Path(store) / "artifacts" / stage).glob("*/manifest.json"):
+        if shard := json.loads(file.read_text())["recipe"]["config"].get("shard"):
+            found[shard["index"]] = file
+    return found
+
+
+@pytest.fixture(scope="module")
+def prepared(trained, tmp_path_factory):
+    """A store with the tiny run's state 0, computed with one thread."""
+    store = tmp_path_factory.mktemp("prepared") / "store"
+    assert run_command(["train", str(trained[0]), "--store", str(store), *FIXED[:4], "--iterations", "1", "--quiet"]) == 0
+    return trained[0], store
+
+
+@pytest.fixture(scope="module")
+def in_shards(prepared, tmp_path_factory):
+    """Number of shards → the run that was made with as many."""
+    folder, store = prepared
+    runs = {1: open_run(Store(str(store)), "tiny")}
+    for count in (2, 4):
+        again = tmp_path_factory.mktemp(f"shards-{count}") / "store"
+        shutil.copytree(store, again)
+        forget_the_iteration(again)
+        runs[count] = train(folder, again, f"execution.shards={count}")
+    return runs
+
+
+def forget_the_iteration(store):
+    """Leaves what comes before the first iteration."""
+    shutil.rmtree(store / "runs" / "tiny")
+    for stage in (*TABLES, "gae", "ppo"):
+        shutil.rmtree(store / "artifacts" / stage)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_tables_do_not_depend_on_the_number_of_shards(in_shards, count):
+    whole, cut = tables(in_shards[1]), tables(in_shards[count])
+    assert np.array_equal(whole["rollout"].response_tokens.values, cut["rollout"].response_tokens.values)
+    for name in ("response", "finish_reason"):
+        assert getattr(whole["rollout"], name) == getattr(cut["rollout"], name)
+    for stage, table in whole.items():
+        for name, values in vars(table).items():
+            other = getattr(cut[stage], name)
+            if isinstance(values, np.ndarray):
+                assert np.allclose(values, other, atol=1e-6), (stage, name)
+            elif hasattr(values, "offsets"):
+                assert np.array_equal(values.offsets, other.offsets), (stage, name)
+                assert np.allclose(values.values, other.values, atol=1e-6), (stage, name)
+    before, after = (run.state(1).metrics for run in (in_shards[1], in_shards[count]))
+    assert before.keys() == after.keys() and before == pytest.approx(after, abs=1e-4)
+
+
+def test_each_shard_is_an_artifact_of_its_rows(in_shards):
+    run = in_shards[4]
+    whole = tables(run)["rollout"]
+    for index, file in shards_in(run.store.uri, "rollout").items():
+        ref = next(ref for ref in run.store.artifacts() if ref.identity == file.parent.name)
+        part, rows = run.store.table(ref, Rollouts), Shard(index=index, of=4).rows(len(whole), 1)
+        assert part.response == whole.response[rows] and list(part.row_id) == list(range(rows.start, rows.stop))
+    assert sorted(shards_in(run.store.uri, "reward")) == [0, 1, 2, 3]
+
+
+def test_a_stage_in_shards_is_made_again_to_the_same_bytes(in_shards, capsys):
+    for stage in TABLES:
+        assert run_command(["stage", stage, "tiny", "--iteration", "1", "--store", in_shards[4].store.uri]) == 0
+        assert "reproduced" in capsys.readouterr().out
+
+
+def test_processes_give_the_bytes_of_one_process(in_shards, prepared, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(prepared[1], store)
+    forget_the_iteration(store)
+    run = train(prepared[0], store, "execution.shards=4", "execution.runner=processes", "execution.workers=2")
+    assert digests(run) == digests(in_shards[4])
+
+
+KILLER = '''
+import multiprocessing, os, pathlib, signal
+
+
+def score(prompts, responses):
+    """Kills the process of a shard the first time that one asks."""
+    flag = pathlib.Path("{flag}")
+    if multiprocessing.parent_process() is not None and not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [float(len(response)) for response in responses]
+'''
+
+
+def test_a_process_that_is_killed_costs_its_shard(prepared, tmp_path, monkeypatch, capsys):
+    """The others are not made again, and the result is that of a run in which none was killed."""
+    monkeypatch.setattr("flows.orchestration.tasks.RETRY_DELAYS", (0, 0, 0))
+    folder, results = shutil.copytree(prepared[0], tmp_path / "tiny"), []
+    (folder / "killer.py").write_text(KILLER.format(flag=tmp_path / "flag"))
+    settings = ("reward.components={length: {source: 'killer.py:score'}}", "execution.shards=3", "execution.workers=1",
+                "execution.runner=processes")
+    for name in ("killed", "whole"):
+        results.append(train(folder, tmp_path / name, *settings))
+    assert digests(results[0]) == digests(results[1]) and (tmp_path / "flag").exists()
+    assert sorted(shards_in(tmp_path / "killed", "reward")) == [0, 1, 2]
+    attempts = [len(list(file.parent.glob("attempts/*"))) for _, file in sorted(
+        shards_in(tmp_path / "killed", "rollout").items())]
+    assert attempts == [1, 1, 1]  # what was committed was found
+
+
+def test_rows_are_cut_evenly_and_groups_stay_together():
+    shards = [Shard(index=i, of=3) for i in range(3)]
+    assert [each.rows(10) for each in shards] == [slice(0, 3), slice(3, 6), slice(6, 10)]
+    assert [each.rows(12, 4) for each in shards] == [slice(0, 4), slice(4, 8), slice(8, 12)]
+    assert [each.rows(8, 4) for each in shards] == [slice(0, 0), slice(0, 4), slice(4, 8)]
+
+
+@pytest.mark.parametrize("setting, words", [
+    ("execution.shards=99", "execution.shards=99: a batch has 8 prompts"),
+    ("execution.runner=ray", "execution.runner"),
+    (["execution.runner=processes", "checkpoints.every=5"], "checkpoints.every=5 does not write them; set it to 1"),
+])
+def test_what_cannot_be_sharded(trained, tmp_path, capsys, setting, words):
+    train(trained[0], tmp_path / "store", *([setting] if isinstance(setting, str) else setting), code=2)
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
