@@ -4,13 +4,15 @@ import re
 import threading
 
 import pytest
-from rich.console import Console
+from rich.console import Console, Group
+from test_inspect import HOSTILE
 
-from flows.cli.live import follow, frame, holder_now
+from flows.cli.live import _sample, follow, frame, holder_now
 from flows.cli.main import run_command
 from flows.runs.run import lease_key, open_run, state_key
 from flows.store.lease import lease
 from flows.store.store import Store
+from flows.views.samples import Sample
 from schemas.tables import Samples
 
 
@@ -86,6 +88,14 @@ def test_a_control_run_shows_its_episodes(controlled):
     run = open_run(Store(str(controlled[1])), "cartpole")
     text = shown(run, run.states())
     assert "Return of an episode" in text and re.search(r"^episode_return [+-]\d", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:12]))
+def test_text_of_a_model_does_nothing_to_the_terminal(text):
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(Group(_sample(Sample(text, text, {}, {"gold": 1.0}))))
+    shown = console.export_text()
+    assert shown.count("\n") == 1 and not re.search("[\x00-\x09\x0b-\x1f\x7f\u202e\u2066]", shown)
 
 
 def test_live_of_one_iteration_is_refused(trained, capsys):

@@ -16,6 +16,7 @@ import pytest
 from conftest import TRACKED
 from mlflow.entities import NoOpSpan
 from mlflow.exceptions import MlflowException
+from test_inspect import HOSTILE
 
 from flows.cli.main import run_command
 from flows.runs.run import changed, open_run
@@ -25,6 +26,7 @@ from flows.tracking.logged_models import LoggedModels
 from flows.tracking.machine import THREAD, Machine
 from flows.tracking.tracking_uri import how_to_open, is_mirrored
 from flows.views.report import report
+from flows.views.samples import Sample
 from flows.views.visible import visible
 from schemas.errors import TrackingError
 from schemas.tables import Rewards, Rollouts, Samples
@@ -169,6 +171,19 @@ def test_a_server_that_refuses_models_has_every_metric(trained, tmp_path, monkey
     assert said == ["at 0", "error no such endpoint", "at 1"] and mirror.failed and len(threads) == 1
     found = only_run(mlflow.MlflowClient(uri)).data.metrics
     assert found["reward/score"] == run.state(1).metrics["reward/score"]
+
+
+def test_text_of_a_model_in_traces_and_tables(trained, tmp_path, monkeypatch):
+    run, uri = open_run(Store(trained[1]), "tiny"), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    hostile = [Sample(text, text, {"row_id": i}, {"gold": float(i)}) for i, text in enumerate(HOSTILE)]
+    monkeypatch.setattr("flows.tracking.traces.evaluated", lambda *_: hostile)
+    client = Client(run, uri)
+    client.bring_to(run.state(0))
+    traces = client.client.search_traces(locations=[client.experiment_id], run_id=client.run_id)
+    found = {trace.info.assessments[0].value: trace.data.spans[0] for trace in traces}
+    for i, text in enumerate(HOSTILE):
+        shown = visible(text, newlines=True)
+        assert (found[i].inputs, found[i].outputs) == ({"prompt": shown}, {"response": shown})
 
 
 def test_traces_that_do_not_arrive_are_an_error(trained, tmp_path, monkeypatch):
