@@ -148,12 +148,20 @@ def test_another_runs_responses_to_the_same_prompts(copied, tmp_path, capsys):
     data = json.loads(Script((tmp_path / "p.html").read_text(encoding="utf-8")).scripts["application/json"])
     runs = {one["run"] for some in data["elsewhere"].values() for one in some}
     assert data["iteration"] == 2 and runs == {"tiny", "other"}
+    assert data["beside"] == [{"run": "other", "responses": []}]  # which has no iteration 2
+    page = ["--iteration", "1", "--html", str(tmp_path / "p.html"), "--compare", "other"]
+    assert run_command(["inspect", "tiny", *page, "--store", store]) == 0
+    data = json.loads(Script((tmp_path / "p.html").read_text(encoding="utf-8")).scripts["application/json"])
+    (other,) = data["beside"]
+    assert other["run"] == "other" and other["responses"] == data["responses"]  # a fork's first iterations are its parent's
+    assert run_command(["inspect", "tiny", "--compare", "other", "--store", store]) == 2
+    assert "--compare shows two runs on a page: add --html FILE" in capsys.readouterr().err
     assert run_command(["inspect", "tiny", "--compare", "nope", "--store", store]) == 2
     assert "no run 'nope'" in capsys.readouterr().err
 
 
 def test_text_of_a_model_is_no_markup_on_a_page():
-    data = {"run": "r", "iteration": 1, "columns": NUMBERS, "left_out": 0, "elsewhere": {}, "responses": [
+    data = {"run": "r", "iteration": 1, "columns": NUMBERS, "left_out": 0, "elsewhere": {}, "beside": [], "responses": [
         vars(hostile(row, text)) for row, text in enumerate(HOSTILE)]}
     plain = Script(page("inspect.html", "inspect.js", data | {"responses": []}))
     found = Script(page("inspect.html", "inspect.js", data))

@@ -205,7 +205,8 @@ PAGE_TOKENS, ELSEWHERE = 60_000, 24  # of a page, beyond which it would be slow 
 @click.option("--colour", "column", type=click.Choice(NUMBERS), default="kl", show_default=True, help="What tokens are "
               "coloured by.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="As one HTML file that needs no network.")
-@click.option("--compare", "other", metavar="RUN", help="Another run, whose responses to the same prompts are shown too.")
+@click.option("--compare", "other", metavar="RUN", help="Another run, whose responses to the same prompts are beside them; "
+              "with --html.")
 @click.option("--replay", is_flag=True, help="Make the update once more, for each token's ratio and clip in each epoch.")
 def inspect(
     run: str, iteration: int | None, rows: tuple[int, ...], column: str, html: Path | None, other: str | None, replay: bool,
@@ -252,13 +253,16 @@ def _of_epochs(run: Run, iteration: int) -> dict[str, np.ndarray]:
 
 def _page(run: Run, iteration: int, found: list[Response], others: list[Run], file: Path) -> Answer:
     from flows.views.html_page import page
-    from flows.views.inspection import elsewhere
+    from flows.views.inspection import beside, elsewhere
 
     sizes = list(accumulate(each.length for each in found))
     kept = found[: max(1, bisect_right(sizes, PAGE_TOKENS))]
+    prompts = {each.prompt_id for each in kept}
     data = {"run": run.name, "iteration": iteration, "columns": list(kept[0].numbers),
+            "beside": [{"run": other.name, "responses": [asdict(each) for each in beside(other, iteration, prompts)]}
+                       for other in others],
             "responses": [asdict(each) for each in kept], "left_out": len(found) - len(kept),
-            "elsewhere": elsewhere([run, *others], {each.prompt_id for each in kept}, ELSEWHERE)}
+            "elsewhere": elsewhere([run, *others], prompts, ELSEWHERE)}
     text = page("inspect.html", "inspect.js", data)
     write_text(file, text)
     size, all_of_them = len(text.encode()), f"{len(kept)} responses"

@@ -82,6 +82,13 @@ def with_columns(found: list[Response], columns: dict[str, np.ndarray]) -> list[
     return [replace(each, numbers=each.numbers | own) for each, own in zip(found, more, strict=True)]
 
 
+def beside(other: Run, iteration: int, prompt_ids: set[int]) -> list[Response]:
+    """Another run's responses to these prompts in that iteration; none if it has no such iteration."""
+    if iteration not in other.iterations() or next(parts(other, "rollouts", [other.state(iteration)]), None) is None:
+        return []
+    return [each for each in responses(other, iteration) if each.prompt_id in prompt_ids]
+
+
 def elsewhere(runs: list[Run], prompt_ids: set[int], most: int) -> dict[int, list[dict[str, Any]]]:
     """Responses to the same prompts in all iterations, by prompt id; of more than `most` to a prompt, every so many.
 

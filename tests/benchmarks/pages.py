@@ -1,8 +1,9 @@
 """The pages of a run in a browser: `make pages RUN=reviews`, half a minute.
 
 Opens `baton report` and `baton inspect` in headless Chromium (Debian's package) at desktop and phone width, light and dark.
-Each page is drawn whole, is below 5 MB, paints within two seconds, asks the network for nothing and writes no error to the
-console; in the report, a click on a curve shows the samples of that iteration. Pictures go to build/pages.
+Each page is below 5 MB, paints within two seconds, is no wider than the window, asks the network for nothing and writes no
+error to the console. In the report every curve is drawn, and a click on one shows the samples of that iteration; in the
+inspector the keys go from response to response, and each has its tokens. Pictures go to build/pages.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def main() -> int:
     parser.add_argument("store")
     parser.add_argument("run")
     options = parser.parse_args()
+    if (chromium := shutil.which("chromium")) is None:
+        parser.error("no chromium here; Debian's package chromium has it")
     OUT.mkdir(parents=True, exist_ok=True)
     commands = ["report"]
     if open_run(Store(options.store), options.run).config.kind == "language":
@@ -42,7 +45,7 @@ def main() -> int:
             return 1
     failed = 0
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=list(FLAGS))
+        browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
         for file, size, scheme in product(files, SIZES, ("light", "dark")):
             found = look(browser, file, size, scheme)
             failed += bool(found)
@@ -71,6 +74,8 @@ def look(browser: Browser, file: Path, size: str, scheme: str) -> list[str]:
     page.screenshot(path=file.with_name(f"{file.stem}-{size}-{scheme}.png"), full_page=size == "desktop")
     if page.locator("#charts").count():
         found += _curves(page)
+    else:
+        found += _responses(page)
     page.close()
     return found
 
@@ -95,6 +100,18 @@ def _curves(page: Page) -> list[str]:
     shown = page.locator("#iteration").input_value()
     if shown != str(nearest) or page.locator("#shown tr").count() < 2:
         found.append(f"a click at iteration {last} shows samples of {shown}")
+    return found
+
+
+def _responses(page: Page) -> list[str]:
+    """`j` opens the next response, whose tokens are all there."""
+    found, rows = [], page.evaluate("data.responses.length")
+    for number in range(min(3, rows)):
+        tokens, drawn = page.evaluate(f"data.responses[{number}].tokens.length"), page.locator("#detail .token")
+        title = page.locator("#detail h2").first.inner_text()
+        if not title.startswith(f"Row {page.evaluate(f'data.responses[{number}].row')},") or drawn.count() < tokens:
+            found.append(f"response {number} shows {title!r} with {drawn.count()} of {tokens} tokens")
+        page.keyboard.press("j")
     return found
 
 

@@ -70,8 +70,7 @@ function move(by) {
 
 // --- one response ---
 
-function open(row) {
-  state.at = row;
+function heatMap(row) {
   const tokens = make("div", { className: "tokens" });
   row.tokens.forEach((text, i) => {
     const sampled = !row.sampled || row.sampled[i];
@@ -81,6 +80,25 @@ function open(row) {
     token.onmouseleave = token.onblur = () => { $("tip").hidden = true; };
     tokens.append(token);
   });
+  return tokens;
+}
+
+// The other run's responses to the prompt in this iteration, beside this one.
+function pair(row) {
+  const panels = data.beside.map((other) => {
+    const found = other.responses.filter((r) => r.prompt_id === row.prompt_id);
+    const none = `${other.run} has no response to this prompt in iteration ${data.iteration}.`;
+    return make("div", {}, make("h3", { textContent: other.run }), ...found.map((r) => make("div", { className: "panel" }, heatMap(r),
+      make("span", { className: "faint", textContent: `row ${r.row}, score ${number(r.score)}, KL ${number(r.kl)}` }))),
+      ...(found.length ? [] : [make("p", { className: "faint", textContent: none })]));
+  });
+  const ours = make("div", { className: "panel" }, heatMap(row));
+  if (!panels.length) return ours;
+  return make("div", { className: "pair" }, make("div", {}, make("h3", { textContent: data.run }), ours), ...panels);
+}
+
+function open(row) {
+  state.at = row;
   const facts = make("table");
   for (const [name, value] of [["score", row.score], ["raw score", row.raw_score], ["KL, nats", row.kl], ["mean A before whitening", row.raw_advantage],
     ["tokens", row.length], ["ended by", row.finish_reason]]) {
@@ -90,7 +108,7 @@ function open(row) {
   $("detail").replaceChildren(
     make("h2", { textContent: `Row ${row.row}, prompt ${row.prompt_id}` }),
     make("div", { className: "panel text", textContent: row.prompt }),
-    make("div", { className: "panel" }, tokens), make("div", { className: "bar" }, facts, parts(row)), elsewhere(row));
+    pair(row), make("div", { className: "bar" }, facts, parts(row)), elsewhere(row));
   mark();
   history.replaceState(null, "", `#row=${row.row}`);
 }
