@@ -3,7 +3,9 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import duckdb
 import pytest
 import yaml
 from conftest import TINY, write_example
@@ -11,7 +13,7 @@ from conftest import TINY, write_example
 from flows.cli.main import run_command
 from flows.runs.run import open_run
 from flows.store.store import Store
-from flows.views.doctor import CHECKS, LEAST, examine
+from flows.views.doctor import CHECKS, LEAST, _entropy, examine
 from stages.ops import sampling
 
 REWARDS = '''
@@ -128,6 +130,24 @@ def test_a_sound_run_raises_nothing(runs):
     run = runs("sound", STILL | FIXED | GROUPS | reward("varied"))
     found = examine(run, run.states())
     assert found.verdicts == [] and len(found.checked) >= 6
+
+
+@pytest.mark.parametrize("answers, raised", [(8, False), (1, True)])
+def test_few_answers_that_come_again_are_no_collapse(answers, raised):
+    """Sums have few: as long as the prompts of an iteration get different ones, the policy does not say one thing."""
+    tables = {"first": [(i, p, 0, f"{i} {p}") for i in range(4) for p in range(8)],
+              "last": [(i, p, 0, str(p % answers)) for i in range(4, 8) for p in range(8)]}
+
+    def ask(query, states):
+        connection = duckdb.connect()
+        connection.execute("CREATE TABLE rollouts (iteration INT, prompt_id INT, row_id INT, response VARCHAR)")
+        connection.executemany("INSERT INTO rollouts VALUES (?, ?, ?, ?)", tables[states])
+        return connection.sql(query).fetchall()
+
+    run = SimpleNamespace(config=SimpleNamespace(kind="language"))
+    course = SimpleNamespace(run=run, first="first", last="last", ask=ask,
+                             mean=lambda metric, states, why: {"first": 1.0, "last": 0.1}[states])
+    assert bool(list(_entropy(course))) is raised
 
 
 def test_a_control_task_raises_nothing(controlled, tmp_path):

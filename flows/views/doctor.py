@@ -135,9 +135,10 @@ def _entropy(course: _Course) -> Found:
     _language(course)
     why = "the policy's entropy was not measured"
     before, now = (course.mean("ppo/entropy", states, why) for states in (course.first, course.last))
-    one_each = ("SELECT count(DISTINCT response) / count(*) FROM (SELECT iteration, prompt_id, min_by(response, row_id) AS "
-                "response FROM rollouts GROUP BY ALL)")
-    (varied,), (varies,) = (course.ask(one_each, states)[0] for states in (course.first, course.last))
+    one_each = "SELECT iteration, prompt_id, min_by(response, row_id) AS response FROM rollouts GROUP BY ALL"
+    own = (f"SELECT avg(part) FROM (SELECT count(DISTINCT response) / count(*) AS part FROM ({one_each}) "
+           "GROUP BY iteration)")  # in one iteration: sums, say, have few answers, which come again in the next
+    (varied,), (varies,) = (course.ask(own, states)[0] for states in (course.first, course.last))
     if now < 0.2 * before and varies < 0.5 * varied:
         yield (f"the policy's entropy fell from {before:.3f} to {now:.3f} nats a token, and {varies:.0%} of the prompts get "
                f"a response of their own, where {varied:.0%} did: it says the same to all",
