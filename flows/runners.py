@@ -14,7 +14,7 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +24,10 @@ from flows.perform import perform
 from flows.runs.kind import Warm
 from flows.store.store import Store
 from schemas.artifacts import Produced, StageCall
-from schemas.errors import TransientError
+from schemas.errors import StoppedError, TransientError
 from schemas.settings import ExecutionConfig
 from schemas.stages import STAGES
+from stages.ops.progress import listened_to, pause
 
 log = logging.getLogger("baton")
 ALL = 1 << 30
@@ -100,12 +101,15 @@ class _Process:
         self._ended = False
 
     def perform(self, call: StageCall) -> Produced:
-        """Raises `TransientError` if the process ends meanwhile, and what the stage raises."""
+        """Raises `TransientError` if the process ends meanwhile, `StoppedError` if this one is ended, and what the stage
+        raises."""
+        if self._ended:
+            raise StoppedError(f"{call.stage}: not begun")
         try:
             if self._executor is None:
                 self._executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
                 self._id = self._executor.submit(os.getpid).result()
-            return Produced.model_validate_json(self._executor.submit(_perform, call.model_dump_json()).result())
+            return Produced.model_validate_json(_waited(self._executor.submit(_perform, call.model_dump_json()), call))
         except BrokenProcessPool:
             lost, self._executor, self._id = self._id, None, None
             part = f"shard {call.shard.index + 1} of {call.shard.of}" if call.shard else "it"
@@ -113,12 +117,20 @@ class _Process:
                                  "ended, killed or out of memory; it is made again") from None
 
     def end(self) -> None:
+        self._ended = True
         if self._executor is not None:
             if self._id is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self._id, signal.SIGTERM)
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None
+
+
+def _waited(future: Future[str], call: StageCall) -> str:
+    """What it gives. Raises `StoppedError` once the event of `interrupted_by` is set."""
+    while not wait([future], timeout=0.2).done:
+        pause(0, call.stage)
+    return future.result()
 
 
 # --- in the process ---
@@ -140,4 +152,5 @@ def _perform(text: str) -> str:
     if _here is None or (_here[0].uri, _here[1]) != (call.store, call.execution):
         store = Store(call.store)
         _here = store, call.execution, warm_of(call.kind, store, call.execution)
-    return perform(call, _here[0], _here[2]).model_dump_json()
+    with listened_to(lambda bar, done, total: None):  # no bars beside each other on one terminal
+        return perform(call, _here[0], _here[2]).model_dump_json()

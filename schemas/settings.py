@@ -222,8 +222,8 @@ class ExecutionConfig(Settings):
     """Stages of an iteration that do not need each other (`reference`, `reward`, `value`) and run side by side; each takes
     `threads` threads, and its models' memory."""
     shards: PositiveInt = 1
-    """Parts that the rows of `rollout`, `reference`, `reward` and `value` are cut into. Each is an artifact of its own, made
-    again alone if it is lost. What is sampled does not depend on it; the last bits of what is computed do."""
+    """Parts that the rows of `rollout`, `reference`, `reward`, `value` and `evaluate` are cut into. Each is an artifact of
+    its own, made again alone if it is lost. What is sampled does not depend on it; the last bits of what is computed do."""
     runner: Literal["inline", "processes"] = "inline"
     """What makes the shards: this process, one after the other; or `workers` processes of this machine, side by side, each
     with `threads` threads and models of its own."""

@@ -84,7 +84,7 @@ STAGES: dict[Kind, dict[str, Stage]] = {
         Stage("language", "value", 2, ValueMetrics, Values, sharded=True),
         Stage("language", "gae", GAE_VERSION, GAEMetrics, Advantages),
         Stage("language", "ppo", 4, PPOMetrics),
-        Stage("language", "evaluate", 3, EvaluateMetrics, Samples, headline=("gold", "score")),
+        Stage("language", "evaluate", 3, EvaluateMetrics, Samples, headline=("gold", "score"), sharded=True),
     ),
     "control": _by_name(
         Stage("control", "policy", 1, PolicyMetrics, headline=("actor_parameters", "critic_parameters")),

@@ -37,20 +37,22 @@ RESAMPLES = 1000  # of the bootstrap
 def evaluate(
     sampler: Sampler, reference: LanguageModel, prompts: Sequence[Prompt], scorers: Mapping[str, Scorer],
     judges: Mapping[str, Scorer], baseline: Samples | None, rollout: RolloutConfig, reward: RewardConfig, *,
-    bias: float, seed: int, config: EvaluateConfig | None = None, partner: Partner | None = None,
+    bias: float, seed: int, config: EvaluateConfig | None = None, partner: Partner | None = None, first_prompt: int = 0,
 ) -> Samples:
-    """`prompts`: B held-out ones; `judges`: by name, their weighted sum is gold; `baseline`: the samples that wins are over,
-    none where it is the starting actor that is evaluated; `bias`: what the reward takes off.
+    """`prompts`: B held-out ones, from line `first_prompt` on; `judges`: by name, their weighted sum is gold; `baseline`:
+    the samples that wins are over, none where it is the starting actor that is evaluated; `bias`: what the reward takes off.
 
     Raises `RewardError` and `NonFiniteError` with the rows.
     """
     config = config or EvaluateConfig()
-    ids = np.repeat(np.arange(len(prompts)), config.samples)
-    responses = respond(sampler, [prompts[i] for i in ids], ids, rollout, seed=seed, progress="evaluate", partner=partner)
+    lines = first_prompt + np.arange(len(prompts))
+    responses = respond(sampler, [prompt for prompt in prompts for _ in range(config.samples)],
+                        np.repeat(lines, config.samples), rollout, seed=seed, progress="evaluate", partner=partner,
+                        first_row=first_prompt * config.samples)
     greedy = None
     if config.greedy:
-        likeliest = respond(sampler, prompts, np.arange(len(prompts)), rollout, seed=seed, progress="evaluate, greedy",
-                            partner=partner, greedy=True)
+        likeliest = respond(sampler, prompts, lines, rollout, seed=seed, progress="evaluate, greedy", partner=partner,
+                            greedy=True)
         greedy = np.repeat([False, True], [len(responses), len(likeliest)])
         responses = Rollouts.joined([responses, likeliest])
     components = score_components(scorers, responses)
@@ -67,6 +69,11 @@ def evaluate(
         kl=_kl(responses, reference, rollout), win=_wins(responses.prompt_id, gold, greedy, baseline),
         prompt_id=responses.prompt_id if several else None, greedy=greedy,
         judges=judged if len(judged) > 1 else None)
+
+
+def sampled_first(samples: Samples) -> Samples:
+    """Of parts that were joined: those that were sampled, then the greedy ones, as without parts."""
+    return samples.only(np.argsort(samples.is_greedy, kind="stable"), samples.row_id)
 
 
 def _kl(responses: Rollouts, reference: LanguageModel, rollout: RolloutConfig) -> np.ndarray:

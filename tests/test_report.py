@@ -97,6 +97,7 @@ def test_two_runs_beside_each_other(copied, tmp_path, capsys):
     text = file.read_text(encoding="utf-8")
     data = read(text)
     assert {line["run"] for chart in data["charts"] for line in chart["lines"]} == {"tiny", "other"}
+    assert data["beside"] == {i: rows for i, rows in data["samples"].items() if i in ("0", "1")}  # it is a fork
     assert "kl.coef: 0.05 → 0.3" in text
     pictures = sorted(path.name for path in (tmp_path / "png").iterdir())
     assert len(pictures) == len(data["charts"]) and all((tmp_path / "png" / name).stat().st_size > 5000 for name in pictures)
@@ -119,7 +120,8 @@ def test_text_of_a_model_is_no_markup():
         fact = dict.fromkeys(("created", "parent", "store", "device", "config"), shown) | {
             "name": "r", "kind": "language", "done": 1, "iterations": 1, "seconds": 1.0, "total": 1.0, "packages": {},
             "python": "3", "inputs": {}, "best": None, "artifacts": {}, "lacking": [shown]}
-        data = {"runs": ["r"], "charts": [], "samples": {"1": [sample]}, "kept": "", "kind": "language"}
+        data = {"runs": ["r"], "charts": [], "samples": {"1": [sample]}, "kept": "", "kind": "language",
+                "beside": {"1": [sample]}}
         more = {"facts": [fact, fact], "examinations": {}, "extremes": {"Best": [row]}, "changed": [shown]}
         return page("report.html", "report.js", data, **more)
 

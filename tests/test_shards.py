@@ -2,19 +2,25 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from flows.cli.main import run_command
 from flows.runs.run import open_run
 from flows.store.store import Store
 from schemas.artifacts import Shard
-from schemas.tables import ReferenceLogprobs, Rewards, Rollouts, Values
+from schemas.tables import ReferenceLogprobs, Rewards, Rollouts, Samples, Values
 
 FIXED = ("--set", "execution.threads=1", "--set", "tracking.enabled=false", "--iterations", "1", "--quiet")
-TABLES = {"rollout": Rollouts, "reference": ReferenceLogprobs, "reward": Rewards, "value": Values}
+TABLES = {"rollout": Rollouts, "reference": ReferenceLogprobs, "reward": Rewards, "value": Values,
+          "evaluate": Samples}
 
 
 def train(folder, store, *settings, code=0):
@@ -24,7 +30,8 @@ def train(folder, store, *settings, code=0):
 
 
 def tables(run):
-    artifacts = run.state(1).artifacts
+    """Of the first iteration; of evaluations that of state 0, whose weights are the same bytes."""
+    artifacts = run.state(1).artifacts | {"evaluate": run.state(0).artifacts["evaluate"]}
     return {stage: run.store.table(artifacts[stage], kind) for stage, kind in TABLES.items()}
 
 
@@ -66,7 +73,7 @@ def forget_the_iteration(store):
     """Leaves what comes before the first iteration."""
     shutil.rmtree(store / "runs" / "tiny")
     for stage in (*TABLES, "gae", "ppo"):
-        shutil.rmtree(store / "artifacts" / stage)
+        shutil.rmtree(store / "artifacts" / stage)  # the evaluation of state 0 too
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -141,6 +148,50 @@ def test_a_process_that_is_killed_costs_its_shard(prepared, tmp_path, monkeypatc
     assert attempts == [1, 1, 1]  # what was committed was found
 
 
+SLEEPER = '''
+import multiprocessing, os, pathlib, time
+
+
+def score(prompts, responses):
+    """Sleeps in the process of a shard, until the flag is gone."""
+    flag = pathlib.Path("{flag}")
+    while multiprocessing.parent_process() is not None and flag.exists():
+        flag.write_text(str(os.getpid()))
+        time.sleep(0.1)
+    return [float(len(response)) for response in responses]
+'''
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_run_that_ends_leaves_no_process(prepared, tmp_path, number, code):
+    """However it ends; and the same command goes on."""
+    folder, flag, store = shutil.copytree(prepared[0], tmp_path / "tiny"), tmp_path / "flag", tmp_path / "store"
+    (folder / "sleeper.py").write_text(SLEEPER.format(flag=flag))
+    settings = ("reward.components={length: {source: 'sleeper.py:score'}}", "execution.shards=2", "execution.workers=2",
+                "execution.runner=processes")
+    flag.touch()
+    command = [sys.executable, "-m", "flows.cli.main", "train", str(folder), "--store", str(store), *FIXED,
+               *(word for setting in settings for word in ("--set", setting))]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        until(lambda: flag.read_text(), process)
+        worker = psutil.Process(int(flag.read_text()))
+        process.send_signal(number)
+        assert process.wait(60) == code
+    psutil.wait_procs([worker], timeout=60)
+    assert not worker.is_running()
+    flag.unlink()
+    run = train(folder, store, *settings)
+    assert run.last().iteration == 1 and sorted(shards_in(store, "reward")) == [0, 1]
+
+
+def until(ready, process):
+    deadline = time.monotonic() + 240
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_rows_are_cut_evenly_and_groups_stay_together():
     shards = [Shard(index=i, of=3) for i in range(3)]
     assert [each.rows(10) for each in shards] == [slice(0, 3), slice(3, 6), slice(6, 10)]
@@ -150,6 +201,7 @@ def test_rows_are_cut_evenly_and_groups_stay_together():
 
 @pytest.mark.parametrize("setting, words", [
     ("execution.shards=99", "execution.shards=99: a batch has 8 prompts"),
+    ("execution.shards=7", "execution.shards=7: there are 6 held-out prompts to be evaluated; take at most as many"),
     ("execution.runner=ray", "execution.runner"),
     (["execution.runner=processes", "checkpoints.every=5"], "checkpoints.every=5 does not write them; set it to 1"),
 ])

@@ -38,6 +38,9 @@ def check(config: LanguageConfig, files: Files) -> Checked:
     Raises `ConfigError` naming the function, or file and row, that cannot be used.
     """
     data = data_tables(config, files)
+    if (held_out := len(data["heldout_prompts"])) < config.execution.shards:
+        raise ConfigError(f"execution.shards={config.execution.shards}: there are {held_out} held-out prompts to be "
+                          "evaluated; take at most as many")
     for role, source in config.functions.items():
         check_function(source, files[role], partial(_require_columns, _prompts_of(config, role, data)))
     _check_parts(config, data)

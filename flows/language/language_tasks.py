@@ -223,14 +223,21 @@ def ppo(work: Work[WarmModels]) -> StageOutput:
 
 def evaluate(work: Work[WarmModels]) -> StageOutput:
     sampling, rewards = work.settings(RolloutConfig, "rollout"), work.settings(RewardConfig, "reward")
-    config = work.settings(EvaluateConfig)
-    actor = work.warm.actor(work.model("actor"), _reading(work), _precision(work))
-    scorers = _scorers(work, rewards, "actor")
-    samples = evaluate_stage.evaluate(
-        ModelSampler(actor), work.warm.reference(work.model("reference_model"), _precision(work)),
-        [prompt_of(row) for row in work.rows("prompts")], scorers, _judges(work, config, rewards),
-        _baseline(work), sampling, rewards, bias=work.setting("bias"), seed=work.call.seed, config=config,
-        partner=_partner(work, sampling))
+    config, prompts = work.settings(EvaluateConfig), work.rows("prompts")
+    scorers: dict[str, Scorer] = {}
+
+    def part(rows: slice) -> tuple[Samples]:
+        if not scorers:
+            scorers.update(_scorers(work, rewards, "actor"))
+        actor = work.warm.actor(work.model("actor"), _reading(work), _precision(work))
+        reference = work.warm.reference(work.model("reference_model"), _precision(work))
+        return evaluate_stage.evaluate(
+            ModelSampler(actor), reference, [prompt_of(prompts[i]) for i in range(rows.start, rows.stop)], scorers,
+            _judges(work, config, rewards), _baseline(work), sampling, rewards, bias=work.setting("bias"),
+            seed=work.call.seed, config=config, partner=_partner(work, sampling), first_prompt=rows.start),
+
+    (samples,) = work.in_parts(len(prompts), part, (Samples,))
+    samples = evaluate_stage.sampled_first(samples)
     work.attempt.table(samples)
     work.warn(cut_texts(_cut(scorers), rewards, len(samples)))
     return StageOutput(evaluate_stage.metrics(samples, config), int(samples.response_length.sum()))

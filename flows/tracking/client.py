@@ -325,7 +325,7 @@ class _Retried:
 
     def _watch(self, iteration: int | None) -> None:
         """Until the last iteration is there."""
-        if iteration is not None and iteration >= self.run.config.iterations:
+        if self.run.finished_by(self.run.last() if iteration is None else self.run.state(iteration)):
             self.machine.end()
         else:
             self.machine.watch(self.client.run_id)

@@ -39,7 +39,9 @@ def report(run: Run, other: Run | None = None, found: Examination | None = None)
     samples, kept = _samples(run, states[0])
     curves = [asdict(chart) for chart in charts(runs, states)]
     data = {"runs": [each.name for each in runs], "charts": curves, "samples": samples, "kept": kept,
-            "kind": run.config.kind}
+            "kind": run.config.kind, "beside": None}
+    if other is not None and other.config.kind == run.config.kind:
+        data["beside"] = _samples(other, states[1])[0]
     facts = [_facts(each, some) for each, some in zip(runs, states, strict=True)]
     examinations = {each.name: found if found and each is run else examine(each, some)
                     for each, some in zip(runs, states, strict=True)}

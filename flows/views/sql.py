@@ -302,9 +302,11 @@ def _docs(view: str) -> dict[str, str]:
                "raw_advantage": "the mean over its tokens"}
         return keys | _docs("rollouts") | _docs("rewards") | own
     if view in RECORDS:
-        return keys | {"value": "a number", "config": "JSON", "bytes": "written", "seconds": "wall time",
+        return keys | {"value": "a number", "config": "JSON", "bytes": "bytes written", "seconds": "wall time, in seconds",
                        "tokens": "that its models processed", "created": "UTC", "kl_coef": "β of the next iteration",
-                       "parent": "run@iteration that it was forked from"}
+                       "parent": "run@iteration that it was forked from", "kind": "`language` or `control`",
+                       "iterations": "how many there are, after what was prepared", "stage": "that made or measured it",
+                       "metric": "its name, without the stage"}
     return keys | {f.name: f.metadata["doc"] for f in fields(ALL_VIEWS[view])}
 
 

@@ -89,10 +89,8 @@ function chart(one) {
 
 const kept = Object.keys(data.samples).map(Number).sort((a, b) => a - b);
 
-function show(iteration) {
-  const at = kept.reduce((best, each) => Math.abs(each - iteration) < Math.abs(best - iteration) ? each : best, kept[0]);
-  $("iteration").value = at;
-  const rows = data.samples[at] || [], columns = data.kind === "language"
+function tableOf(rows) {
+  const columns = data.kind === "language"
     ? [["prompt", "text"], ["response", "text"], ["score", "number"], ...(rows.some((r) => r.gold !== null) ? [["gold", "number"]] : []), ["kl", "number"]]
     : [["seed", "number"], ["episode_return", "number"], ["length", "number"], ["terminated", "text"]];
   const table = make("table", { className: data.kind === "language" ? "samples" : "" });
@@ -105,8 +103,20 @@ function show(iteration) {
     })));
   }
   const source = rows.length && rows[0].source ? `${rows[0].source === "rollout" ? "Of its rollout: it was not evaluated." : "Of held-out prompts."}` : "";
-  const other = at === iteration ? "" : ` Those of iteration ${iteration} are not on this page.`;
-  $("shown").replaceChildren(make("p", { className: "faint", textContent: source + other }), make("div", { className: "wide" }, table));
+  return make("div", {}, make("p", { className: "faint", textContent: source }), make("div", { className: "wide" }, table));
+}
+
+function show(iteration) {
+  const at = kept.reduce((best, each) => Math.abs(each - iteration) < Math.abs(best - iteration) ? each : best, kept[0]);
+  $("iteration").value = at;
+  const found = [tableOf(data.samples[at] || [])];
+  if (at !== iteration) found.unshift(make("p", { className: "faint", textContent: `Those of iteration ${iteration} are not on this page.` }));
+  if (data.beside) {
+    found.unshift(make("h3", { textContent: data.runs[0] }));
+    found.push(make("h3", { textContent: data.runs[1] }), data.beside[at] ? tableOf(data.beside[at])
+      : make("p", { className: "faint", textContent: `Of iteration ${at} this page has none.` }));
+  }
+  $("shown").replaceChildren(...found);
 }
 
 for (const at of kept) $("iteration").append(make("option", { value: at, textContent: at }));
