@@ -45,9 +45,10 @@ def follow(run: Run, console: Console) -> None:
             new = [run.state(iteration) for iteration in run.iterations() if iteration > there]
             states += new
             ended = run.finished_by(states[-1] if states else None)
+            before = holder
             if time.monotonic() - asked >= HOLDER_EVERY or (ended and new):
                 holder, asked = holder_now(run), time.monotonic()
-            if new or not states:
+            if new or not states or holder != before:
                 live.update(frame(run, states, holder, console.width, console.height), refresh=True)
             if ended and holder is None:
                 return

@@ -115,15 +115,13 @@ class Work(Generic[W]):
             shards = [self.call.shard] if self.call.shard else [call.shard for call in self.call.shards()]
             slices = [shard.rows(count, unit) for shard in shards]
             if any(rows.start == rows.stop for rows in slices):
-                raise ConfigError(f"execution.shards={self.call.execution.shards}: {self.call.stage} has {count} rows, "
-                                  f"{unit} of which stay together; take fewer" if unit > 1 else
-                                  f"execution.shards={self.call.execution.shards}: {self.call.stage} has {count} rows; take "
-                                  "at most as many")
+                raise ConfigError(f"execution.shards={self.call.execution.shards}: {self.call.stage} has {count // unit} "
+                                  "rows that can be parted; take at most as many")
             made = [part(rows) for rows in slices]
         if len(made) == 1:
             return list(made[0])
-        return [None if tables[0] is None else kind.joined(tables) for kind, tables in zip(kinds, zip(*made, strict=True),
-                                                                                           strict=True)]
+        return [None if some[0] is None else kind.joined(some)
+                for kind, some in zip(kinds, zip(*made, strict=True), strict=True)]
 
     def warn(self, lines: Iterable[str]) -> None:
         """Says them of this stage."""

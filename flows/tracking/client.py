@@ -79,8 +79,8 @@ class Client:
 
     def bring_to(self, state: TrainState, logged: Callable[[int], object] = lambda last: None,
                  newer: Callable[[], bool] = lambda: False) -> bool:
-        """Every point up to `state` that is not there yet, and the end of a finished run; then models and samples of what
-        was evaluated, one after the other until there is a `newer` state. Whether all is there.
+        """Every point up to `state` that is not there yet, and the end of a finished run with its report; then models and
+        samples of what was evaluated, one after the other until there is a `newer` state. Whether all is there.
 
         `logged` is called with the last iteration that is there, whenever some were logged.
         """
@@ -90,6 +90,7 @@ class Client:
             if finished:
                 ended = max(self.run.store.manifest(ref).created for ref in state.artifacts.values())
                 self.client.set_terminated(self.run_id, end_time=_milliseconds(ended))
+                self._log_report()
             while self.shown < state.iteration:
                 if newer():
                     return False
@@ -99,7 +100,6 @@ class Client:
                 self.models.register(state, "last")
                 if (best := best_of(self.run)) is not None:
                     self.models.register(self.run.state(best.iteration), "best")
-                self._log_report()
         return True
 
     def _log_points(self, state: TrainState, logged: Callable[[int], object]) -> None:
