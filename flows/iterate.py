@@ -15,7 +15,8 @@ from flows.opening import requested
 from flows.orchestration import page
 from flows.orchestration.tasks import StageTasks, untagged
 from flows.perform import perform
-from flows.runners import shards_of
+from flows.rank_processes import end_ranks
+from flows.runners.spread import spread_of
 from flows.runs.best import best_after
 from flows.runs.kind import Warm
 from flows.runs.retention import Retention
@@ -42,8 +43,8 @@ class Session:
     def __init__(self, run: Run, warm: Warm, mirror: Mirror, writer: Writer, resources: ExitStack) -> None:
         self.run, self.warm, self.mirror, self.writer = run, warm, mirror, writer
         execution = run.config.execution
-        shards = resources.enter_context(shards_of(run.store, execution, self._perform, writer.wait))
-        self.tasks = StageTasks(run.name, self._perform, execution.concurrent_stages, shards)
+        spread = resources.enter_context(spread_of(run.store, execution, writer.wait))
+        self.tasks = StageTasks(run.name, self._perform, execution.concurrent_stages, spread)
         self.chain, self.retention = chain_of(run), Retention(run)
         self.iterations = run.config.iterations
         self._logged = float("-inf")  # when an iteration last got a line
@@ -142,6 +143,7 @@ def session(name: str, config: Source | None, overrides: Overrides, store: str |
     with (untagged(), working_on(run.store, lease_key(name), f"run {name!r}"), closing(warm), Mirror(run) as mirror,
           Writer() as writer, ExitStack() as resources):
         require_there(run)
+        resources.callback(end_ranks)
         yield Session(run, warm, mirror, writer, resources)
 
 

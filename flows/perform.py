@@ -15,10 +15,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from flows.chains import kind_of
+from flows.rank_processes import beside, ranks_of, work_on
 from flows.runs.kind import Warm
 from flows.runs.produce import StageOutput, environment, produce
 from flows.runs.start import check_device
-from flows.runs.work import Work
 from flows.store.attempt import Attempt
 from flows.store.store import Store
 from flows.store.writer import Writer
@@ -26,7 +26,7 @@ from schemas.artifacts import ArtifactRef, ModelRef, Produced, StageCall, call_o
 from schemas.errors import ConfigError, NonFiniteError, ReplayError
 from schemas.records import first_finding
 from schemas.stages import STAGES
-from stages.ops.device import Device, keep_freed_memory, threads_kept
+from stages.ops.device import keep_freed_memory, threads_kept
 
 log = logging.getLogger("baton")
 OF_AN_ITERATION = ("learning_rate_factor", "train_actor", "kl_coef")  # settings of an update that its iteration decides
@@ -51,11 +51,15 @@ def perform(
     keep_freed_memory()
 
     def make(attempt: Attempt) -> StageOutput:
-        for model in call.inputs.values():
-            if isinstance(model, ModelRef) and not warm.holds(model):
+        ranks = beside(call.execution) if ranks_of(call) > 1 else None
+        if ranks is not None and writer is not None:
+            writer.wait()  # the others read what is committed
+        for model in (each for each in call.inputs.values() if isinstance(each, ModelRef)):
+            if not warm.holds(model) or (ranks is not None and ranks.fresh):
                 restore(store, model)
-        Device(call.execution.device).use_threads(call.execution.threads)
-        return kind_of(call.kind).task(call.stage)(Work(call, store, warm, attempt))
+        if ranks is None:
+            return work_on(call, store, warm, attempt)
+        return ranks.together(call, lambda: work_on(call, store, warm, attempt))
 
     try:
         produced = produce(store, call, make, again=again, restoring=restoring, writer=writer)

@@ -170,6 +170,9 @@ def _inconsistencies(c: ControlConfig):
     if c.execution.shards > 1:
         yield (f"execution.shards={c.execution.shards}: a control task steps its environments together; set it to 1, "
                "execution.environments=async steps each in a process of its own")
+    if c.execution.ranks > 1:
+        yield (f"execution.ranks={c.execution.ranks}: the networks of a control task are too small for it to pay; set it to "
+               "1")
     if c.batch_size % c.ppo.minibatches:
         yield f"{steps}: {c.batch_size} steps do not divide into ppo.minibatches={c.ppo.minibatches}; make it a multiple"
     if c.ppo.whiten_minibatches and c.batch_size == c.ppo.minibatches:

@@ -67,3 +67,14 @@ class PrefectError(BatonError):
 
 class EnvironmentFailure(BatonError):  # noqa: N818 - an EnvironmentError is Python's OSError
     """An environment raised, hung, or gave what is not a finite number."""
+
+
+def error_named(name: str, message: str) -> BatonError:
+    """An error that another process has raised, by the name of its class: one that the command line treats alike."""
+    kinds = {"DamageError": StoreError} | {kind.__name__: kind for kind in _kinds(BatonError) if kind is not DamageError}
+    return kinds.get(name, BatonError)(message)
+
+
+def _kinds(kind: type[BatonError]) -> list[type[BatonError]]:
+    """The class and all that derive from it."""
+    return [kind, *(below for each in kind.__subclasses__() for below in _kinds(each))]

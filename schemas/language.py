@@ -461,6 +461,10 @@ def _inconsistencies(c: LanguageConfig):
     if c.execution.shards > prompts:
         yield (f"execution.shards={c.execution.shards}: a batch has {prompts} prompts, whose responses stay together; take "
                "at most as many")
+    for section, settings in (("sft", c.sft), ("reward_model", c.reward_model)):
+        if settings is not None and settings.batch_size % c.execution.ranks:
+            yield (f"execution.ranks={c.execution.ranks}: {section}.batch_size={settings.batch_size} does not divide into "
+                   "as many; make it a multiple")
     new_model, kinds = c.base_model.source is None, {part.kind for part in c.reward.components.values()}
     changed = [name for name, value in c.base_model if value != BaseModelConfig.model_fields[name].default]
     if not new_model and (extra := set(changed) - {"source", "chat_template", "special_tokens_in_text", "precision"}):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from schemas.addresses import Address
-from schemas.stages import Kind
+from schemas.stages import STAGES, Kind
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
@@ -224,11 +224,26 @@ class ExecutionConfig(Settings):
     shards: PositiveInt = 1
     """Parts that the rows of `rollout`, `reference`, `reward`, `value` and `evaluate` are cut into. Each is an artifact of
     its own, made again alone if it is lost. What is sampled does not depend on it; the last bits of what is computed do."""
-    runner: Literal["inline", "processes"] = "inline"
-    """What makes the shards: this process, one after the other; or `workers` processes of this machine, side by side, each
-    with `threads` threads and models of its own."""
+    runner: Literal["inline", "processes", "ray", "prefect"] = "inline"
+    """What makes the shards: this process, one after the other; `workers` processes of this machine; as many actors of a Ray
+    cluster (extra `ray`); or the workers of a Prefect work pool. All but the first work side by side, each with `threads`
+    threads and models of its own."""
     workers: PositiveInt = 2
-    """How many processes."""
+    """How many processes, or actors."""
+    ray_address: str | None = None
+    """HOST:PORT of a Ray cluster, as `ray start --head` prints it; null: one of this machine, for as long as the command
+    takes."""
+    work_pool: str = "baton"
+    """The work pool of `runner: prefect`."""
+    placement: dict[str, str] = Field(default_factory=dict)
+    """Stage → the Prefect work pool that makes it, or its shards, instead of this process: {rollout: gpu, ppo: gpu}."""
+    worker_timeout: PositiveFloat | None = 3600.0
+    """Seconds that a call waits for a worker of its work pool, before the run ends; null: for ever. Every half minute a line
+    says what it waits for."""
+    ranks: PositiveInt = 1
+    """Processes that make `ppo`, `sft` and `reward_model` together, on the CPU with `threads` threads each, or on a GPU
+    each: the micro-batches of a minibatch are dealt to them, and gradients are summed. Each has the models and their
+    optimizers in memory. Numbers are those of one process, but for last bits."""
     warm_models: PositiveInt = 5
     """Models kept in memory between stages; 1 on a machine that holds only one (the update itself needs two)."""
     function_patience: PositiveFloat = 30.0
@@ -349,9 +364,12 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
-        if self.execution.runner != "inline" and self.checkpoints.every > 1:
-            raise ValueError(f"execution.runner={self.execution.runner}: other processes read each iteration's weights from "
-                             f"the store, and checkpoints.every={self.checkpoints.every} does not write them; set it to 1")
+        spread = f"runner={self.execution.runner}" if self.execution.runner != "inline" else "placement"
+        if (spread != "placement" or self.execution.placement) and self.checkpoints.every > 1:
+            raise ValueError(f"execution.{spread}: other processes read each iteration's weights from the store, and "
+                             f"checkpoints.every={self.checkpoints.every} does not write them; set it to 1")
+        if unknown := sorted(set(self.execution.placement) - set(STAGES[self.kind])):
+            raise ValueError(f"execution.placement: no stage {', '.join(unknown)}; there are {', '.join(STAGES[self.kind])}")
         return self
 
     def decides(self) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class Stage:
     """Metrics of the line that announces it before the first iteration."""
     sharded: bool = False
     """Whether its rows do not need each other, so that they can be made apart."""
+    ranked: bool = False
+    """Whether several processes can make it together, each a part of every minibatch."""
 
 
 def _by_name(*stages: Stage) -> dict[str, Stage]:
@@ -73,8 +75,8 @@ GAE_VERSION = 3
 STAGES: dict[Kind, dict[str, Stage]] = {
     "language": _by_name(
         Stage("language", "base_model", 1, BaseModelMetrics, headline=("parameters",)),
-        Stage("language", "sft", 2, SFTMetrics, headline=("loss",)),
-        Stage("language", "reward_model", 2, RewardModelMetrics, headline=("heldout_accuracy",)),
+        Stage("language", "sft", 2, SFTMetrics, headline=("loss",), ranked=True),
+        Stage("language", "reward_model", 2, RewardModelMetrics, headline=("heldout_accuracy",), ranked=True),
         Stage("language", "reward_bias", 2, RewardBiasMetrics, Rewards, headline=("bias",)),
         Stage("language", "rollout", 2, RolloutMetrics, Rollouts, sharded=True),
         Stage("language", "reference", 2, ReferenceMetrics, ReferenceLogprobs, sharded=True),
@@ -83,7 +85,7 @@ STAGES: dict[Kind, dict[str, Stage]] = {
               (Rewards, TokenRewards, ScoredTexts, DroppedResponses)),
         Stage("language", "value", 2, ValueMetrics, Values, sharded=True),
         Stage("language", "gae", GAE_VERSION, GAEMetrics, Advantages),
-        Stage("language", "ppo", 4, PPOMetrics),
+        Stage("language", "ppo", 4, PPOMetrics, ranked=True),
         Stage("language", "evaluate", 3, EvaluateMetrics, Samples, headline=("gold", "score"), sharded=True),
     ),
     "control": _by_name(

@@ -5,7 +5,8 @@ A token's loss is  w·max(−ratio·A, −clip(ratio)·A) + c_V·½·max(…)² 
 By default w = 1, c_V = 1, c_H = 0 and β = 0 (the KL is in the reward), and a minibatch's loss is the mean over its tokens.
 Added to it is c_ptx times the language-modelling loss of some texts (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155,
 equation 2). What a token is, and what minibatches are drawn from, responses or single steps, is the learner's to say.
-A minibatch may be cut into micro-batches whose gradients add up. Dropout is off.
+A minibatch may be cut into micro-batches whose gradients add up, in this process or over several (stages/ops/ranks.py).
+Dropout is off.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from schemas.errors import NonFiniteError
 from schemas.metrics import PPOMetrics
 from schemas.settings import PPOConfig
 from schemas.tables import Advantages, Ragged, ReferenceLogprobs, Rollouts, Trajectories, Values, require_aligned
+from stages.ops import ranks
 from stages.ops.advantages import whiten
 from stages.ops.device import bound_to_cores
 from stages.ops.finite import require_finite
@@ -101,11 +103,12 @@ def _old_logprobs(
         return rollouts.logprobs, None
     flat = np.zeros_like(rollouts.logprobs.values)
     with torch.inference_mode():
-        for batch in units.micro_batches(np.arange(len(units.lengths))):
-            flat[batch.token_index] = learner.predict(batch, critic=False).logprobs.cpu().numpy()
-    old = rollouts.logprobs.with_values(flat)
+        for place, batch in enumerate(units.micro_batches(np.arange(len(units.lengths)))):
+            if ranks.is_mine(place):
+                flat[batch.token_index] = learner.predict(batch, critic=False).logprobs.cpu().numpy()
+    old = rollouts.logprobs.with_values(ranks.summed(flat, learner.device))
     require_finite("the recomputed logprob", old, rollouts.row_id)
-    moved = np.clip(flat - rollouts.logprobs.values, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    moved = np.clip(old.values - rollouts.logprobs.values, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return old, old.with_values(np.exp(moved))
 
 
@@ -137,29 +140,31 @@ class _Update:
 
     def step(self, minibatch: np.ndarray, mixed: np.ndarray | None, tally: Tally, epoch: int, hint: str) -> None:
         """On those units, and on those texts; `hint`: for the message where a number is not finite."""
-        batches = self.units.micro_batches(minibatch)
+        batches, heard = self.units.micro_batches(minibatch), []
         index = np.concatenate([batch.token_index for batch in batches]) if len(batches) > 1 else batches[0].token_index
         column = self.columns.of(index)
         if self.config.whiten_minibatches:
             column["advantages"] = whiten(column["advantages"])
-        begin = 0
-        for batch in batches:
-            end = begin + len(batch.token_index)
+        end = 0
+        for place, batch in enumerate(batches):
+            begin, end = end, end + len(batch.token_index)
+            if not ranks.is_mine(place):
+                continue
             part = {name: values[begin:end] for name, values in column.items()} if len(batches) > 1 else column
             prediction = self.learner.predict(
                 batch, policy=self.train_actor, entropy="gradient" if self.config.entropy_coef else "value")
             loss, measured = self._loss(prediction, part)
             tally.add(**measured)
             if prediction.logprobs is not None:
-                say_ratios(epoch, batch.token_index, measured["log_ratio"], measured["clip_fraction_loss"])
+                heard.append((batch.token_index, measured["log_ratio"], measured["clip_fraction_loss"]))
             mean = loss.sum() / len(index)
             if "per_response" in part:
                 mean = (loss * part["per_response"]).sum() / len(minibatch)
             _require_finite_loss(mean, loss, self.rollouts, batch, hint)
             mean.backward()
-            begin = end
         if mixed is not None:
             self._mix_in(mixed, tally)
+        say_ratios(epoch, heard)
         norms = self.learner.step(self.learning_rate_factor)
         for network, norm in norms.items():
             if not math.isfinite(norm):
@@ -202,7 +207,9 @@ class _Update:
     def _mix_in(self, mixed: np.ndarray, tally: Tally) -> None:
         """The gradient of c_ptx·mean(−log π) over the texts' tokens."""
         total = int(self.texts.lengths[mixed].sum())
-        for batch in self.texts.micro_batches(mixed):
+        for place, batch in enumerate(self.texts.micro_batches(mixed)):
+            if not ranks.is_mine(place):
+                continue
             loss = -self.learner.log_likelihood(batch)
             tally.add(ptx_loss=loss)
             (self.config.ptx_coef * loss.sum() / total).backward()

@@ -31,12 +31,12 @@ def reward_model(
     from trl import RewardConfig as TRLConfig
     from trl import RewardTrainer
 
-    from stages.ops.trainer import common_arguments, run  # datasets: not in every process that imports stages
+    from stages.ops.trainer import accelerated, common_arguments, run  # datasets: not in every process that imports stages
 
     chosen, rejected = (_tokens(start, pairs, which) for which in ("chosen", "rejected"))
     rows = [{"chosen_ids": one, "rejected_ids": other} for one, other in zip(chosen, rejected, strict=True)]
     scores_at_last_token(start.module)
-    with seeded(seed) as seed32, tempfile.TemporaryDirectory() as folder:
+    with seeded(seed) as seed32, accelerated(), tempfile.TemporaryDirectory() as folder:
         arguments = common_arguments(config, seed32, len(rows), start.device.torch.type)
         trainer = RewardTrainer(
             model=start.module, train_dataset=Dataset.from_list(rows), processing_class=start.tokenizer,

@@ -27,13 +27,13 @@ def sft(
     from trl import SFTConfig as TRLConfig
     from trl import SFTTrainer
 
-    from stages.ops.trainer import common_arguments, run  # datasets: not in every process that imports stages
+    from stages.ops.trainer import accelerated, common_arguments, run  # datasets: not in every process that imports stages
 
     wholes, cuts = completed(base.tokenizer, [prompt_of(row) for row in demonstrations],
                              [row["completion"] for row in demonstrations], base.chat_template)
     rows = Dataset.from_list([{"input_ids": whole.tolist(), "completion_mask": [0] * cut + [1] * (len(whole) - cut)}
                               for whole, cut in zip(wholes, cuts, strict=True)])
-    with seeded(seed) as seed32, tempfile.TemporaryDirectory() as folder:
+    with seeded(seed) as seed32, accelerated(), tempfile.TemporaryDirectory() as folder:
         arguments = common_arguments(config, seed32, len(rows), base.device.torch.type)
         trainer = SFTTrainer(
             model=base.module, train_dataset=rows, processing_class=base.tokenizer,

@@ -1,6 +1,7 @@
 """Stages in shards: the same samples whatever their number, and one that is lost is made again alone."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -110,35 +111,64 @@ def test_a_stage_in_shards_is_made_again_to_the_same_bytes(in_shards, capsys):
         assert "reproduced" in capsys.readouterr().out
 
 
-def test_processes_give_the_bytes_of_one_process(in_shards, prepared, tmp_path):
+@pytest.fixture
+def begun(prepared, tmp_path):
+    """A store in which the first iteration is to be made."""
     store = tmp_path / "store"
     shutil.copytree(prepared[1], store)
     forget_the_iteration(store)
-    run = train(prepared[0], store, "execution.shards=4", "execution.runner=processes", "execution.workers=2")
+    return store
+
+
+@pytest.mark.parametrize("runner", ["processes", "ray"])
+def test_workers_give_the_bytes_of_one_process(in_shards, prepared, begun, runner, capsys):
+    run = train(prepared[0], begun, "execution.shards=4", f"execution.runner={runner}", "execution.workers=2")
     assert digests(run) == digests(in_shards[4])
+    capsys.readouterr()
+    assert run_command(["show", "tiny", "--store", str(begun), "--json"]) == 0
+    shards = {row["stage"]: row for row in json.loads(capsys.readouterr().out)["shards"]}
+    assert set(shards) == set(TABLES) and {row["shards"] for row in shards.values()} == {4}
+    seconds = [json.loads(file.read_text())["seconds"] for _, file in sorted(shards_in(begun, "rollout").items())]
+    row = shards["rollout"]
+    assert row["slowest_seconds"] == max(seconds) and seconds[row["slowest"] - 1] == max(seconds)
+    assert row["idle"] == pytest.approx(1 - np.mean(seconds) / max(seconds))
+
+
+@pytest.fixture
+def cluster():
+    """A Ray cluster of two machines, each with room for one worker, as far as one machine can be two: its address."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20})
+    cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    yield cluster
+    cluster.shutdown()
 
 
 KILLER = '''
-import multiprocessing, os, pathlib, signal
+import os, pathlib, signal, sys
 
 
 def score(prompts, responses):
     """Kills the process of a shard the first time that one asks."""
     flag = pathlib.Path("{flag}")
-    if multiprocessing.parent_process() is not None and not flag.exists():
+    if os.getpid() != {driver} and not flag.exists():
         flag.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return [float(len(response)) for response in responses]
 '''
 
 
-def test_a_process_that_is_killed_costs_its_shard(prepared, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("runner", ["processes", "ray"])
+def test_a_process_that_is_killed_costs_its_shard(prepared, tmp_path, monkeypatch, runner, request):
     """The others are not made again, and the result is that of a run in which none was killed."""
     monkeypatch.setattr("flows.orchestration.tasks.RETRY_DELAYS", (0, 0, 0))
     folder, results = shutil.copytree(prepared[0], tmp_path / "tiny"), []
-    (folder / "killer.py").write_text(KILLER.format(flag=tmp_path / "flag"))
-    settings = ("reward.components={length: {source: 'killer.py:score'}}", "execution.shards=3", "execution.workers=1",
-                "execution.runner=processes")
+    (folder / "killer.py").write_text(KILLER.format(flag=tmp_path / "flag", driver=os.getpid()))
+    settings = ["reward.components={length: {source: 'killer.py:score'}}", "execution.shards=3",
+                f"execution.runner={runner}"]
+    settings += ["execution.workers=1"] if runner == "processes" else [
+        f"execution.ray_address={request.getfixturevalue('cluster').address}"]
     for name in ("killed", "whole"):
         results.append(train(folder, tmp_path / name, *settings))
     assert digests(results[0]) == digests(results[1]) and (tmp_path / "flag").exists()
@@ -146,6 +176,23 @@ def test_a_process_that_is_killed_costs_its_shard(prepared, tmp_path, monkeypatc
     attempts = [len(list(file.parent.glob("attempts/*"))) for _, file in sorted(
         shards_in(tmp_path / "killed", "rollout").items())]
     assert attempts == [1, 1, 1]  # what was committed was found
+
+
+@pytest.mark.parametrize("address, words", [
+    ("127.0.0.1:9", "execution.ray_address=127.0.0.1:9: no Ray cluster answers there (["),
+    ("127.0.0.1:99999", "execution.ray_address=127.0.0.1:99999: no Ray cluster answers there ("),
+    ("nowhere", "execution.ray_address='nowhere': expected HOST:PORT, as ray start --head prints it"),
+])
+def test_a_cluster_that_is_not_there(prepared, begun, capsys, address, words):
+    train(prepared[0], begun, "execution.shards=2", "execution.runner=ray", f"execution.ray_address={address}", code=2)
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_ray_is_not_installed(prepared, begun, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    train(prepared[0], begun, "execution.shards=2", "execution.runner=ray", code=2)
+    assert "execution.runner=ray: ray is not installed; pip install 'baton[ray]' here and on all" in capsys.readouterr().err
 
 
 SLEEPER = '''
@@ -202,8 +249,10 @@ def test_rows_are_cut_evenly_and_groups_stay_together():
 @pytest.mark.parametrize("setting, words", [
     ("execution.shards=99", "execution.shards=99: a batch has 8 prompts"),
     ("execution.shards=7", "execution.shards=7: there are 6 held-out prompts to be evaluated; take at most as many"),
-    ("execution.runner=ray", "execution.runner"),
+    ("execution.runner=slurm", "execution.runner: should be 'inline', 'processes', 'ray' or 'prefect', found"),
     (["execution.runner=processes", "checkpoints.every=5"], "checkpoints.every=5 does not write them; set it to 1"),
+    (["execution.placement={ppo: gpu}", "checkpoints.every=5"], "execution.placement: other processes read each"),
+    ("execution.placement={gea: gpu}", "execution.placement: no stage gea; there are base_model, sft, "),
 ])
 def test_what_cannot_be_sharded(trained, tmp_path, capsys, setting, words):
     train(trained[0], tmp_path / "store", *([setting] if isinstance(setting, str) else setting), code=2)

@@ -144,6 +144,17 @@ def time_of(state: TrainState, rows: list[dict[str, Any]]) -> Grid:
     return grid
 
 
+def spread(rows: list[dict[str, Any]]) -> Grid:
+    """How long the shards of an iteration's stages took."""
+    grid = Grid(title="shards", title_justify="left")
+    for name in ("stage", "shards", "mean, seconds", "slowest, seconds", "which", "idle, one each", "joined in, seconds"):
+        grid.add_column(name, justify="left" if name == "stage" else "right")
+    for row in rows:
+        grid.add_row(row["stage"], str(row["shards"]), f"{row['mean_seconds']:.2f}", f"{row['slowest_seconds']:.2f}",
+                     str(row["slowest"]), f"{row['idle']:.0%}", f"{row['joined_seconds']:.2f}")
+    return grid
+
+
 def metrics(state: TrainState) -> Grid:
     """Every metric of an iteration."""
     grid = Grid()

@@ -1,1 +1,1 @@
-"""All that knows Prefect, beside the three flows: tasks, its page, automations, the work pool."""
+"""All that knows Prefect, beside the four flows: tasks, its page, automations, work pools."""

@@ -29,7 +29,7 @@ WORKER = ("prefect", "worker", "start", "--pool", POOL, "--limit", "2")  # a que
 PATIENCE = 180  # seconds for a server to come up
 PATIENCE_AT_END = 20  # seconds for a process to end by itself
 WHAT_NOW = """
-Prefect  http://127.0.0.1:{port}   deployments train, iterate, stage on the work pool {pool}
+Prefect  http://127.0.0.1:{port}   deployments train, iterate, stage, perform on the work pool {pool}
 MLflow   {mlflow}
 store    {store}
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -17,7 +18,7 @@ from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.context import TagsContext
-from prefect.futures import wait
+from prefect.futures import PrefectFuture, wait
 from prefect.states import Completed, State
 from prefect.utilities.annotations import quote
 
@@ -25,24 +26,21 @@ from flows.orchestration import page
 from flows.store.writer import RETRY_DELAYS
 from schemas.artifacts import Produced, StageCall
 from schemas.errors import StoppedError, TransientError
-from stages.ops.progress import interrupted_by
+from stages.ops.progress import interrupted_by, progress_bar
 
 log = logging.getLogger("baton")
 page.configure_events()  # now: Prefect begins to tell its server before it calls a flow
 PATIENCE = 30.0  # seconds that a signal waits for stages in threads of their own
 
 
-class Shards(Protocol):
-    """What cuts the calls of a run into shards, and makes these; see `flows/runners.py`."""
+class Spread(Protocol):
+    """What of a run is made in parts, and where; see `flows/runners/spread.py`."""
 
-    at_once: int
-    """How many side by side."""
-
-    def of(self, call: StageCall) -> tuple[StageCall, ...]:
+    def shards(self, call: StageCall) -> tuple[StageCall, ...]:
         """The calls of its shards; none where it is not cut."""
 
-    def perform(self, call: StageCall) -> Produced:
-        """Makes a shard."""
+    def elsewhere(self, call: StageCall) -> Callable[[StageCall], Produced] | None:
+        """What performs it outside of this process; none: this process does."""
 
 
 @dataclass(frozen=True)
@@ -52,49 +50,69 @@ class StageTasks:
     run: str
     perform: Callable[[StageCall], Produced]
     at_once: int
-    """How many of the calls that do not need each other run side by side."""
-    shards: Shards | None = None
+    """How many of the calls that do not need each other this process performs side by side."""
+    spread: Spread | None = None
 
     def __call__(self, *calls: StageCall) -> dict[str, Produced]:
-        if self.shards is not None:
+        if self.spread is not None:
             calls = self._joining(calls)
-        made = self._all(calls, self.perform, self.at_once)
-        return {call.stage: produced for call, produced in zip(calls, made, strict=True)}
+        return {call.stage: produced for call, produced in zip(calls, self._all(calls), strict=True)}
 
     def _joining(self, calls: tuple[StageCall, ...]) -> tuple[StageCall, ...]:
         """The calls, those that are cut with their shards, which are made."""
-        cut = [self.shards.of(call) for call in calls]
-        made = iter(self._all(tuple(part for parts in cut for part in parts), self.shards.perform, self.shards.at_once))
+        cut = [self.spread.shards(call) for call in calls]
+        made = iter(self._all(tuple(part for parts in cut for part in parts)))
         return tuple(call.model_copy(update={"parts": tuple(next(made).ref for _ in parts)})
                      for call, parts in zip(calls, cut, strict=True))
 
-    def _all(self, calls: tuple[StageCall, ...], perform: Callable[[StageCall], Produced], at_once: int) -> list[Produced]:
-        return [produced for start in range(0, len(calls), at_once)
-                for produced in self._side_by_side(calls[start : start + at_once], perform)]
-
-    def _side_by_side(self, calls: tuple[StageCall, ...], perform: Callable[[StageCall], Produced]) -> list[Produced]:
-        if len(calls) == 1:
-            made = _task(calls[0].stage)(self.run, calls[0].iteration, _part(calls[0]), quote(calls[0]), quote(perform))
-            return [made.result() if isinstance(made, State) else made]
-        together = Together(perform)
+    def _all(self, calls: tuple[StageCall, ...]) -> list[Produced]:
+        """What came of each: those for elsewhere side by side, and beside them `at_once` here."""
+        begun, here, made = Together(), [], {}
         try:
-            futures = [_task(call.stage).submit(self.run, call.iteration, _part(call), quote(call), quote(together))
-                       for call in calls]
-            wait(futures)  # all of them, so that none still writes when another's error ends the flow
-        except BaseException:  # a signal
-            together.end()
+            for place, call in enumerate(calls):
+                perform = self.spread and self.spread.elsewhere(call)
+                if perform is None or len(calls) == 1:
+                    here.append((place, call, perform or self.perform))
+                else:
+                    made[place] = self._begun(call, begun.of(perform))
+            elsewhere = list(made.values())
+            with _bar_of(elsewhere, begun):
+                for start in range(0, len(here), self.at_once):
+                    made |= self._here(here[start : start + self.at_once], begun)
+                wait(elsewhere)  # all of them, so that none still writes when another's error ends the flow
+        except BaseException:  # a signal, or an error of one that is made here
+            begun.end()
             raise
-        return [future.result() for future in futures]
+        return [each.result() if isinstance(each := made[place], PrefectFuture | State) else each
+                for place in range(len(calls))]
+
+    def _here(
+        self, calls: list[tuple[int, StageCall, Callable[[StageCall], Produced]]], begun: Together
+    ) -> dict[int, Produced | State | PrefectFuture]:
+        """Place → what came of the call: one in this thread, several in threads of their own."""
+        if len(calls) == 1:
+            ((place, call, perform),) = calls
+            return {place: _task(call.stage)(self.run, call.iteration, _part(call), quote(call), quote(perform))}
+        futures = {place: self._begun(call, begun.of(perform)) for place, call, perform in calls}
+        wait(list(futures.values()))
+        return futures
+
+    def _begun(self, call: StageCall, perform: Callable[[StageCall], Produced]) -> PrefectFuture:
+        return _task(call.stage).submit(self.run, call.iteration, _part(call), quote(call), quote(perform))
 
 
 class Together:
     """Performs calls in threads, which no signal reaches, and can end them all."""
 
-    def __init__(self, perform: Callable[[StageCall], Produced]) -> None:
-        self.perform, self.at_work = perform, 0
+    def __init__(self) -> None:
+        self.at_work = 0
         self.stop, self.changed = threading.Event(), threading.Condition()
 
-    def __call__(self, call: StageCall) -> Produced:
+    def of(self, perform: Callable[[StageCall], Produced]) -> Callable[[StageCall], Produced]:
+        """The same, which can be ended."""
+        return lambda call: self._performed(perform, call)
+
+    def _performed(self, perform: Callable[[StageCall], Produced], call: StageCall) -> Produced:
         """Raises `StoppedError` at the next step of a progress bar once they are ended, and leaves nothing of the stage."""
         with self.changed:
             if self.stop.is_set():
@@ -102,7 +120,7 @@ class Together:
             self.at_work += 1
         try:
             with interrupted_by(self.stop):
-                return self.perform(call)
+                return perform(call)
         finally:
             with self.changed:
                 self.at_work -= 1
@@ -115,6 +133,18 @@ class Together:
             if not self.changed.wait_for(lambda: not self.at_work, PATIENCE):
                 log.warning("%d stages have not ended after %.0f s; a reward function or server may keep them", self.at_work,
                             PATIENCE)
+
+
+@contextmanager
+def _bar_of(futures: list[PrefectFuture], begun: Together) -> Iterator[None]:
+    """Inside it a bar shows how many of what is made elsewhere are done."""
+    if not futures:
+        yield
+        return
+    with progress_bar(total=len(futures), desc="elsewhere") as bar:
+        for future in futures:
+            future.add_done_callback(lambda _: begun.stop.is_set() or bar.update())
+        yield
 
 
 def _part(call: StageCall) -> str:

@@ -197,12 +197,16 @@ def _overrides(config: RunConfig, overrides: Overrides) -> Overrides:
 
 def check_device(execution: ExecutionConfig) -> None:
     """Raises `ConfigError` if torch does not have the device here."""
-    if execution.device in ("cpu", "auto"):
+    if execution.device == "cpu" or (execution.device == "auto" and execution.ranks == 1):
         return
     from stages.ops.device import Device
 
-    if not Device(execution.device).available:
+    device = Device(execution.device)
+    if not device.available:
         raise ConfigError(f"execution.device: torch finds no {execution.device} here; set execution.device=cpu")
+    if execution.ranks > device.count:
+        raise ConfigError(f"execution.ranks={execution.ranks}: torch finds {device.count} GPUs here, one for each rank; "
+                          "set it to at most as many, or execution.device=cpu")
 
 
 def _require_writable(store: Store) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from flows.runs.run import Run
-from schemas.artifacts import ArtifactRef, TrainState
+from schemas.artifacts import ArtifactRef, TrainState, call_of
+from schemas.stages import STAGES
 
 LINES = 40  # iterations shown
 
@@ -43,6 +44,26 @@ def time_spent(run: Run, state: TrainState) -> list[dict[str, Any]]:
     between = total - sum(row["seconds"] for row in rows)
     return [*rows, {"stage": "between stages", "seconds": between, "fraction": between / total, "tokens_per_second": None,
                     "bytes": None, "artifact": None}]
+
+
+def spread(run: Run, state: TrainState) -> list[dict[str, Any]]:
+    """Of each stage of an iteration that was cut into shards: how long these took.
+
+    `idle`: of workers that had a shard each, the part of their time in which they would have waited for the slowest one.
+    """
+    rows = []
+    for stage, ref in state.artifacts.items():
+        manifest = run.store.find(ref)
+        cut = STAGES[run.config.kind][stage].sharded and manifest is not None
+        if not cut or manifest.environment.execution.get("shards", 1) == 1:
+            continue
+        shards = [run.store.find(call.recipe.ref) for call in call_of(manifest, run.store.absolute).shards()]
+        if None not in shards:
+            seconds = [shard.seconds for shard in shards]
+            rows.append({"stage": stage, "shards": len(seconds), "mean_seconds": sum(seconds) / len(seconds),
+                         "slowest_seconds": max(seconds), "slowest": 1 + seconds.index(max(seconds)),
+                         "idle": 1 - sum(seconds) / (len(seconds) * max(seconds)), "joined_seconds": manifest.seconds})
+    return rows
 
 
 def worth_showing(run: Run, iterations: list[int]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -35,6 +36,11 @@ class Device:
     def available(self) -> bool:
         """Whether torch finds it here."""
         return self.name == "cpu" or torch.cuda.is_available()
+
+    @property
+    def count(self) -> int:
+        """How many ranks there can be: one a GPU; on the CPU as many as one likes."""
+        return sys.maxsize if self.name == "cpu" else torch.cuda.device_count()
 
     @property
     def description(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from schemas.settings import PPOConfig
 from schemas.tables import Rollouts
+from stages.ops import ranks
 from stages.ops.distribution import Distribution
 from stages.ops.language_model import LanguageModel, batches, state_values
 from stages.ops.learner import Entropy, Prediction
@@ -35,7 +36,11 @@ class Responses:
         return self.rows.response_tokens.row_of_value
 
     def micro_batches(self, which: np.ndarray) -> list[Batch]:
-        return batches(self.rows, which, self.model)
+        found, budget = batches(self.rows, which, self.model), self.model.micro_batch_tokens
+        while len(found) < min(ranks.size(), len(which)) and budget > 1:  # each rank is to have some
+            budget //= 2
+            found = batches(self.rows, which, replace(self.model, micro_batch_tokens=budget))
+        return found
 
 
 class LanguageModelLearner:
@@ -80,6 +85,7 @@ class LanguageModelLearner:
     def step(self, learning_rate_factor: float) -> dict[str, float]:
         norms = {}
         for name, optimizer in self.optimizers.items():
+            ranks.sum_gradients(p for group in optimizer.param_groups for p in group["params"])
             if not has_gradients(optimizer):
                 continue
             norms[name] = clip_gradients(optimizer, self.config.max_grad_norm)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from schemas.metrics import PPOMetrics
+from stages.ops import ranks
 from stages.ops.kl import kl_estimate
 
 
@@ -34,13 +35,12 @@ class Tally:
 
     def approx_kl(self) -> float:
         """Of the last step's minibatch, before the step, nats a token; 0 where the policy was not run."""
-        last = self._columns["log_ratio"][self._ends[-2] :]
-        return _mean(kl_estimate(torch.cat(last), "k3")) if last else 0.0
+        last = ranks.joined_columns({"log_ratio": self._columns["log_ratio"][self._ends[-2] :]})
+        return _mean(kl_estimate(last["log_ratio"], "k3")) if last else 0.0
 
     def metrics(self, learning_rate_factor: float, importance: dict[str, float]) -> PPOMetrics:
         """`importance`: what was measured of the importance weights before the first step."""
-        columns = {name: torch.cat(parts) for name, parts in self._columns.items() if parts}
-        policy = {}
+        columns, policy = ranks.joined_columns(self._columns), {}
         if "log_ratio" in columns:
             policy = _of_ratio(columns.pop("log_ratio")) | {"approx_kl_final": self.approx_kl()}
         return PPOMetrics(

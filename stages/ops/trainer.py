@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from schemas.errors import NonFiniteError
 from schemas.language import RewardModelConfig, SFTConfig
+from stages.ops import ranks
 from stages.ops.device import bound_to_cores
 from stages.ops.progress import progress_bar
+
+
+@contextmanager
+def accelerated() -> Iterator[None]:
+    """Inside it accelerate, on which the trainers run, shares a batch among the ranks; it reads what they are from the
+    environment, once in a process. A last batch of an epoch that is not full is then filled up from its beginning."""
+    if ranks.size() == 1:
+        yield
+        return
+    mine = {"RANK": ranks.rank(), "LOCAL_RANK": ranks.rank(), "WORLD_SIZE": ranks.size(), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": 0, "OMP_NUM_THREADS": torch.get_num_threads()}  # it would set the threads too
+    before = {name: os.environ.get(name) for name in mine}
+    _forget_ranks()
+    os.environ.update({name: str(value) for name, value in mine.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        _forget_ranks()
+
+
+def _forget_ranks() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def common_arguments(config: SFTConfig | RewardModelConfig, seed: int, rows: int, device: str) -> dict[str, Any]:
     """Arguments of both trainers: float32, no checkpoints, no reports, every step logged."""
     steps = max(1, round(config.epochs * rows / config.batch_size))
     return dict(
-        max_steps=steps, per_device_train_batch_size=config.batch_size, learning_rate=config.learning_rate,
+        max_steps=steps, per_device_train_batch_size=config.batch_size // ranks.size(), learning_rate=config.learning_rate,
         lr_scheduler_type="linear", warmup_steps=round(config.warmup_ratio * steps), seed=seed, data_seed=seed,
         bf16=False, fp16=False, gradient_checkpointing=False, use_cpu=device == "cpu", dataloader_num_workers=0,
         dataloader_pin_memory=device != "cpu", save_strategy="no", eval_strategy="no", report_to=[], logging_steps=1,
-        logging_nan_inf_filter=False, disable_tqdm=True, max_length=None,
+        logging_nan_inf_filter=False, log_level_replica="passive", disable_tqdm=True, max_length=None,
     )
 
 

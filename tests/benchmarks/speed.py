@@ -18,6 +18,7 @@ from pathlib import Path
 import control_speed
 import language_speed
 import stage_speed
+import view_speed
 from flat import flat_row
 from overhead import overhead
 from rows import Row
@@ -31,7 +32,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("names", nargs="*", metavar="NAME", help="rows; all if none is named, but for \"overhead\"")
     options = parser.parse_args()
-    rows = {row.name: row for module in (language_speed, stage_speed, control_speed) for row in module.rows(options.rounds)}
+    modules = (language_speed, stage_speed, control_speed, view_speed)
+    rows = {row.name: row for module in modules for row in module.rows(options.rounds)}
     rows["flat"] = flat_row()
     if unknown := set(options.names) - {*rows, "overhead"}:
         parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(rows)}, overhead")
