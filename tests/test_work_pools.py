@@ -47,8 +47,8 @@ def finished(pool: Pool, example, *settings: str, store, **environment: str) -> 
     """Exit code of a training, and what it prints."""
     more = [word for setting in settings for word in ("--set", setting)]
     command = [sys.executable, "-m", "flows.cli.main", "train", str(example), "--quiet", "--store", str(store), *more]
-    quiet = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}  # as the command has it by itself
-    done = subprocess.run(command, env=pool.environment | quiet | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    environment = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"} | environment  # as the command has it by itself
+    done = subprocess.run(command, env=pool.environment | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, timeout=600)
     return done.returncode, done.stdout
 

@@ -180,7 +180,10 @@ def postgres(place: Path) -> Iterator[None]:
 
 
 def baton(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "flows.cli.main", *map(str, arguments), "--quiet"], check=True, cwd=ROOT)
+    """On this machine, with a server of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    subprocess.run([sys.executable, "-m", "flows.cli.main", *map(str, arguments), "--quiet"], check=True, cwd=ROOT,
+                   env=environment)
 
 
 def wait(ready: Callable[[], bool], process: subprocess.Popen, what: str) -> None:
