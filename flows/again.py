@@ -14,6 +14,9 @@ from flows.runs.start import check_device, with_new_inputs
 from flows.store.lease import wait_for_gc
 from schemas.artifacts import ArtifactRef, Produced, StageCall
 
+ELSEWHERE = frozenset({"runner", "workers", "ray_address", "work_pool", "placement", "worker_timeout"})
+"""Execution settings that say where it was made, which decides nothing here."""
+
 
 @dataclass(frozen=True)
 class StageResult:
@@ -64,6 +67,7 @@ def call_again(recorded: Run, stage: str, iteration: int, settings: Iterable[str
     The execution settings are those the artifact was made with: its last bits depend on them.
     """
     manifest = recorded.store.find(recorded.recorded(stage, iteration))
-    overrides = {"execution": manifest.environment.execution} if manifest else {}
+    made_with = manifest.environment.execution if manifest else {}
+    overrides = {"execution": {name: value for name, value in made_with.items() if name not in ELSEWHERE}}
     run = with_new_inputs(changed(recorded, overrides, settings), recorded, check_new)
     return chain_of(run).again(stage, recorded, iteration).model_copy(update={"snapshot": True})

@@ -15,7 +15,6 @@ from flows.opening import requested
 from flows.orchestration import page
 from flows.orchestration.tasks import StageTasks, untagged
 from flows.perform import perform
-from flows.rank_processes import end_ranks
 from flows.runners.spread import spread_of
 from flows.runs.best import best_after
 from flows.runs.kind import Warm
@@ -143,7 +142,6 @@ def session(name: str, config: Source | None, overrides: Overrides, store: str |
     with (untagged(), working_on(run.store, lease_key(name), f"run {name!r}"), closing(warm), Mirror(run) as mirror,
           Writer() as writer, ExitStack() as resources):
         require_there(run)
-        resources.callback(end_ranks)
         yield Session(run, warm, mirror, writer, resources)
 
 

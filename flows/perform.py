@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from flows.chains import kind_of
-from flows.rank_processes import beside, ranks_of, work_on
+from flows.chains import warm_of
+from flows.rank_processes import ranks_beside, ranks_of, work_on
 from flows.runs.kind import Warm
 from flows.runs.produce import StageOutput, environment, produce
 from flows.runs.start import check_device
@@ -51,7 +51,7 @@ def perform(
     keep_freed_memory()
 
     def make(attempt: Attempt) -> StageOutput:
-        ranks = beside(call.execution) if ranks_of(call) > 1 else None
+        ranks = ranks_beside(warm, call) if ranks_of(call) > 1 else None
         if ranks is not None and writer is not None:
             writer.wait()  # the others read what is committed
         for model in (each for each in call.inputs.values() if isinstance(each, ModelRef)):
@@ -87,7 +87,7 @@ def restore(store: Store, model: ModelRef) -> list[int]:
         for _, alike in groupby(calls, _shared):
             *between, last = alike
             check_device(last.execution)
-            with closing(kind_of(last.kind).warm(store, last.execution)) as warm:
+            with closing(warm_of(last.kind, store, last.execution)) as warm:
                 for call in between:
                     _again(call.model_copy(update={"snapshot": False}), store, warm, restoring=False)
                 _again(last, store, warm, restoring=True)

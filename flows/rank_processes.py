@@ -13,11 +13,13 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TypeVar
 
 from flows.chains import kind_of, warm_of
@@ -34,7 +36,8 @@ from stages.ops.device import Device, keep_freed_memory
 from stages.ops.progress import listened_to, pause
 
 log = logging.getLogger("baton")
-HOST = "127.0.0.1"
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # the ranks are on one machine
+READY, DONE, ECHO = "ready", "done", "echo"  # what a rank says, beside errors by the name of their class
 T = TypeVar("T")
 
 
@@ -49,61 +52,86 @@ def ranks_of(call: StageCall) -> int:
     return call.execution.ranks if STAGES[call.kind][call.stage].ranked else 1
 
 
+def ranks_beside(warm: Warm, call: StageCall) -> Ranks:
+    """Those beside this process, which keep what it keeps warm; begun if they are not there."""
+    if warm.beside is None:
+        warm.beside = Ranks(call.execution)
+    return warm.beside
+
+
 # --- rank 0 ---
 
 class Ranks:
     """The processes beside this one."""
 
     def __init__(self, execution: ExecutionConfig) -> None:
-        self.execution, self.fresh = execution, True
+        self.size = execution.ranks
+        self._others: list[tuple[multiprocessing.Process, Connection]] = []
+
+    @property
+    def fresh(self) -> bool:
+        """Whether they have nothing in memory yet."""
+        return not self._others
+
+    def together(self, call: StageCall, make: Callable[[], T]) -> T:
+        """What `make`, this rank's part, gives, the others being at theirs. Raises what any of them raises, `TransientError`
+        if one ends; the processes are then ended, and others take their place."""
+        if not self._others:
+            self._begin()
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                place = Path(folder, "meeting")
+                for _, pipe in self._others:
+                    pipe.send((call.model_dump_json(), str(place)))
+                self._heard(call, READY)
+                with _joined(place, 0, call.execution):
+                    made = make()
+                self._heard(call, DONE)
+            return made
+        except BaseException as error:
+            reason = self._reason(call) if isinstance(error, _EndedError | OSError | EOFError) or _is_echo(error) else None
+            self.end()
+            if reason is None:
+                raise
+            raise reason from None
+
+    def _begin(self) -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # for them: DDP would warn of what trainers ask of it
         context = multiprocessing.get_context("spawn")
-        self._others: list[tuple[multiprocessing.Process, Connection]] = []
-        for rank in range(1, execution.ranks):
+        for rank in range(1, self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank), name=f"rank {rank}", daemon=True)
             process.start()
             theirs.close()
             self._others.append((process, ours))
 
-    def together(self, call: StageCall, make: Callable[[], T]) -> T:
-        """What `make`, this rank's part, gives, the others being at theirs. Raises what any of them raises, `TransientError`
-        if one ends; the processes are then ended, and others take their place."""
-        import torch.distributed as dist
-
-        self.fresh = False
-        meeting = dist.TCPStore(HOST, 0, self.execution.ranks, is_master=True, wait_for_workers=False)
-        try:
-            for _, pipe in self._others:
-                pipe.send((call.model_dump_json(), meeting.port))
-            with _joined(meeting, 0, call.execution):
-                made = make()
-            for rank, (process, pipe) in enumerate(self._others, 1):
-                while not pipe.poll(0.2):
-                    pause(0, call.stage)
-                    if not process.is_alive():
-                        raise RuntimeError(f"rank {rank} has ended")
-                if (error := pipe.recv()) is not None:
-                    raise error_named(*error)
-            return made
-        except BaseException as error:
-            reason = self._reason(call) if isinstance(error, RuntimeError | OSError | EOFError) else None
-            self.end()
-            if reason is None:
-                raise
-            raise reason from None
+    def _heard(self, call: StageCall, what: str) -> None:
+        """Returns when each of them has said so. Raises the error that one says instead, or `_EndedError`."""
+        for process, pipe in self._others:
+            while not pipe.poll(0.2):
+                pause(0, call.stage)
+                if not process.is_alive() and not pipe.poll():
+                    raise _EndedError
+            said, message = pipe.recv()
+            if said == ECHO:
+                raise _EndedError
+            if said != what:
+                raise error_named(said, message)
 
     def _reason(self, call: StageCall) -> BatonError | None:
-        """Why this rank could not go on: the error of another one, or its end. The others then fail as this one does."""
-        errors = [error_named(*said) for process, pipe in self._others if (said := _last_words(process, pipe))]
-        for error in errors:
-            if type(error) is not BatonError:
-                return error
+        """Why this rank could not go on: the error of another one, or its end. The rest then fail as this one does."""
+        for process, pipe in self._others:
+            process.join(2)  # it ends by itself after an error
+            with contextlib.suppress(EOFError, OSError):
+                while pipe.poll():
+                    said, message = pipe.recv()
+                    if said not in (READY, DONE, ECHO):
+                        return error_named(said, message)
         for rank, (process, _) in enumerate(self._others, 1):
             if process.exitcode:
-                return TransientError(f"{call.stage} of iteration {call.iteration}: rank {rank} of {self.execution.ranks}, "
-                                      f"process {process.pid}, has ended, killed or out of memory; it is made again")
-        return errors[0] if errors else None
+                return TransientError(f"{call.stage} of iteration {call.iteration}: rank {rank} of {self.size}, process "
+                                      f"{process.pid}, has ended, killed or out of memory; it is made again")
+        return None
 
     def end(self) -> None:
         """Ends the processes, whatever they are at: what they have is written nowhere."""
@@ -112,86 +140,70 @@ class Ranks:
             process.kill()
             process.join()
         self._others = []
-        if _kept.get("ranks") is self:
-            del _kept["ranks"]
 
 
-_kept: dict[str, Ranks] = {}
+class _EndedError(Exception):
+    """One of the others has ended, or could not go on without another one."""
 
 
-def beside(execution: ExecutionConfig) -> Ranks:
-    """The ranks of this process with these settings, begun if they are not there."""
-    there = _kept.get("ranks")
-    if there is not None and there.execution != execution:
-        there.end()
-        there = None
-    if there is None:
-        there = _kept["ranks"] = Ranks(execution)
-    return there
+def _is_echo(error: BaseException) -> bool:
+    """Whether a rank only says that another one is not there any more."""
+    import torch.distributed as dist
 
-
-def end_ranks() -> None:
-    """Ends the processes beside this one, if there are any."""
-    if (there := _kept.get("ranks")) is not None:
-        there.end()
-
-
-def _last_words(process: multiprocessing.Process, pipe: Connection) -> tuple[str, str] | None:
-    """Name and message of the error of a rank that has ended, or is about to."""
-    process.join(2)
-    with contextlib.suppress(EOFError, OSError):
-        return pipe.recv() if pipe.poll() else None
-    return None
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 @contextmanager
-def _joined(meeting: object, rank: int, execution: ExecutionConfig) -> Iterator[None]:
-    """Inside it torch.distributed knows the ranks, and libraries that read its environment do."""
+def _joined(place: Path, rank: int, execution: ExecutionConfig) -> Iterator[None]:
+    """Inside it torch.distributed knows the ranks, which meet in that file."""
     import torch
     import torch.distributed as dist
 
-    cuda = Device(execution.device).name == "cuda"
+    for name, value in LOOPBACK.items():
+        os.environ.setdefault(name, value)
+    cuda, hook = Device(execution.device).name == "cuda", sys.excepthook
     if cuda:
         torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if cuda else "gloo", store=meeting, rank=rank, world_size=execution.ranks)
+    dist.init_process_group("nccl" if cuda else "gloo", store=dist.FileStore(str(place), execution.ranks), rank=rank,
+                            world_size=execution.ranks)
     try:
         yield
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook  # torch wraps it, each time
 
 
 # --- the others ---
 
 def _serve(pipe: Connection, rank: int) -> None:
     """Performs what comes, until the process that began this one is gone or closes the pipe."""
-    import torch.distributed as dist
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout = sys.stderr
     warnings.simplefilter("ignore", FutureWarning)  # as the command does
+    log.setLevel(logging.CRITICAL)  # rank 0 says it
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     keep_freed_memory()
     store: Store | None = None
     warm: Warm | None = None
-    while True:
-        try:
-            text, port = pipe.recv()
-        except (EOFError, OSError):
-            return
-        call = StageCall.model_validate_json(text)
-        try:
-            if store is None or store.uri != call.store:
-                store = existing_store(call.store)
-                warm = warm_of(call.kind, store, call.execution)
-            meeting = dist.TCPStore(HOST, port, call.execution.ranks, is_master=False)
-            attempt = store.attempt(call.recipe)
+    with contextlib.suppress(EOFError, OSError):  # of the pipe
+        while True:
+            text, place = pipe.recv()
             try:
-                with _joined(meeting, rank, call.execution), listened_to(lambda bar, done, total: None):
-                    work_on(call, store, warm, attempt)
-            finally:
-                store.discard(attempt)
-        except Exception as error:
-            pipe.send((type(error).__name__, str(error) if isinstance(error, BatonError) else f"rank {rank}: {error!r}"))
-            return  # the other ranks notice
-        pipe.send(None)
+                call = StageCall.model_validate_json(text)
+                if store is None:
+                    store = existing_store(call.store)
+                    warm = warm_of(call.kind, store, call.execution)
+                attempt = store.attempt(call.recipe)
+                import torch.distributed  # noqa: F401 - which takes seconds, before the others wait
+                pipe.send((READY, ""))
+                try:
+                    with _joined(Path(place), rank, call.execution), listened_to(lambda bar, done, total: None):
+                        work_on(call, store, warm, attempt)
+                finally:
+                    store.discard(attempt)
+            except Exception as error:
+                said = str(error) if isinstance(error, BatonError) else f"rank {rank}: {error!r}"
+                pipe.send((ECHO if _is_echo(error) else type(error).__name__, said))
+                return  # the other ranks notice
+            pipe.send((DONE, ""))

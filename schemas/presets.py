@@ -40,10 +40,13 @@ CONTROL: dict[str, Any] = {
 https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/), but for truncation."""
 
 
+WHOLE = frozenset({"placement"})  # settings that are a mapping and one value: another one takes their place
+
+
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `below` with the values of `above` put over it, section by section."""
     out = copy.deepcopy(dict(below))
     for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping) and key not in WHOLE
         out[key] = merged(out[key], value) if both else value
     return out

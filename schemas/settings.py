@@ -207,7 +207,7 @@ class ExecutionConfig(Settings):
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     """Where models run; auto: cuda where torch finds one. Of several GPUs, CUDA_VISIBLE_DEVICES chooses the one."""
     threads: PositiveInt | None = None
-    """CPU threads of torch; null takes the cores there are. The last bits of results depend on it."""
+    """CPU threads of torch; null takes the cores there are, over `ranks`. The last bits of results depend on it."""
     micro_batch_tokens: PositiveInt = 4096
     """The most tokens, padding included, in one forward or backward pass."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
@@ -238,8 +238,8 @@ class ExecutionConfig(Settings):
     placement: dict[str, str] = Field(default_factory=dict)
     """Stage → the Prefect work pool that makes it, or its shards, instead of this process: {rollout: gpu, ppo: gpu}."""
     worker_timeout: PositiveFloat | None = 3600.0
-    """Seconds that a call waits for a worker of its work pool, before the run ends; null: for ever. Every half minute a line
-    says what it waits for."""
+    """Seconds for which a work pool may have no worker online while a call waits for one, before the run ends; null: for
+    ever. Every half minute a line says what it waits for."""
     ranks: PositiveInt = 1
     """Processes that make `ppo`, `sft` and `reward_model` together, on the CPU with `threads` threads each, or on a GPU
     each: the micro-batches of a minibatch are dealt to them, and gradients are summed. Each has the models and their

@@ -17,6 +17,7 @@ from flows.cli.main import run_command
 from flows.runs.run import open_run
 from flows.store.store import Store
 from schemas.artifacts import Shard
+from schemas.presets import merged
 from schemas.tables import ReferenceLogprobs, Rewards, Rollouts, Samples, Values
 
 FIXED = ("--set", "execution.threads=1", "--set", "tracking.enabled=false", "--iterations", "1", "--quiet")
@@ -237,6 +238,24 @@ def until(ready, process):
     while not ready():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_what_was_made_elsewhere_is_made_again_here(prepared, begun, capsys):
+    """Its settings are not those of the run: others read each iteration's weights, and the run keeps every third."""
+    train(prepared[0], begun, "checkpoints.every=3", "execution.shards=2")
+    again = ("execution.shards=2", "execution.runner=processes", "checkpoints.every=1")
+    assert run_command(["train", str(prepared[0]), "--store", str(begun), *FIXED[:4], "--iterations", "2", "--quiet",
+                        *(word for setting in again for word in ("--set", setting))]) == 0
+    capsys.readouterr()
+    for stage in ("value", "gae"):
+        assert run_command(["stage", stage, "tiny", "--iteration", "2", "--store", str(begun)]) == 0
+        assert "reproduced" in capsys.readouterr().out
+
+
+def test_another_placement_takes_the_place_of_the_one_before():
+    placed = {"execution": {"placement": {"rollout": "gpu"}, "threads": 1}}
+    assert merged(placed, {"execution": {"placement": {}}}) == {"execution": {"placement": {}, "threads": 1}}
+    assert merged(placed, {"execution": {"placement": {"ppo": "cpu"}}})["execution"]["placement"] == {"ppo": "cpu"}
 
 
 def test_rows_are_cut_evenly_and_groups_stay_together():

@@ -160,7 +160,7 @@ def test_no_worker(pools, example, tmp_path):
     assert code == 1 and "Traceback" not in error
     assert "rollout-000001 waits for a worker of work pool 'empty'" in error
     assert "none is online: prefect worker start --pool empty" in error
-    assert "no worker of work pool 'empty' has begun it in 40 s (execution.worker_timeout)" in error
+    assert "work pool 'empty' has had no worker online for 40 s (execution.worker_timeout)" in error
     with pools.client() as client:
         (left,) = [run for run in client.read_flow_runs() if run.work_pool_name == "empty"]
     assert left.state.is_cancelled()

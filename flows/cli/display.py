@@ -144,7 +144,7 @@ def time_of(state: TrainState, rows: list[dict[str, Any]]) -> Grid:
     return grid
 
 
-def spread(rows: list[dict[str, Any]]) -> Grid:
+def shard_times(rows: list[dict[str, Any]]) -> Grid:
     """How long the shards of an iteration's stages took."""
     grid = Grid(title="shards", title_justify="left")
     for name in ("stage", "shards", "mean, seconds", "slowest, seconds", "which", "idle, one each", "joined in, seconds"):

@@ -278,7 +278,7 @@ def runs(root: str) -> Answer:
 def show(run: str, iteration: int | None, live: bool, root: str) -> Answer:
     """The iterations of RUN. And where the time of the last, or of one, went."""
     from flows.cli import display
-    from flows.views.overview import spread, time_spent, worth_showing
+    from flows.views.overview import shard_times, time_spent, worth_showing
 
     what = open_shown(root, run)
     if live:
@@ -287,14 +287,14 @@ def show(run: str, iteration: int | None, live: bool, root: str) -> Answer:
     if not there:
         raise ConfigError(f"run {run!r} is not prepared yet; go on with baton train")
     last = what.state(there[-1])
-    spent, shards = time_spent(what, last), spread(what, last)
+    spent, shards = time_spent(what, last), shard_times(what, last)
 
     def print_all(console: Console) -> None:
         states = [what.state(number) for number in worth_showing(what, there)[:-1]]
         console.print(display.iterations([*states, last]) if iteration is None else display.metrics(last))
         console.print(display.time_of(last, spent))
         if shards:
-            console.print(display.spread(shards))
+            console.print(display.shard_times(shards))
 
     return Answer(lambda: {"states": [what.state(number).model_dump(mode="json") for number in there], "time": spent,
                            "shards": shards}, print_all)

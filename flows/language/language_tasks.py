@@ -128,7 +128,7 @@ def reference(work: Work[WarmModels]) -> StageOutput:
         distribution = distribution_of(_sampling(work), model.tokenizer, model.eos_ids)
         return reference_stage.reference(model, rollouts.part(rows), distribution),
 
-    (scored,) = work.in_parts(len(rollouts), part, (ReferenceLogprobs,))
+    (scored,) = work.in_parts(len(rollouts), part, (ReferenceLogprobs,), unit=_group(work))
     work.attempt.table(scored)
     rollouts = _of_the_shard(work, rollouts)
     return StageOutput(reference_stage.metrics(scored, rollouts), _tokens(rollouts))
@@ -145,7 +145,7 @@ def reward(work: Work[WarmModels]) -> StageOutput:
         some = rollouts.part(rows)
         return (*reward_stage.reward(scorers, some, config, **known), reward_stage.texts(scorers, some))
 
-    rewards, *beside = work.in_parts(len(rollouts), part, (Rewards, TokenRewards, ScoredTexts))
+    rewards, *beside = work.in_parts(len(rollouts), part, (Rewards, TokenRewards, ScoredTexts), unit=_group(work))
     rollouts, cut = _of_the_shard(work, rollouts), _cut(scorers) if scorers else _cut_in_parts(work)
     if work.call.shard is None:  # moments and groups are the whole batch's
         rewards = reward_stage.of_components(rewards.components, rollouts, config, **known)
@@ -197,7 +197,7 @@ def value(work: Work[WarmModels]) -> StageOutput:
     def part(rows: slice) -> tuple[Values]:
         return value_stage.value(work.warm.critic(work.model("critic"), _precision(work)), rollouts.part(rows)),
 
-    (values,) = work.in_parts(len(rollouts), part, (Values,))
+    (values,) = work.in_parts(len(rollouts), part, (Values,), unit=_group(work))
     work.attempt.table(values)
     rollouts = _of_the_shard(work, rollouts)
     return StageOutput(value_stage.metrics(values, rollouts), _tokens(rollouts))
@@ -251,7 +251,12 @@ TASKS: dict[str, Task] = {task.__name__: task for task in (
 
 def _of_the_shard(work: Work[WarmModels], rollouts: Rollouts) -> Rollouts:
     """Those of its rows that the call is about."""
-    return rollouts if work.call.shard is None else rollouts.part(work.call.shard.rows(len(rollouts)))
+    return rollouts if work.call.shard is None else rollouts.part(work.call.shard.rows(len(rollouts), _group(work)))
+
+
+def _group(work: Work[WarmModels]) -> int:
+    """How many responses there are to a prompt; their rows follow each other."""
+    return work.made_with("rollouts").get("responses_per_prompt", 1)
 
 
 def _tokens(rollouts: Rollouts | Texts) -> int:

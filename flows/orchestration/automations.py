@@ -30,6 +30,7 @@ CANCELLING = {"prefect.flow-run.Cancelling"}
 RESCHEDULED = {f"prefect.flow-run.{state}" for state in ("Scheduled", "AwaitingRetry", "AwaitingConcurrencySlot", "Late",
                                                   "Pending")}  # its process is gone, and it will be started again
 OLD_NAMES = ("baton-zombies", "baton-stillborn", "baton-undead")
+HEARTBEATS = "baton-missed-heartbeats"
 HEARTBEAT = "prefect.flow-run.heartbeat"  # each 30 seconds, as in prefect.yaml; Prefect allows no shorter interval
 
 
@@ -42,7 +43,7 @@ def automations(patience: float = 60, start: float = 900, limit: float = 6 * 360
     """
     return [
         AutomationCore(
-            name="baton-missed-heartbeats",
+            name=HEARTBEATS,
             description="Ends flow runs whose process is gone, so that the next one need not wait.",
             trigger=_missing({HEARTBEAT}, {HEARTBEAT} | ENDED | CANCELLING | RESCHEDULED, patience),
             actions=[ChangeFlowRunState(state="CRASHED", message=f"no heartbeat for {patience:g} s: its process or its "

@@ -77,8 +77,8 @@ class StageTasks:
                     made[place] = self._begun(call, begun.of(perform))
             elsewhere = list(made.values())
             with _bar_of(elsewhere, begun):
-                for start in range(0, len(here), self.at_once):
-                    made |= self._here(here[start : start + self.at_once], begun)
+                for some in _side_by_side(here, self.at_once):
+                    made |= self._here(some, begun)
                 wait(elsewhere)  # all of them, so that none still writes when another's error ends the flow
         except BaseException:  # a signal, or an error of one that is made here
             begun.end()
@@ -133,6 +133,19 @@ class Together:
             if not self.changed.wait_for(lambda: not self.at_work, PATIENCE):
                 log.warning("%d stages have not ended after %.0f s; a reward function or server may keep them", self.at_work,
                             PATIENCE)
+
+
+def _side_by_side(
+    calls: list[tuple[int, StageCall, Callable[[StageCall], Produced]]], at_once: int
+) -> list[list[tuple[int, StageCall, Callable[[StageCall], Produced]]]]:
+    """Cut so that each part has at most so many, and none of one stage twice: they would share its models."""
+    parts: list[list[tuple[int, StageCall, Callable[[StageCall], Produced]]]] = []
+    for each in calls:
+        free = (part for part in parts if len(part) < at_once and all(each[1].stage != other.stage for _, other, _ in part))
+        if (part := next(free, None)) is None:
+            parts.append(part := [])
+        part.append(each)
+    return parts
 
 
 @contextmanager

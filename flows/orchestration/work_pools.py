@@ -24,9 +24,10 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Cancelling, State
 
+from flows.orchestration.automations import HEARTBEATS
 from flows.orchestration.server import server_errors
 from flows.store.store import Store
-from schemas.artifacts import Produced, StageCall
+from schemas.artifacts import Manifest, Produced, StageCall
 from schemas.errors import BatonError, ConfigError, PrefectError, StoreError, TransientError, error_named
 from stages.ops.progress import pause
 
@@ -34,6 +35,7 @@ log = logging.getLogger("baton")
 FLOW = "perform"
 POLLS = (0.2, 2.0)  # seconds between two questions about a flow run: at first, and at most
 SAID_EVERY = 30.0  # seconds: while no worker takes a flow run, or the server does not answer
+LOOKS = 30  # at the store for what a worker says it has made
 SERVER_PATIENCE = 600.0  # seconds that the server may not answer
 _CREATING = threading.Lock()  # Prefect numbers the flow runs that a flow run starts
 
@@ -48,6 +50,9 @@ class WorkPool:
         self.store, self.name, self.worker_timeout = store, name, worker_timeout
         with server_errors("the same command goes on"), get_client(sync_client=True) as client:
             self.deployment = _deployment(client, name)
+            if not client.read_automations_by_name(HEARTBEATS):
+                log.warning("Prefect's server has no automation %s: a worker whose machine is gone would be waited for for "
+                            "ever; python -m flows.orchestration.automations makes it", HEARTBEATS)
 
     def __call__(self, call: StageCall) -> Produced:
         """Waits until it is made. Raises `TransientError` if the worker is lost or the server does not answer,
@@ -64,7 +69,7 @@ class WorkPool:
 
     def _final_state(self, flow_run: UUID, call: StageCall) -> State:
         """Polls until there is one."""
-        began = said = answered = time.monotonic()
+        began = said = answered = attended = time.monotonic()
         interval = POLLS[0]
         while True:
             pause(interval, call.stage)
@@ -86,19 +91,28 @@ class WorkPool:
             if found.state.is_final():
                 return found.state
             if _waits(found):
-                if self.worker_timeout is not None and now - began > self.worker_timeout:
-                    raise PrefectError(f"{call.stage}: no worker of work pool {self.name!r} has begun it in "
+                if self.worker_timeout is not None and now - attended > self.worker_timeout:
+                    raise PrefectError(f"{call.stage}: work pool {self.name!r} has had no worker online for "
                                        f"{self.worker_timeout:.0f} s (execution.worker_timeout); start one with prefect "
                                        f"worker start --pool {self.name}, and the same command goes on")
                 if online is not None:
+                    attended = now if online else attended
                     said = now
                     log.warning("%s waits for a worker of work pool %r, %.0f s so far; %s", _name_of(call), self.name,
                                 now - began, f"{online} online, at work on something else" if online else
                                 f"none is online: prefect worker start --pool {self.name}")
 
+    def _found(self, call: StageCall) -> Manifest | None:
+        """Its manifest; looked for once more and again, since a network's file system may remember that it was not there."""
+        for _ in range(LOOKS):
+            if (manifest := self.store.find(call.recipe.ref)) is not None:
+                return manifest
+            pause(POLLS[1], call.stage)
+        return None
+
     def _outcome(self, call: StageCall, state: State) -> Produced:
         if state.is_completed():
-            if (manifest := self.store.find(call.recipe.ref)) is None:
+            if (manifest := self._found(call)) is None:
                 raise StoreError(f"{call.stage}: a worker of work pool {self.name!r} has made {call.recipe.ref.short}, and "
                                  f"{self.store.uri} does not have it here: both must reach the same store at that place")
             return Produced(ref=call.recipe.ref, how="found" if state.name == "Found" else "made", outputs=manifest.outputs,

@@ -33,7 +33,14 @@ PATIENCE = 30.0  # seconds after which it is said that an actor has no place yet
 def ray_workers(execution: ExecutionConfig, count: int) -> Iterator[Workers]:
     """Raises `ConfigError` if ray is not installed or the address does not answer."""
     ray = _connected(execution, count)
-    workers = Workers([Actor(ray, execution) for _ in range(count)])
+    wanted = needs(execution, ray.cluster_resources().get("GPU", 0) > 0)
+    places = sum(_places(node["Resources"], wanted) for node in ray.nodes() if node["Alive"])
+    if not places:
+        raise ConfigError(f"execution.runner=ray: no machine of the cluster has {_in_words(wanted)}, which a worker needs; "
+                          "set execution.threads and execution.device to what there is")
+    if places < count:
+        log.warning("the Ray cluster has room for %d of %d workers, which need %s each", places, count, _in_words(wanted))
+    workers = Workers([Actor(ray, wanted) for _ in range(min(count, places))])
     try:
         yield workers
     finally:
@@ -45,8 +52,8 @@ class Actor:
     """One of them, begun with its first call. One that ends, killed or with its machine, costs the call that it was at;
     another takes its place."""
 
-    def __init__(self, ray: Any, execution: ExecutionConfig) -> None:
-        self._ray, self._needs = ray, needs(execution)
+    def __init__(self, ray: Any, needs: dict[str, float]) -> None:
+        self._ray, self._needs = ray, needs
         self._handle: Any = None
         self._ended = False
 
@@ -77,11 +84,8 @@ class Actor:
             if not said and time.monotonic() - began >= PATIENCE:
                 said = True
                 if not self._ray.wait([placed], timeout=0)[0]:
-                    wanted = ", ".join(f"{amount:g} {name.removeprefix('num_')}" for name, amount in self._needs.items())
-                    there = self._ray.cluster_resources()
-                    log.warning("%s waits for a place in the Ray cluster: a worker needs %s, and there are %g CPUs and %g "
-                                "GPUs, other workers' included", part_of(call), wanted, there.get("CPU", 0),
-                                there.get("GPU", 0))
+                    log.warning("%s waits for a place in the Ray cluster: a worker needs %s, which others have",
+                                part_of(call), _in_words(self._needs))
         return self._ray.get(answer)
 
     def end(self) -> None:
@@ -92,9 +96,21 @@ class Actor:
             self._handle = None
 
 
-def needs(execution: ExecutionConfig) -> dict[str, float]:
-    """What a worker takes of a machine, as Ray counts it."""
-    return {"num_cpus": execution.threads or 1, "num_gpus": 1 if execution.device == "cuda" else 0}
+def needs(execution: ExecutionConfig, gpus: bool) -> dict[str, float]:
+    """What a worker takes of a machine, as Ray counts it. `gpus`: whether the cluster has any."""
+    gpu = execution.device == "cuda" or (execution.device == "auto" and gpus)
+    return {"num_cpus": execution.threads or 1, "num_gpus": int(gpu)}
+
+
+def _places(resources: dict[str, float], wanted: dict[str, float]) -> int:
+    """How many workers a machine has room for."""
+    there = {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0)}
+    return int(min(there[name] // amount for name, amount in wanted.items() if amount))
+
+
+def _in_words(wanted: dict[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in (("CPUs", wanted["num_cpus"]), ("GPUs", wanted["num_gpus"]))
+                        if amount)
 
 
 def _connected(execution: ExecutionConfig, count: int) -> Any:
@@ -107,8 +123,9 @@ def _connected(execution: ExecutionConfig, count: int) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = execution.ray_address
     if address is None:
-        local = needs(execution)
-        where = {"num_cpus": int(count * local["num_cpus"]), "include_dashboard": False, "object_store_memory": STORE_BYTES}
+        cpus = int(count * needs(execution, gpus=False)["num_cpus"])
+        where = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": STORE_BYTES,
+                 "_node_ip_address": "127.0.0.1"}
     else:
         _require_answer(address)
         where = {"address": address}

@@ -48,11 +48,19 @@ class Chain(Protocol):
         """What a fork with this run's settings begins from. Raises `ConfigError`."""
 
 
+class Ended(Protocol):
+    """What has to be ended."""
+
+    def end(self) -> None: ...
+
+
 class Warm(Protocol):
     """What a process keeps in memory between calls."""
 
     loaded: int
     """How many models were read from the store."""
+    beside: Ended | None
+    """The processes that keep the same beside this one, of a stage that several ranks make."""
 
     def holds(self, model: ModelRef) -> bool:
         """Whether the model is in memory."""
@@ -68,7 +76,7 @@ class WarmLater:
     """What a process will keep in memory once a stage asks for it; the libraries of models take seconds to import."""
 
     def __init__(self, make: Callable[[], Warm]) -> None:
-        self._make = make
+        self._make, self.beside = make, None
 
     @cached_property
     def _made(self) -> Warm:
@@ -81,9 +89,19 @@ class WarmLater:
     def loaded(self) -> int:
         return self._made.loaded if "_made" in self.__dict__ else 0
 
+    def forget(self, artifact: ArtifactRef) -> None:
+        self._end_those_beside()  # they have it too
+        self._made.forget(artifact)
+
     def close(self) -> None:
+        self._end_those_beside()
         if "_made" in self.__dict__:
             self._made.close()
+
+    def _end_those_beside(self) -> None:
+        if self.beside is not None:
+            self.beside.end()
+            self.beside = None
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,8 @@ def lease_key(name: str) -> str:
 def with_threads(config: RunConfig) -> RunConfig:
     """With the number of threads it runs with, so that it can be used again."""
     execution = config.execution
-    execution = execution.model_copy(update={"threads": execution.threads or _cores()})
+    threads = execution.threads or max(1, _cores() // execution.ranks)
+    execution = execution.model_copy(update={"threads": threads})
     return config.model_copy(update={"execution": execution})
 
 

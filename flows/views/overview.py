@@ -46,7 +46,7 @@ def time_spent(run: Run, state: TrainState) -> list[dict[str, Any]]:
                     "bytes": None, "artifact": None}]
 
 
-def spread(run: Run, state: TrainState) -> list[dict[str, Any]]:
+def shard_times(run: Run, state: TrainState) -> list[dict[str, Any]]:
     """Of each stage of an iteration that was cut into shards: how long these took.
 
     `idle`: of workers that had a shard each, the part of their time in which they would have waited for the slowest one.
