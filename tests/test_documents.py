@@ -48,9 +48,12 @@ def test_there_are_the_same_pages_in_both_languages():
     assert PAGES and chinese == PAGES
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_both_languages_say_the_same(page):
-    english, chinese = (text_of(language, page) for language in ("en", "zh"))
+PAIRS = [(f"docs/en/{page}", f"docs/zh/{page}") for page in PAGES] + [("README.md", "README.zh.md")]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_both_languages_say_the_same(pair):
+    english, chinese = ((ROOT / page).read_text(encoding="utf-8").replace("README.zh.md", "README.md") for page in pair)
     assert outline(english) == outline(chinese)
     assert FENCE.findall(english) == FENCE.findall(chinese)
     for pattern in (r"`([^`\n]+)`", r"\]\((?!#)([^)#]+)", r"<(https?://[^>]+)>", r"\d+\.\d+"):
@@ -101,3 +104,11 @@ def test_an_answer_is_checked(number, right, wrong, way):
     assert subprocess.run([*script, right], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "right\n"
     refused = subprocess.run([*script, wrong], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1 and way in refused.stdout
+
+
+def test_every_command_is_on_its_page():
+    from flows.cli import main  # noqa: F401 - which brings them
+    from flows.cli.command import baton
+
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert baton.commands and [name for name in baton.commands if f"baton {name} " not in page] == []

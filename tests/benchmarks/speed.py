@@ -1,7 +1,7 @@
 """How fast, beside others and beside limits, in one run: `make bench`, some hours; ONLY="gpt2 cartpole" for some of it.
 
 Each figure is a ratio against a peer or a limit of the same machine at the same time, the median of several rounds; a time
-alone says little, since machines differ and are shared. Prints the rows, keeps them in build/performance.json, and
+alone says little, since machines differ and are shared. Prints the rows, keeps them in docs/performance.json, and
 writes the table of docs/performance.md. Peers are in a virtual environment of their own, .peers.
 """
 
@@ -24,7 +24,7 @@ from overhead import overhead
 from rows import Row
 
 ROOT = Path(__file__).parents[2]
-RESULTS, PAGE = ROOT / "build" / "performance.json", ROOT / "docs" / "performance.md"
+RESULTS, PAGE = ROOT / "docs" / "performance.json", ROOT / "docs" / "performance.md"
 
 
 def main() -> int:
@@ -44,8 +44,7 @@ def main() -> int:
         if name in rows:
             figure, of = rows[name].measure()
             found[name] = {"figure": figure, "of": of}
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(found, indent=1))
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
             print(line(rows[name], figure, of), flush=True)
     write_page("\n".join(line(row, **found[name]) if name in found else f"| {row.work} | not measured | | |"
                          for name, row in rows.items()))
