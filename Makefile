@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: install train smollm2 pool test lint bench bench-learning pages hosts torture fuzz mutants clean
+.PHONY: install train smollm2 pool test lint bench bench-learning pages hosts scaling torture fuzz mutants clean
 
 install: $(VENV)/.installed
 
@@ -48,6 +48,9 @@ pages: install          ## a run's pages in headless Chromium (Debian's package 
 
 hosts: install          ## two hosts in network namespaces, one of them cut off; as root, with PostgreSQL; some minutes
 	$(BIN)/python tests/benchmarks/hosts.py
+
+scaling: install        ## what a stage costs by its work, and what two processes save; docs/scaling.md; a quarter of an hour
+	$(BIN)/python tests/benchmarks/scaling.py
 
 torture: install        ## break everything and count; an hour and more; ONLY="random bits" for some of it
 	$(BIN)/python tests/benchmarks/torture.py $(ONLY)

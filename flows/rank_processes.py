@@ -67,6 +67,7 @@ class Ranks:
     def __init__(self, execution: ExecutionConfig) -> None:
         self.size = execution.ranks
         self._others: list[tuple[multiprocessing.Process, Connection]] = []
+        self._at_work = False
 
     @property
     def fresh(self) -> bool:
@@ -78,6 +79,7 @@ class Ranks:
         if one ends; the processes are then ended, and others take their place."""
         if not self._others:
             self._begin()
+        self._at_work = True
         try:
             with tempfile.TemporaryDirectory() as folder:
                 place = Path(folder, "meeting")
@@ -87,6 +89,7 @@ class Ranks:
                 with _joined(place, 0, call.execution):
                     made = make()
                 self._heard(call, DONE)
+            self._at_work = False
             return made
         except BaseException as error:
             reason = self._reason(call) if isinstance(error, _EndedError | OSError | EOFError) or _is_echo(error) else None
@@ -96,7 +99,6 @@ class Ranks:
             raise reason from None
 
     def _begin(self) -> None:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # for them: DDP would warn of what trainers ask of it
         context = multiprocessing.get_context("spawn")
         for rank in range(1, self.size):
             ours, theirs = context.Pipe()
@@ -136,10 +138,11 @@ class Ranks:
     def end(self) -> None:
         """Ends the processes, whatever they are at: what they have is written nowhere."""
         for process, pipe in self._others:
-            pipe.close()
+            pipe.close()  # at which one that waits for a call ends by itself, and leaves nothing behind
+            process.join(0 if self._at_work else 10)
             process.kill()
             process.join()
-        self._others = []
+        self._others, self._at_work = [], False
 
 
 class _EndedError(Exception):

@@ -59,7 +59,8 @@ TINY = {
 TRACKED = ("--set", "tracking.enabled=true")
 
 
-LONGEST_FIRST = ("test_pool_killed", "test_work_pool", "test_lease", "test_kill")  # so that none is left for the end
+LONGEST_FIRST = ("test_work_pools", "test_pool_killed", "test_work_pool", "test_ranks", "test_shards", "test_lease",
+                 "test_kill")  # so that none is left for the end
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,12 +26,13 @@ class Process:
     def __init__(self) -> None:
         self._executor: ProcessPoolExecutor | None = None
         self._id: int | None = None
-        self._ended = False
+        self._ended, self._at_work = False, False
 
     def perform(self, call: StageCall) -> Produced:
         """As `Worker.perform`."""
         if self._ended:
             raise StoppedError(f"{call.stage}: not begun")
+        self._at_work = True
         try:
             if self._executor is None:
                 self._executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
@@ -41,16 +42,17 @@ class Process:
             lost, self._executor, self._id = self._id, None, None
             raise TransientError(f"{part_of(call)}: process {lost}, which made it, has ended, killed or out of memory; it "
                                  "is made again") from None
+        self._at_work = False
         return Outcome.model_validate_json(answer).result()
 
     def end(self) -> None:
         """As `Worker.end`."""
         self._ended = True
         if self._executor is not None:
-            if self._id is not None:
+            if self._id is not None and self._at_work:  # else it ends by itself, and leaves nothing behind
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self._id, signal.SIGTERM)
-            self._executor.shutdown(wait=False, cancel_futures=True)
+            self._executor.shutdown(wait=True, cancel_futures=True)
             self._executor = None
 
 

@@ -26,7 +26,7 @@ def gpt2(place: Path) -> Path:
     lines = (REVIEWS / "demonstrations.jsonl").read_text(encoding="utf-8").splitlines()
     model = base_model([json.loads(line) for line in lines],
                        BaseModelConfig(vocab_size=512, context_length=96, layers=3, heads=4, width=160), seed=0)
-    return _saved(model.module, model.tokenizer, place)
+    return saved(model.module, model.tokenizer, place)
 
 
 def smollm2(place: Path) -> Path:
@@ -34,7 +34,7 @@ def smollm2(place: Path) -> Path:
     from flows.language.model_folders import load_gguf
 
     subprocess.run([sys.executable, ROOT / "data/smollm2/get_model.py"], check=True, stdout=subprocess.DEVNULL)
-    return _saved(*load_gguf(ROOT / "data/smollm2/model.gguf"), place)
+    return saved(*load_gguf(ROOT / "data/smollm2/model.gguf"), place)
 
 
 def reviews_actor(place: Path) -> Path:
@@ -46,7 +46,7 @@ def reviews_actor(place: Path) -> Path:
     return place
 
 
-def _saved(module: Any, tokenizer: Any, place: Path) -> Path:
+def saved(module: Any, tokenizer: Any, place: Path) -> Path:
     module.save_pretrained(place)
     tokenizer.save_pretrained(place)
     return place
