@@ -11,11 +11,8 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import signal
 import sys
 import tempfile
-import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -23,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from flows.chains import kind_of, warm_of
+from flows.child_process import begin
 from flows.runs.kind import Warm
 from flows.runs.produce import StageOutput
 from flows.runs.work import Work
@@ -180,12 +178,8 @@ def _joined(place: Path, rank: int, execution: ExecutionConfig) -> Iterator[None
 
 def _serve(pipe: Connection, rank: int) -> None:
     """Performs what comes, until the process that began this one is gone or closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stdout = sys.stderr
-    warnings.simplefilter("ignore", FutureWarning)  # as the command does
+    begin()
     log.setLevel(logging.CRITICAL)  # rank 0 says it
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     keep_freed_memory()
     store: Store | None = None
     warm: Warm | None = None

@@ -97,6 +97,11 @@ class Shard(Record):
     index: int = Field(ge=0)
     of: int = Field(ge=1)
 
+    @property
+    def name(self) -> str:
+        """For names of runs: `1of4` is the first of four."""
+        return f"{self.index + 1}of{self.of}"
+
     def rows(self, count: int, unit: int = 1) -> slice:
         """Which of `count` rows; `unit` of them, the responses to one prompt, stay together."""
         groups = -(-count // unit)

@@ -162,7 +162,7 @@ def _bar_of(futures: list[PrefectFuture], begun: Together) -> Iterator[None]:
 
 def _part(call: StageCall) -> str:
     """Of the name of its task run."""
-    return "" if call.shard is None else f"-{call.shard.index + 1}of{call.shard.of}"
+    return f"-{call.shard.name}" if call.shard else ""
 
 
 @cache

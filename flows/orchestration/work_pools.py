@@ -164,7 +164,7 @@ def _copied(client: SyncPrefectClient, deployment: DeploymentResponse, pool: str
 
 
 def _name_of(call: StageCall) -> str:
-    part = f"-{call.shard.index + 1}of{call.shard.of}" if call.shard else ""
+    part = f"-{call.shard.name}" if call.shard else ""
     return f"{call.stage}-{call.iteration:06d}{part}"
 
 

@@ -6,12 +6,10 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
-import threading
-import warnings
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
+from flows.child_process import begin
 from flows.runners.performer import Outcome, Performer
 from flows.runners.workers import part_of
 from schemas.artifacts import Produced, StageCall
@@ -35,7 +33,7 @@ class Process:
         self._at_work = True
         try:
             if self._executor is None:
-                self._executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
+                self._executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin)
                 self._id = self._executor.submit(os.getpid).result()
             answer = _waited(self._executor.submit(_perform, call.model_dump_json()), call)
         except BrokenProcessPool:
@@ -66,16 +64,6 @@ def _waited(future: Future[str], call: StageCall) -> str:
 # --- in the process ---
 
 _performer = Performer()
-
-
-def _begin() -> None:
-    """Ctrl-C is for the process that began this one; should that be killed, this one ends too. What a user's function prints
-    is no JSON: stdout is for the answer of a command."""
-    sys.stdout = sys.stderr
-    warnings.simplefilter("ignore", FutureWarning)  # as the command does
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _perform(text: str) -> str:
