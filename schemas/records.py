@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from schemas.errors import DamageError
+from schemas.errors import DISTRIBUTION, DamageError
 
 FORMAT_VERSION = 6
 UNSIGNED = b"0" * 64
@@ -79,7 +79,7 @@ def _check_version(where: str, header: dict) -> None:
 @cache
 def version() -> str:
     """Baton's own."""
-    return importlib.metadata.version("baton")
+    return importlib.metadata.version(DISTRIBUTION)
 
 
 def now() -> str:

@@ -225,7 +225,7 @@ def test_a_server_that_is_not_allowed_and_a_package_that_is_not_there(tmp_path, 
     monkeypatch.setitem(sys.modules, "math_verify", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run_command([*train, "--set", "reward.components={a: {source: numeric}}"]) == 2
-    words = "reward.components.a: numeric needs the package math_verify: pip install 'baton[rewards]'"
+    words = "reward.components.a: numeric needs the package math_verify: pip install 'baton-ppo[rewards]'"
     assert words in capsys.readouterr().err
 
 

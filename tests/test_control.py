@@ -202,7 +202,7 @@ def test_a_missing_package_is_named_with_what_brings_it(refused, monkeypatch):
 
     monkeypatch.setattr(gymnasium, "make", lacking)
     assert "mujoco is not installed" in (error := refused("environment.id=HalfCheetah-v5"))
-    assert "pip install '.[mujoco]' in Baton's checkout" in error
+    assert "pip install 'baton-ppo[mujoco]'" in error
 
 
 @pytest.mark.parametrize("how, message", [

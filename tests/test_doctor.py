@@ -158,6 +158,21 @@ def test_a_control_task_raises_nothing(controlled, tmp_path):
     assert found.verdicts == [] and {"clip-fraction-high", "critic-explains-nothing"} <= set(found.checked)
 
 
+@pytest.mark.parametrize("entropies, returns, raised", [
+    ((0.69, 0.01), (20.0, 9.5), True), ((0.69, 0.01), (20.0, 480.0), False), ((0.69, 0.3), (20.0, 9.5), False),
+])
+def test_a_policy_that_is_sure_of_nothing_better(controlled, tmp_path, entropies, returns, raised):
+    """Pole upright or not: a sure policy is wrong only where its episodes are no better than those of an unsure one."""
+    config = ["train", str(controlled[0] / "cartpole"), "--run", "sure", "--store", str(tmp_path), "--quiet"]
+    assert run_command([*config, "--set", "iterations=6"]) == 0
+    run = open_run(Store(tmp_path), "sure")
+    states = [state.model_copy(update={"metrics": state.metrics | {
+        "ppo/entropy": entropies[number > 3], "rollout/episode_return": returns[number > 3]}})
+        for number, state in enumerate(run.states())]
+    names = [verdict.name for verdict in examine(run, states).verdicts]
+    assert names == (["entropy-collapsed"] if raised else [])
+
+
 def test_returns_that_hardly_vary_are_nothing_to_explain(controlled, tmp_path):
     """As of a task that is solved, where a critic's small errors are large beside the returns' spread."""
     config = ["train", str(controlled[0] / "cartpole"), "--run", "solved", "--store", str(tmp_path), "--quiet"]

@@ -116,7 +116,7 @@ def test_what_a_source_may_look_like():
 def test_without_the_package_the_call_that_installs_it_is_said(example, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert train(example, tmp_path / "store") == 2
-    assert "pip install gguf" in capsys.readouterr().err
+    assert "pip install 'baton-ppo[gguf]'" in capsys.readouterr().err
 
 
 def test_a_reward_model_cannot_be_one(example, tmp_path, capsys):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -11,14 +12,14 @@ import numpy as np
 import pytest
 from textual.widgets import DataTable, Input, Static
 
-from flows.cli.inspector import Inspector, coloured, scale_of
+from flows.cli.inspector import Inspector, coloured, components, ranges_of, scale_of
 from flows.cli.main import run_command
 from flows.replay import replay
 from flows.runs.run import open_run
 from flows.store.store import Store
 from flows.views.columns import NUMBERS
 from flows.views.html_page import as_json, page
-from flows.views.inspection import Response, responses
+from flows.views.inspection import Response, elsewhere, responses
 from flows.views.visible import visible
 from schemas.errors import ConfigError
 from schemas.tables import Advantages, Rewards, Rollouts
@@ -201,11 +202,23 @@ def test_colours_are_red_below_and_green_above_nothing(trained):
         assert (red > green) == (value < 0)
 
 
+def test_components_go_from_red_to_green_over_the_iteration(trained):
+    some = [replace(each, components={"a": float(i), "same": 1.0}) for i, each in enumerate(responses(run_of(trained), 2))]
+    ranges = ranges_of(some)
+    assert ranges == {"a": (0.0, len(some) - 1.0), "same": (1.0, 1.0)}
+    for each, greener in ((some[0], False), (some[-1], True)):
+        text = components(each, ranges)
+        red, green, _ = map(int, re.search(r"on rgb\((\d+),(\d+),(\d+)\)", str(text.spans[0].style)).groups())
+        assert text.plain.startswith(" a ") and (green > red) == greener
+        same = re.search(r"on rgb\((\d+),(\d+),(\d+)\)", str(text.spans[1].style)).groups()
+        assert same == ("30", "30", "30")  # which says nothing
+
+
 def test_keys_in_the_terminal(trained):
     some = responses(run_of(trained), 2)
 
     async def use() -> None:
-        app = Inspector("tiny, iteration 2", some, "kl")
+        app = Inspector("tiny, iteration 2", some, "kl", lambda prompt: elsewhere([run_of(trained)], {prompt}, 8)[prompt])
         async with app.run_test(size=(140, 40)) as pilot:
             table = app.query_one(DataTable)
             assert table.row_count == len(some) and app.order == some
@@ -220,6 +233,11 @@ def test_keys_in_the_terminal(trained):
             assert len(set(groups)) == 1 + sum(a != b for a, b in pairwise(groups))
             await pilot.press("c")
             assert app.column == NUMBERS[1]
+            await pilot.press("i")
+            await pilot.pause()
+            screen = "\n".join(line.text for line in app.query_one("#response", Static).render_lines(
+                app.query_one("#response", Static).region.reset_offset))
+            assert "the same prompt in other iterations" in screen
             await pilot.press("slash", *some[0].prompt[:6].lower().replace(" ", "_").split("_")[0])
             await pilot.pause()
             assert app.query_one(Input).value and all(app.words in f"{r.prompt}{r.response}".lower() for r in app.order)
@@ -233,7 +251,7 @@ def test_hostile_text_in_the_terminal():
     some = [hostile(row, text) for row, text in enumerate(HOSTILE)]
 
     async def use() -> None:
-        app = Inspector("hostile", some, "kl")
+        app = Inspector("hostile", some, "kl", lambda prompt: [{"iteration": 1, "score": 0.0, "kl": 0.0, "response": "[b]"}])
         async with app.run_test(size=(100, 30)) as pilot:
             for _ in some:
                 await pilot.press("j")

@@ -230,7 +230,7 @@ def test_few_bits_need_adapters_and_the_package(tmp_path, capsys, monkeypatch):
     assert "weights in so few bits are not trained, adapters over them are; add a lora section" in refused(
         tmp_path, capsys, "base_model.precision=nf4")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    assert "base_model.precision: int8 needs the package bitsandbytes: pip install bitsandbytes" in refused(
+    assert "base_model.precision: int8 needs the package bitsandbytes: pip install 'baton-ppo[quantized]'" in refused(
         tmp_path, capsys, "base_model.precision=int8", "lora={rank: 2}")
 
 

@@ -179,6 +179,44 @@ def test_a_process_that_is_killed_costs_its_shard(prepared, tmp_path, monkeypatc
     assert attempts == [1, 1, 1]  # what was committed was found
 
 
+IN_EACH_STAGE = '''
+import os, pathlib, signal
+from flows.store.attempt import Attempt
+
+seal, flags = Attempt.seal, pathlib.Path("{flags}")
+
+
+def killed_once(attempt):
+    """What is computed is lost: the process of the first shard of each stage dies before it is written."""
+    flag = flags / attempt.ref.stage
+    try:
+        flag.touch(exist_ok=False)
+    except FileExistsError:
+        return seal(attempt)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if os.getpid() != {driver}:
+    Attempt.seal = killed_once
+'''
+
+
+def test_a_process_is_killed_in_each_stage(in_shards, prepared, begun, tmp_path, monkeypatch):
+    """The other shards are not made again, and all bytes are those of a run in which none was killed."""
+    monkeypatch.setattr("flows.orchestration.tasks.RETRY_DELAYS", (0, 0, 0))
+    (tmp_path / "flags").mkdir()
+    (tmp_path / "site").mkdir()
+    code = IN_EACH_STAGE.format(flags=tmp_path / "flags", driver=os.getpid())
+    (tmp_path / "site" / "sitecustomize.py").write_text(code)  # every Python that is begun imports it
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path / "site"), str(Path(__file__).parents[1]))))
+    run = train(prepared[0], begun, "execution.shards=4", "execution.runner=processes", "execution.workers=2")
+    assert {file.name for file in (tmp_path / "flags").iterdir()} == set(TABLES)
+    assert digests(run) == digests(in_shards[4])
+    for stage in TABLES:
+        tries = sorted(len(list(file.parent.glob("attempts/*"))) for file in shards_in(begun, stage).values())
+        assert tries == [1, 1, 1, 1], stage  # the killed one had written nothing
+
+
 @pytest.mark.parametrize("address, words", [
     ("127.0.0.1:9", "execution.ray_address=127.0.0.1:9: no Ray cluster answers there (["),
     ("127.0.0.1:99999", "execution.ray_address=127.0.0.1:99999: no Ray cluster answers there ("),
@@ -193,7 +231,8 @@ def test_a_cluster_that_is_not_there(prepared, begun, capsys, address, words):
 def test_ray_is_not_installed(prepared, begun, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     train(prepared[0], begun, "execution.shards=2", "execution.runner=ray", code=2)
-    assert "execution.runner=ray: ray is not installed; pip install 'baton[ray]' here and on all" in capsys.readouterr().err
+    words = "execution.runner=ray: ray is not installed; pip install 'baton-ppo[ray]' here and on all machines of the"
+    assert words in capsys.readouterr().err
 
 
 SLEEPER = '''

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from flows.store.files import REMEDIES
 from schemas.addresses import without_user_info
-from schemas.errors import BatonError, ConfigError
+from schemas.errors import DISTRIBUTION, BatonError, ConfigError
 
 if TYPE_CHECKING:
     from flows.runs.run import Run
@@ -52,7 +52,7 @@ def global_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="baton")
+@click.version_option(package_name=DISTRIBUTION)
 @global_options
 @click.pass_context
 def baton(context: click.Context, **options: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -34,6 +34,21 @@ def scale_of(responses: list[Response], column: str) -> float:
     return float(np.quantile(sizes, 0.98)) or 1.0 if sizes else 1.0
 
 
+def ranges_of(responses: list[Response]) -> dict[str, tuple[float, float]]:
+    """Component of the reward → the least and the greatest in this iteration."""
+    given: dict[str, list[float]] = {}
+    for each in responses:
+        for name, value in each.components.items():
+            given.setdefault(name, []).append(value)
+    return {name: (min(values), max(values)) for name, values in given.items()}
+
+
+def _shade(end: tuple[int, int, int], part: float) -> str:
+    """A background between the terminal's and that colour."""
+    red, green, blue = (round(30 + part * (full - 30)) for full in end)
+    return f"rgb(240,240,240) on rgb({red},{green},{blue})"
+
+
 def coloured(response: Response, column: str, scale: float) -> Text:
     """Its tokens: red below 0, green above; replies of several turns dim."""
     text = Text()
@@ -41,27 +56,40 @@ def coloured(response: Response, column: str, scale: float) -> Text:
         style = "dim" if response.sampled and not response.sampled[i] else ""
         if value is not None:
             part = min(1.0, abs(value) / scale)
-            shade = tuple(round(30 + part * (end - 30)) for end in (LOW if value < 0 else HIGH))
-            style = f"rgb(240,240,240) on rgb({shade[0]},{shade[1]},{shade[2]})" if part > 0.05 else style
+            style = _shade(LOW if value < 0 else HIGH, part) if part > 0.05 else style
         text.append(token, style)
     return text
 
 
-def shown(response: Response, column: str, scale: float, *, tokens: bool = False) -> RenderableType:
+def components(response: Response, ranges: dict[str, tuple[float, float]]) -> Text:
+    """Each with its number, from red for the least of the iteration to green for the greatest."""
+    text = Text()
+    for name, value in response.components.items():
+        low, high = ranges[name]
+        place = (value - low) / (high - low) if high > low else 0.5
+        text.append(f" {name} {number(value)} ", _shade(LOW if place < 0.5 else HIGH, abs(2 * place - 1)))
+        text.append("  ")
+    return text
+
+
+def shown(
+    response: Response, column: str, scale: float, ranges: dict[str, tuple[float, float]], *, tokens: bool = False
+) -> RenderableType:
     """A response for people; `tokens`: with the numbers of each of its tokens."""
     facts = Text(f"row {response.row}   prompt {response.prompt_id}   score {number(response.score)}   "
                  f"KL {number(response.kl)} nats   {response.length} tokens, ended by {response.finish_reason}", "bold")
     parts: list[RenderableType] = [facts, Text(response.prompt, "dim"), coloured(response, column, scale),
                                    Text(f"coloured by {column}, full at ±{number(scale)}", "dim")]
     if response.components:
-        parts.append(Text("   ".join(f"{name} {number(value)}" for name, value in response.components.items())))
+        parts.append(components(response, ranges))
     return Group(*parts, *([_numbers(response)] if tokens else []))
 
 
-def print_responses(console: Console, responses: list[Response], column: str, scale: float, *, tokens: bool) -> None:
+def print_responses(console: Console, responses: list[Response], column: str, *, tokens: bool) -> None:
     """One below the other."""
+    scale, ranges = scale_of(responses, column), ranges_of(responses)
     for response in responses:
-        console.print(shown(response, column, scale, tokens=tokens))
+        console.print(shown(response, column, scale, ranges, tokens=tokens))
         console.print()
 
 
@@ -76,8 +104,17 @@ def _numbers(response: Response) -> Grid:
     return grid
 
 
+def _iterations(rows: list[dict[str, Any]]) -> Grid:
+    """The responses to a prompt in all iterations, one a row."""
+    grid = Grid("iteration", "score", "KL", "response", title="the same prompt in other iterations", title_justify="left")
+    for row in rows:
+        grid.add_row(str(row["iteration"]), number(row["score"]), number(row["kl"]), Text(row["response"]))
+    return grid
+
+
 class Inspector(App[None]):
-    """Keys: j and k next and previous, s sort, r reverse, g group by prompt, c colour, / search, q quit."""
+    """Keys: j and k next and previous, s sort, r reverse, g group by prompt, c colour, i the prompt's responses in all
+    iterations, / search, q quit."""
 
     CSS = """
     #list { width: 46; } #detail { padding: 0 1; } #search { display: none; } #search.open { display: block; }
@@ -85,11 +122,15 @@ class Inspector(App[None]):
     BINDINGS: ClassVar = [
         Binding("j,n", "move(1)", "next"), Binding("k,p", "move(-1)", "previous"), Binding("s", "sort", "sort"),
         Binding("r", "reverse", "reverse"), Binding("g", "group", "by prompt"), Binding("c", "colour", "colour"),
-        Binding("slash", "search", "search"), Binding("q", "quit", "quit")]
+        Binding("i", "iterations", "iterations"), Binding("slash", "search", "search"), Binding("q", "quit", "quit")]
 
-    def __init__(self, title: str, responses: list[Response], column: str) -> None:
+    def __init__(
+        self, title: str, responses: list[Response], column: str, elsewhere: Callable[[int], list[dict[str, Any]]]
+    ) -> None:
+        """`elsewhere`: a prompt's id to its responses in all iterations."""
         super().__init__()
-        self.title, self.responses, self.column = title, responses, column
+        self.title, self.responses, self.column, self.elsewhere = title, responses, column, elsewhere
+        self.ranges, self.with_iterations = ranges_of(responses), False
         self.sorted_by, self.down, self.grouped, self.words = "row", False, False, ""
         self.order: list[Response] = []
         self.scales = {name: scale_of(responses, name) for name in responses[0].numbers}
@@ -132,8 +173,10 @@ class Inspector(App[None]):
             self.query_one("#response", Static).update(Text("nothing found", "dim"))
             return
         response = self.order[min(table.cursor_row, len(self.order) - 1)]
-        self.query_one("#response", Static).update(
-            shown(response, self.column, self.scales[self.column], tokens=True))
+        detail = shown(response, self.column, self.scales[self.column], self.ranges, tokens=not self.with_iterations)
+        if self.with_iterations:
+            detail = Group(detail, Text(), _iterations(self.elsewhere(response.prompt_id)))
+        self.query_one("#response", Static).update(detail)
 
     def on_data_table_row_highlighted(self, _: DataTable.RowHighlighted) -> None:
         self._show()
@@ -167,6 +210,10 @@ class Inspector(App[None]):
     def action_colour(self) -> None:
         columns = list(self.responses[0].numbers)
         self.column = columns[(columns.index(self.column) + 1) % len(columns)]
+        self._show()
+
+    def action_iterations(self) -> None:
+        self.with_iterations = not self.with_iterations
         self._show()
 
     def action_search(self) -> None:

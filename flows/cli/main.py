@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from flows.cli import report_commands, view_commands, what_if_commands  # noqa: F401, their commands
+from flows.cli import examples, report_commands, view_commands, what_if_commands  # noqa: F401, their commands
 from flows.cli.command import SETTINGS, Answer, command, open_existing, open_shown, run_command, terminate
 from schemas.errors import ConfigError
 

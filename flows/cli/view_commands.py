@@ -225,16 +225,20 @@ def inspect(
         return _page(what, iteration, found, others, html)
     if others:
         raise ConfigError("--compare shows two runs on a page: add --html FILE")
-    from flows.cli.inspector import Inspector, print_responses, scale_of
+    from flows.cli.inspector import Inspector, print_responses
+    from flows.views.inspection import elsewhere
 
     def data() -> list[dict[str, Any]]:
         return [asdict(each) for each in found]
 
     title = f"{run}, iteration {iteration}"
     if rows or not sys.stdout.isatty():
-        scale = scale_of(found, column)
-        return Answer(data, lambda console: print_responses(console, found, column, scale, tokens=bool(rows)))
-    return Answer(data, lambda console: Inspector(title, found, column).run())
+        return Answer(data, lambda console: print_responses(console, found, column, tokens=bool(rows)))
+
+    def of_prompt(prompt_id: int) -> list[dict[str, Any]]:
+        return elsewhere([what], {prompt_id}, ELSEWHERE).get(prompt_id, [])
+
+    return Answer(data, lambda console: Inspector(title, found, column, of_prompt).run())
 
 
 def _of_epochs(run: Run, iteration: int) -> dict[str, np.ndarray]:

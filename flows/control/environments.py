@@ -19,7 +19,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from flows.control.spaces import fitted
 from flows.runs.functions import require_allowed
 from schemas.control import EnvironmentConfig, Spaces
-from schemas.errors import ConfigError, EnvironmentFailure
+from schemas.errors import ConfigError, EnvironmentFailure, installed_by
 from schemas.settings import ExecutionConfig
 from stages.ops.episodes import Player
 from stages.ops.guest import HungError, ring
@@ -61,7 +61,7 @@ def _extra(error: Exception) -> str:
     """How to install what is missing."""
     for module, extra in EXTRAS.items():
         if module in str(error).lower():
-            return f"pip install '.[{extra}]' in Baton's checkout"
+            return installed_by(extra)
     return "install what it names"
 
 

@@ -17,7 +17,7 @@ from flows.runs.functions import check_function
 from flows.runs.inputs import Checked, Files, data_tables, setting_of
 from flows.runs.rows import DataTable, Rows
 from schemas.data import COLUMNS
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, installed_by
 from schemas.language import LanguageConfig, RolloutConfig
 from schemas.metrics import BroughtModelMetrics, BroughtScorerMetrics
 from schemas.reward_options import EXTRA, Builtin
@@ -141,7 +141,7 @@ def _check_parts(config: LanguageConfig, data: Mapping[str, Rows]) -> None:
                                       f"there are {', '.join(rows.columns)})")
         if part.kind == "builtin":
             if (package := EXTRA.get(part.source)) and importlib.util.find_spec(package) is None:
-                raise ConfigError(f"{where}: {part.source} needs the package {package}: pip install 'baton[rewards]'")
+                raise ConfigError(f"{where}: {part.source} needs the package {package}: {installed_by('rewards')}")
             _require_answers(where, part.builtin, prompts)
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, installed_by
 
 POINTER = b"version https://git-lfs"
 HEADER = 8  # bytes that hold the length of a safetensors header
@@ -35,7 +35,7 @@ def check_gguf(file: Path) -> None:
         if stream.read(4) != b"GGUF":
             raise ConfigError(f"{file} is no GGUF file: it does not begin with GGUF; download it again")
     if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"{file}: reading GGUF needs the package gguf: pip install gguf")
+        raise ConfigError(f"{file}: reading GGUF needs the package gguf: {installed_by('gguf')}")
     from gguf import GGUFReader
 
     try:

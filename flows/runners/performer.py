@@ -49,20 +49,23 @@ class Performer:
             return Outcome(error=type(error).__name__, message=str(error)).model_dump_json()
 
     def _prepare(self, call: StageCall) -> None:
-        """Raises `ConfigError` where the store or the device of the call is not here."""
         if self._made_for == (call.kind, call.store, call.execution):
             return
         if self._warm is not None:
             self._warm.close()
-        self._store = existing_store(call.store)
-        check_device(call.execution)
-        self._warm = warm_of(call.kind, self._store, call.execution)
+        self._store, self._warm = _opened(call)
         self._made_for = call.kind, call.store, call.execution
 
 
 def perform_once(call: StageCall) -> Produced:
-    """The call in a process that makes nothing else. Raises `ConfigError` as above, and what the stage raises."""
+    """The call in a process that makes nothing else. Raises what the stage raises."""
+    store, warm = _opened(call)
+    with closing(warm):
+        return perform(call, store, warm)
+
+
+def _opened(call: StageCall) -> tuple[Store, Warm]:
+    """Raises `ConfigError` where the store or the device of the call is not here."""
     store = existing_store(call.store)
     check_device(call.execution)
-    with closing(warm_of(call.kind, store, call.execution)) as warm:
-        return perform(call, store, warm)
+    return store, warm_of(call.kind, store, call.execution)

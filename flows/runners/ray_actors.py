@@ -19,7 +19,7 @@ from typing import Any
 from flows.runners.performer import Outcome, Performer
 from flows.runners.workers import Workers, part_of
 from schemas.artifacts import Produced, StageCall
-from schemas.errors import ConfigError, StoppedError, TransientError
+from schemas.errors import ConfigError, StoppedError, TransientError, installed_by
 from schemas.settings import ExecutionConfig
 from stages.ops.progress import pause
 
@@ -118,8 +118,8 @@ def _connected(execution: ExecutionConfig, count: int) -> Any:
     try:
         import ray
     except ModuleNotFoundError:
-        raise ConfigError("execution.runner=ray: ray is not installed; pip install 'baton[ray]' here and on all machines "
-                          "of the cluster") from None
+        raise ConfigError(f"execution.runner=ray: ray is not installed; {installed_by('ray')} here and on all machines of "
+                          "the cluster") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = execution.ray_address
     if address is None:

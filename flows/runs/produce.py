@@ -19,12 +19,12 @@ from flows.store.writer import Writer
 from schemas.artifacts import Environment, Manifest, Outputs, Produced, Recipe, StageCall
 from schemas.errors import NonFiniteError, StoreError, SupersededError
 from schemas.metrics import Metrics
-from schemas.records import now
+from schemas.records import now, version
 from schemas.settings import ExecutionConfig
 from schemas.tables import EPISODE_FILM
 
 log = logging.getLogger("baton")
-PACKAGES = ("baton", "torch", "transformers", "trl", "numpy", "pyarrow", "tokenizers", "safetensors", "prefect", "mlflow",
+PACKAGES = ("torch", "transformers", "trl", "numpy", "pyarrow", "tokenizers", "safetensors", "prefect", "mlflow",
             "gymnasium")
 
 
@@ -188,7 +188,8 @@ def environment(execution: ExecutionConfig) -> Environment:
 
     device = Device(execution.device)
     return Environment(
-        packages={package: _version(package) for package in PACKAGES}, python=platform.python_version(),
+        packages={"baton": version()} | {package: _version(package) for package in PACKAGES},
+        python=platform.python_version(),
         device=device.name, device_name=device.description, threads=execution.threads or 0,
         execution=execution.model_dump(mode="json") | {"device": device.name})
 

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from flows.store.cache import Cache
 from flows.store.files import Stat
-from schemas.errors import ConfigError, StoreError, UnreachableStoreError
+from schemas.errors import ConfigError, StoreError, UnreachableStoreError, installed_by
 from stages.ops.progress import progress_bar
 
 PART = 32 * 2**20  # bytes of an upload's part
@@ -289,7 +289,7 @@ def _filesystem():
     try:
         import s3fs
     except ImportError:
-        raise ConfigError("--store s3://…: s3fs is not installed; pip install '.[s3]' in Baton's checkout") from None
+        raise ConfigError(f"--store s3://…: s3fs is not installed; {installed_by('s3')}") from None
     client = {"retries": {"mode": "standard", "max_attempts": TRIES}, "connect_timeout": 10, "read_timeout": TIMEOUT}
     return s3fs.S3FileSystem(endpoint_url=os.environ.get("BATON_S3_ENDPOINT"), use_listings_cache=False,
                              skip_instance_cache=True, config_kwargs=client)

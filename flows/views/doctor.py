@@ -132,9 +132,11 @@ def _kl(course: _Course) -> Found:
 
 
 def _entropy(course: _Course) -> Found:
-    _language(course)
     why = "the policy's entropy was not measured"
     before, now = (course.mean("ppo/entropy", states, why) for states in (course.first, course.last))
+    if course.run.config.kind == "control":
+        yield from _entropy_of_actions(course, before, now)
+        return
     one_each = "SELECT iteration, prompt_id, min_by(response, row_id) AS response FROM rollouts GROUP BY ALL"
     own = (f"SELECT avg(part) FROM (SELECT count(DISTINCT response) / count(*) AS part FROM ({one_each}) "
            "GROUP BY iteration)")  # in one iteration: sums, say, have few answers, which come again in the next
@@ -143,6 +145,18 @@ def _entropy(course: _Course) -> Found:
         yield (f"the policy's entropy fell from {before:.3f} to {now:.3f} nats a token, and {varies:.0%} of the prompts get "
                f"a response of their own, where {varied:.0%} did: it says the same to all",
                "raise ppo.entropy_coef or kl.coef, lower ppo.learning_rate; look whether the reward pays one phrase")
+
+
+def _entropy_of_actions(course: _Course, before: float, now: float) -> Found:
+    """A policy that has become sure of nothing better: what has learned its task may be sure."""
+    if min(before, now) < 0:
+        raise _NotApplicableError("actions have a density, whose entropy has no zero to fall to")
+    why = "no episode ended"
+    first, last = (course.mean("rollout/episode_return", states, why) for states in (course.first, course.last))
+    if now < 0.1 * before and last <= first:
+        yield (f"the policy's entropy fell from {before:.3f} to {now:.3f} nats an action, and an episode returns "
+               f"{last:.4g}, where it did {first:.4g}: it no longer tries other actions, and its own are no better",
+               "raise ppo.entropy_coef, lower ppo.learning_rate or ppo.epochs")
 
 
 def _critic(course: _Course) -> Found:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, installed_by
 
 QUANTIZED = ("int8", "nf4")
 
@@ -51,7 +51,7 @@ def hold(module: PreTrainedModel, weights: str) -> None:
 def _quantize(module: PreTrainedModel, weights: str) -> None:
     """The linear layers of the body."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"{weights} needs the package bitsandbytes: pip install bitsandbytes")
+        raise ConfigError(f"{weights} needs the package bitsandbytes: {installed_by('quantized')}")
     body = module.base_model
     linear = [name for name, part in body.named_modules() if type(part) is nn.Linear]
     if not linear:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import re
 import traceback
 from pathlib import Path
+
+from schemas.errors import DISTRIBUTION, installed_by
 
 BATON = Path(__file__).parents[2]
 NOT_OWN = ("<", os.path.dirname(os.__file__), *(str(BATON / package) + os.sep for package in ("flows", "stages", "schemas")))
@@ -21,4 +25,15 @@ def said(raised: BaseException) -> str:
     beside = ""
     if isinstance(raised, FileNotFoundError):
         beside = "; of what lies beside a function's file, only the modules that it imports are kept in the store"
+    if isinstance(raised, ModuleNotFoundError) and (extra := _extra_of(raised.name or "")):
+        beside = f"; {installed_by(extra)}"
     return " ".join(what.split()) + where + beside
+
+
+def _extra_of(module: str) -> str | None:
+    """The extra of this package by which a module comes that is called as its distribution."""
+    for line in importlib.metadata.requires(DISTRIBUTION) or ():
+        found = re.match(r"""([\w.-]+).*extra == ["']([\w-]+)["']""", line)
+        if found and found[1].replace("-", "_").lower() == module.lower():
+            return found[2]
+    return None

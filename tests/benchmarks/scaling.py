@@ -1,13 +1,14 @@
-"""What a stage costs, by the work that it does, and what several processes save: `make scaling`, a quarter of an hour.
+"""What a stage costs, by the work that it does, and what several processes save: `make scaling`, half an hour.
 
-GPT-2s of several sizes are trained here for two iterations. Seconds and bytes of each stage of the second are read from its
-manifest, and a line is fitted for each:
+GPT-2s of several sizes are trained here for some iterations. Seconds of each stage, the median of all iterations but the
+first, are read from its manifests, and a line is fitted for each:
 
     seconds = a + b·u + c·F
 
 F: floating point operations, 2·P a token forwards and 4·P backwards, of P parameters; u: what is done one after the other,
 the sampled steps of `rollout`, the optimizer's steps times 16·P bytes in `ppo`. Errors are those on sizes that the fit has
-not seen. Then the same stages by two processes of one thread beside one of them. Writes the tables of docs/scaling.md.
+not seen. Then the same stages by two processes of one thread beside one of them, and what the same sums give for large
+models on GPUs, which were not measured. Writes the tables of docs/scaling.md; `--read-off` the last one alone.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT)]
 PAGE = ROOT / "docs" / "scaling.md"
 PROMPT, EPOCHS, MINIBATCHES = 16, 2, 4
+ITERATIONS = 4
 STAGES = ("rollout", "reference", "reward", "value", "ppo")
 
 
@@ -46,6 +48,9 @@ UNSEEN = [Size(*each) for each in ((192, 3, 32, 32), (320, 5, 48, 24), (448, 6, 
 
 
 def main() -> int:
+    write("read-off", read_off())
+    if sys.argv[1:] == ["--read-off"]:
+        return 0
     with TemporaryDirectory() as scratch:
         place = Path(scratch)
         found = {size: measured(place / f"run{number}", size) for number, size in enumerate(FITTED + UNSEEN)}
@@ -53,7 +58,7 @@ def main() -> int:
         beside = spread(place, Size(384, 6, 64, 32))
     lines = ["| stage | seconds | GFLOP/s | error on sizes not seen: median, most |", "|---|---|---|---|"]
     for stage, line in fits.items():
-        errors = [abs(line @ work(size, found[size], stage) / found[size][stage]["seconds"] - 1) for size in UNSEEN]
+        errors = [abs(line @ work(size, found[size], stage) / found[size][stage] - 1) for size in UNSEEN]
         terms = f"{line[0]:.3f} + {line[1]:.2e}·u + {line[2]:.2e}·F"
         rate = f"{1e-9 / line[2]:.0f}" if line[2] > 0 else ""
         lines.append(f"| `{stage}` | {terms} | {rate} | {statistics.median(errors):.0%}, {max(errors):.0%} |")
@@ -78,8 +83,9 @@ def train(place: Path, size: Size, *settings: str) -> dict[str, Any]:
         model = saved(made.module, made.tokenizer, place / "model")
         example(place / "example", model, batch=size.batch, response=size.response, epochs=EPOCHS)
     store = place / f"store{len(list(place.glob('store*')))}"
-    subprocess.run([sys.executable, "-m", "flows.cli.main", "train", place / "example", "--iterations", "2", "--store",
-                    store, "--quiet", *(w for one in ("tracking.enabled=false", *settings) for w in ("--set", one))],
+    subprocess.run([sys.executable, "-m", "flows.cli.main", "train", place / "example", "--iterations", str(ITERATIONS),
+                    "--store", store, "--quiet",
+                    *(w for one in ("tracking.enabled=false", *settings) for w in ("--set", one))],
                    check=True, cwd=ROOT)
     from flows.runs.run import open_run
     from flows.store.store import Store
@@ -87,18 +93,21 @@ def train(place: Path, size: Size, *settings: str) -> dict[str, Any]:
 
     run = open_run(Store(str(store)), "example")
     found: dict[str, Any] = {"parameters": made.module.num_parameters()}
-    for stage, ref in run.state(2).artifacts.items():
-        manifest = run.store.manifest(ref)
-        found[stage] = {"seconds": manifest.seconds, "bytes": manifest.bytes}
-        if manifest.environment.execution["shards"] > 1 and stage in STAGES and stage != "ppo":
-            shards = [run.store.manifest(call.recipe.ref).seconds for call in call_of(manifest, str(store)).shards()]
-            found[stage]["seconds"] += max(shards)
+    for stage in STAGES:
+        seconds = []
+        for iteration in range(2, ITERATIONS + 1):
+            manifest = run.store.manifest(run.state(iteration).artifacts[stage])
+            seconds.append(manifest.seconds)
+            if manifest.environment.execution["shards"] > 1 and stage != "ppo":
+                parts = call_of(manifest, str(store)).shards()
+                seconds[-1] += max(run.store.manifest(part.recipe.ref).seconds for part in parts)
+        found[stage] = statistics.median(seconds)
     return found
 
 
 def measured(place: Path, size: Size) -> dict[str, Any]:
     found = train(place, size)
-    print(size, {stage: round(found[stage]["seconds"], 3) for stage in STAGES}, flush=True)
+    print(size, {stage: round(found[stage], 3) for stage in STAGES}, flush=True)
     return found
 
 
@@ -115,7 +124,7 @@ def work(size: Size, found: dict[str, Any], stage: str) -> np.ndarray:
 
 def fit(sizes: list[tuple[Size, dict[str, Any]]], stage: str) -> np.ndarray:
     """a, b, c, none of them below 0, with the least relative errors."""
-    seconds = np.array([found[stage]["seconds"] for _, found in sizes])
+    seconds = np.array([found[stage] for _, found in sizes])
     rows = np.array([work(size, found, stage) for size, found in sizes])
     scale = np.maximum(rows.max(axis=0), 1)
     kept = [i for i in range(3) if rows[:, i].any()]
@@ -132,7 +141,56 @@ def spread(place: Path, size: Size) -> dict[str, tuple[float, float]]:
     one = train(place / "beside", size, "execution.threads=1")
     two = train(place / "beside", size, "execution.threads=1", "execution.shards=2", "execution.runner=processes",
                 "execution.workers=2", "execution.ranks=2")
-    return {stage: (one[stage]["seconds"], two[stage]["seconds"]) for stage in STAGES}
+    return {stage: (one[stage], two[stage]) for stage in STAGES}
+
+
+# --- read off for what was not measured ---
+
+FLOPS, FLOAT32, SHARE = 989e12, 67e12, 0.4  # of an H100 by its data sheet: bfloat16, dense; float32; what of it a pass gets
+BANDWIDTH, LINKS, MEMORY = 3.35e12, 450e9, 80e9  # bytes a second of its memory, and to other GPUs of the machine; bytes
+OBJECTS = 1e9  # bytes a second that a machine writes to S3
+A_MACHINE = 8  # GPUs
+ROWS, ASKED, ANSWERED, STEPS = 1024, 256, 512, 4  # responses, tokens of a prompt and a response, an epoch's optimizer steps
+
+
+@dataclass(frozen=True)
+class Large:
+    name: str
+    parameters: float
+    width: float  # bytes of a weight while it is read
+    trained: float  # the share of the parameters that is trained
+
+    @property
+    def memory(self) -> float:
+        """Of a rank: what is read, once where adapters share it, and weights, gradients and moments of actor and critic."""
+        whole = self.trained == 1
+        return (0 if whole else self.parameters * self.width) + 2 * 16 * self.parameters * self.trained
+
+    @property
+    def checkpoint(self) -> float:
+        return 2 * 12 * self.parameters * self.trained
+
+
+LARGE = [Large("1B, all weights", 1e9, 4, 1), Large("8B, all weights", 8e9, 4, 1), Large("8B, adapters", 8e9, 2, 0.005),
+         Large("70B, adapters, nf4", 70e9, 0.5, 0.005)]
+
+
+def read_off() -> list[str]:
+    head = ("model", "GPUs", "`rollout`", "`reference`, `reward`, `value`", "`ppo`", "memory of a rank", "a checkpoint",
+            "to S3")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    tokens = ROWS * (ASKED + ANSWERED)
+    for model in LARGE:
+        for gpus in (A_MACHINE, 32 * A_MACHINE):
+            passed = 2 * model.parameters * tokens / (SHARE * (FLOAT32 if model.width == 4 else FLOPS))
+            rollout = ANSWERED * model.parameters * model.width / BANDWIDTH + passed / gpus
+            factor = 3 if model.trained == 1 else 2  # adapters need no gradients of the weights below them
+            moved = 16 * 2 * model.parameters * model.trained
+            update = 2 * factor * passed / A_MACHINE + STEPS * (moved / BANDWIDTH + moved / 2 / LINKS)
+            fits = f"{model.memory / 1e9:.0f} GB" + ("" if model.memory < MEMORY else " **does not fit**")
+            lines.append(f"| {model.name} | {gpus} | {rollout:.1f} s | {3 * passed / gpus:.1f} s | {update:.1f} s | {fits} "
+                         f"| {model.checkpoint / 1e9:.1f} GB | {model.checkpoint / OBJECTS:.0f} s |")
+    return lines
 
 
 def write(mark: str, lines: list[str]) -> None:
