@@ -1,7 +1,7 @@
 """The site in a browser: `make docs-pages`, half a minute.
 
 Opens pages of build/site in headless Chromium at desktop and phone width, light and dark: none asks the network for
-anything, writes an error or is wider than the window; formulas are drawn, the background is that of the scheme, and the search
+anything, writes an error or is wider than the window; formulas are drawn, the background is the scheme's, and the search
 finds a word in each language. Pictures go to build/pages.
 """
 
