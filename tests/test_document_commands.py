@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 import typing
 from pathlib import Path
 
@@ -48,6 +49,18 @@ def test_commands_in_prose_are_those_that_there_are(page):
         options = baton.params if name.startswith("-") or name == "COMMAND" else baton.commands[name].params
         there = {form for option in options for form in option.opts} | {"--help", "-h"}
         assert {word.partition("=")[0] for word in [name, *words] if word.startswith("--")} <= there, words
+
+
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in SHOWN])
+def test_targets_scripts_and_extras_are_those_that_there_are(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    shown = "\n".join(["".join(block) for block in FENCE.findall(text)] + re.findall(r"`([^`\n]+)`", text))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"^(?:\$ )?\s*make ([a-z-]+)", shown, re.M)) <= targets
+    scripts = re.findall(r"\bpython ((?:docs|data|tests|flows)/\S+\.py)", shown)
+    assert [script for script in scripts if not (ROOT / script).is_file()] == []
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name for names in re.findall(r"baton-ppo\[([\w,-]+)\]", text) for name in names.split(",")} <= set(extras)
 
 
 SECTIONS = LanguageConfig.model_fields.keys() | ControlConfig.model_fields.keys()

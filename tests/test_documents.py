@@ -57,7 +57,7 @@ def test_both_languages_say_the_same(pair):
     english, chinese = ((ROOT / page).read_text(encoding="utf-8").replace("README.zh.md", "README.md") for page in pair)
     assert outline(english) == outline(chinese)
     assert FENCE.findall(english) == FENCE.findall(chinese)
-    for pattern in (r"`([^`\n]+)`", r"\]\((?!#)([^)#]+)", r"<(https?://[^>]+)>", r"\d+\.\d+"):
+    for pattern in (r"`([^`\n]+)`", r"\]\((?!#)([^)#]+)", r"<(https?://[^>]+)>", r"\d+(?:\.\d+)?"):
         found = [sorted(re.findall(pattern, prose_of(text))) for text in (english, chinese)]
         assert found[0] == found[1], pattern
 
@@ -105,6 +105,18 @@ def test_an_answer_is_checked(number, right, wrong, way):
     assert subprocess.run([*script, right], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "right\n"
     refused = subprocess.run([*script, wrong], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1 and way in refused.stdout
+
+
+@pytest.mark.parametrize("number, given", [("4", "0.13"), ("4", "1/8"), ("5", "−0.05")])
+def test_an_answer_may_be_rounded_a_fraction_or_have_the_minus_of_the_page(number, given):
+    script = [sys.executable, "docs/examples/exercises.py", number, given]
+    assert subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "right\n"
+
+
+def test_what_is_no_number_is_said():
+    script = [sys.executable, "docs/examples/exercises.py", "1", "1,5"]
+    refused = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "expected a number, such as -0.05 or 3/2, got '1,5'" in refused.stderr
 
 
 def test_every_command_is_on_its_page():

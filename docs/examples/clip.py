@@ -9,7 +9,8 @@ import torch
 
 from stages.ops.losses import policy_loss
 
-SAMPLED, NOW = 0.4, (0.4, 0.5, 0.6)
+SAMPLED = 0.4
+NOW = (0.4, 0.5, 0.6)
 CLIP_RANGE = 0.2
 
 

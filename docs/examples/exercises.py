@@ -1,7 +1,7 @@
 """The exercises of the pages that teach, and whether an answer is right.
 
     python docs/examples/exercises.py              # the questions; --zh in Chinese
-    python docs/examples/exercises.py 4 0.125      # an answer to the fourth
+    python docs/examples/exercises.py 5 -0.05      # an answer to the fifth
 
 Right is what Baton's own functions give, to two digits after the point.
 """
@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from stages.ops.kl import kl_estimate
 from stages.ops.losses import policy_loss
 
 LANGUAGES = ("en", "zh")
+TOLERANCE = 0.0051  # two digits after the point, rounded either way
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ EXERCISES = (
     Exercise(
         ("Three tokens are paid 0, 0 and 1; the critic says 0.5 for each; γ is 1, λ is 0.5. What is the first one's "
          "advantage?",
-         "三个词元分别得到 0、0 和 1；critic 对每个都说 0.5；γ 是 1，λ 是 0.5。第一个词元的优势是多少？"),
+         "三个词元分别得到 0、0 和 1；critic 对每个词元的估计都是 0.5；γ 是 1，λ 是 0.5。第一个词元的优势是多少？"),
         first_advantage,
         ("δ is 0, 0 and 0.5. From the end: 0.5, then 0 + 0.5 · 0.5 = 0.25, then 0 + 0.5 · 0.25.",
          "δ 是 0、0 和 0.5。从结尾算起：0.5，然后 0 + 0.5 · 0.5 = 0.25，然后 0 + 0.5 · 0.25。")),
@@ -81,7 +83,7 @@ EXERCISES = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("number", nargs="?", type=int, help="which exercise")
-    parser.add_argument("answer", nargs="?", type=float, help="a number")
+    parser.add_argument("answer", nargs="?", help="a number: -0.05, 3/2")
     parser.add_argument("--zh", action="store_true", help="in Chinese")
     options = parser.parse_args()
     language = LANGUAGES.index("zh" if options.zh else "en")
@@ -95,12 +97,21 @@ def main() -> int:
     if options.answer is None:
         print(exercise.question[language])
         return 0
-    right = exercise.answer()
-    if abs(options.answer - right) < 0.005:
+    try:
+        given = number(options.answer)
+    except ValueError:
+        parser.error((f"expected a number, such as -0.05 or 3/2, got {options.answer!r}",
+                      f"需要一个数，例如 -0.05 或 3/2，得到的是 {options.answer!r}")[language])
+    if abs(given - exercise.answer()) < TOLERANCE:
         print(("right", "正确")[language])
         return 0
-    print((f"not {options.answer:g}. ", f"不是 {options.answer:g}。")[language] + exercise.way[language])
+    print((f"not {given:g}. ", f"不是 {given:g}。")[language] + exercise.way[language])
     return 1
+
+
+def number(text: str) -> float:
+    """With the minus sign of a page, and fractions. Raises `ValueError`."""
+    return float(Fraction(text.replace("−", "-")))
 
 
 if __name__ == "__main__":

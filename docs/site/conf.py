@@ -27,8 +27,8 @@ from sphinx.writers.html5 import HTML5Translator
 
 ROOT = Path(__file__).parents[2]
 LEARN = ("1-policy-gradient", "2-ppo", "3-gae", "4-continuous", "5-rlhf", "6-exercises", "7-walk")
-HOW_TO = ("models", "data", "rewards", "config", "control", "commands", "reading-a-run", "debugging", "rerun", "store", "work-pool",
-          "scaling", "serving", "security")
+HOW_TO = ("models", "data", "rewards", "config", "control", "commands", "reading-a-run", "debugging", "rerun", "store",
+          "work-pool", "scaling", "serving", "security")
 REFERENCE = ("numerics", "tables", "architecture", "code", "performance", "field", "journal")
 EXAMPLES = sorted(f"data/{path.parent.name}/README" for path in ROOT.glob("data/*/README.md"))
 PAGES = {

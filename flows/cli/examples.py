@@ -15,7 +15,8 @@ from rich.text import Text
 from flows.cli.command import Answer, command
 from schemas.errors import DISTRIBUTION, ConfigError, installed_by
 
-PACKAGED, CHECKOUT = Path(__file__).parents[1] / "examples", Path(__file__).parents[2] / "data"
+PACKAGED = Path(__file__).parents[1] / "examples"
+CHECKOUT = Path(__file__).parents[2] / "data"
 MADE = shutil.ignore_patterns("__pycache__", "*.gguf", "*.partial", "model", "scorer*")  # by an example's own scripts
 EXTRA = re.compile(re.escape(DISTRIBUTION) + r"\[([\w-]+)\]")
 
@@ -31,9 +32,12 @@ def examples(names: tuple[str, ...], to: Path, root: str) -> Answer:
         raise ConfigError(f"no example {', '.join(unknown)}; there are {', '.join(there)}")
     if not names:
         return _listed(there)
-    copied = [_copied(there[name], to / name) for name in dict.fromkeys(names)]
-    lines = [line for folder in copied for line in _next(folder)]
-    return Answer([str(folder) for folder in copied],
+    chosen = list(dict.fromkeys(names))
+    _require_free(to, chosen)
+    for name in chosen:
+        _copy(there[name], to / name)
+    lines = dict.fromkeys(line for name in chosen for line in _next(there[name], to))
+    return Answer([str(to / name) for name in chosen],
                   lambda console: console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False))
 
 
@@ -69,19 +73,31 @@ def _listed(there: dict[str, Path]) -> Answer:
     return Answer(data, show)
 
 
-def _copied(example: Path, folder: Path) -> Path:
-    """All of it, or nothing. Raises `ConfigError` where something is there already, or cannot be written."""
-    if folder.exists():
-        raise ConfigError(f"{folder}: is there already; --to DIR copies the example elsewhere")
+def _require_free(to: Path, names: list[str]) -> None:
+    """Raises `ConfigError` where something is there already, before any is copied."""
+    if to.exists() and not to.is_dir():
+        raise ConfigError(f"--to {to}: is no folder")
+    if taken := [str(to / name) for name in names if (to / name).exists()]:
+        raise ConfigError(f"{', '.join(taken)}: there already; --to DIR copies elsewhere")
+
+
+def _copy(example: Path, folder: Path) -> None:
+    """All of it, or nothing. Raises `ConfigError` where it cannot be written."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
             shutil.copytree(example, Path(place, folder.name), ignore=MADE).rename(folder)
     except (OSError, shutil.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ConfigError(f"{folder}: {reason}; --to DIR copies the example elsewhere") from None
-    return folder
+        raise ConfigError(f"{folder} cannot be written ({error}); --to DIR copies elsewhere") from None
 
 
-def _next(folder: Path) -> list[str]:
-    return [*(f"{installed_by(extra)}   # {folder} needs it" for extra in _extras(folder)), f"baton train {folder}"]
+def _next(example: Path, to: Path) -> list[str]:
+    """The commands of its README up to the first that trains, for where it was copied to."""
+    lines = []
+    for line in re.findall(r"^    ((?:pip install|python data/|baton train).*?)(?: *#.*)?$", _readme(example), re.M):
+        lines += [f"baton examples {other} --to {to}" for other in re.findall(r"data/(\w+)", line)
+                  if other != example.name and other not in "".join(lines)]
+        lines.append(line.replace("data/", f"{to}/"))
+        if line.startswith("baton train"):
+            break
+    return lines
