@@ -60,7 +60,7 @@ TRACKED = ("--set", "tracking.enabled=true")
 
 
 LONGEST_FIRST = ("test_work_pools", "test_pool_killed", "test_work_pool", "test_ranks", "test_shards", "test_lease",
-                 "test_kill")  # so that none is left for the end
+                 "test_kill", "test_debugging", "test_package")  # so that none is left for the end
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
