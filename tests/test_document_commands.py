@@ -56,7 +56,7 @@ def test_targets_scripts_and_extras_are_those_that_there_are(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     shown = "\n".join(["".join(block) for block in FENCE.findall(text)] + re.findall(r"`([^`\n]+)`", text))
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"^(?:\$ )?\s*make ([a-z-]+)", shown, re.M)) <= targets
+    assert set(re.findall(r"^(?:\$ )?\s*make ([a-z0-9-]+)", shown, re.M)) <= targets
     scripts = re.findall(r"\bpython ((?:docs|data|tests|flows)/\S+\.py)", shown)
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

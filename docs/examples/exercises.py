@@ -98,7 +98,7 @@ def main() -> int:
         print(exercise.question[language])
         return 0
     try:
-        given = number(options.answer)
+        given = as_number(options.answer)
     except ValueError:
         parser.error((f"expected a number, such as -0.05 or 3/2, got {options.answer!r}",
                       f"需要一个数，例如 -0.05 或 3/2，得到的是 {options.answer!r}")[language])
@@ -109,7 +109,7 @@ def main() -> int:
     return 1
 
 
-def number(text: str) -> float:
+def as_number(text: str) -> float:
     """With the minus sign of a page, and fractions. Raises `ValueError`."""
     return float(Fraction(text.replace("−", "-")))
 
