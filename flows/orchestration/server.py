@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
@@ -40,6 +41,8 @@ class OwnServer:
     def _start(self) -> None:
         from prefect.server.api.server import SubprocessASGIServer
 
+        if hasattr(signal, "pthread_sigmask"):  # inherited: Ctrl-C, which a terminal sends to the server too, ends the
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # command, which then tells the server so
         try:
             SubprocessASGIServer().start()  # the one that every client of this process takes
         except BaseException as error:
