@@ -60,7 +60,7 @@ pages: install          ## a run's pages in headless Chromium (Debian's package 
 hosts: install          ## two hosts in network namespaces, one of them cut off; as root, with PostgreSQL; some minutes
 	$(BIN)/python tests/benchmarks/hosts.py
 
-scaling: install        ## what a stage costs by its work, and what two processes save; docs/scaling.md; a quarter of an hour
+scaling: install        ## what a stage costs by its work, and what two processes save; docs/scaling.md; half an hour
 	$(BIN)/python tests/benchmarks/scaling.py
 
 torture: install        ## break everything and count; an hour and more; ONLY="random bits" for some of it

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -97,8 +98,6 @@ def test_a_packaged_example_trains(installed, tmp_path):
 
 
 def version_of_the_project() -> str:
-    import tomllib
-
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 

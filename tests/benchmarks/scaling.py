@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def train(place: Path, size: Size, *settings: str) -> dict[str, Any]:
-    """Stage → what its manifest of the second iteration says, and `parameters`."""
+    """Stage → its seconds, the median of all iterations but the first; and `parameters`."""
     from models import example, saved
 
     from schemas.language import BaseModelConfig

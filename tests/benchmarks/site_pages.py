@@ -23,10 +23,12 @@ DRAWN = "[...document.querySelectorAll('math')].every(math => math.getBoundingCl
 
 
 def main() -> int:
+    if (chromium := shutil.which("chromium")) is None:
+        sys.exit("no chromium here; Debian's package chromium has it")
     OUT.mkdir(parents=True, exist_ok=True)
     failed = 0
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=list(FLAGS))
+        browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
         for name, size, scheme in product(PAGES, SIZES, ("light", "dark")):
             found = look(browser, name, size, scheme)
             failed += bool(found)
@@ -47,9 +49,9 @@ def look(browser: Browser, name: str, size: str, scheme: str) -> list[str]:
         found.append(f"{wide} pixels wide in a window of {width}")
     if not page.evaluate(DRAWN):
         found.append("a formula is not drawn")
-    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    if (sum(map(int, dark.strip("rgba()").split(",")[:3])) < 382) != (scheme == "dark"):
-        found.append(f"{scheme}, and its background is {dark}")
+    behind = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    if (sum(map(int, behind.strip("rgba()").split(",")[:3])) < 382) != (scheme == "dark"):
+        found.append(f"{scheme}, and its background is {behind}")
     page.screenshot(path=OUT / f"site-{Path(name).stem}-{size}-{scheme}.png")
     page.close()
     return found
