@@ -173,6 +173,8 @@ def _inconsistencies(c: ControlConfig):
     if c.execution.ranks > 1:
         yield (f"execution.ranks={c.execution.ranks}: the networks of a control task are too small for it to pay; set it to "
                "1")
+    if c.execution.fsdp:
+        yield "execution.fsdp: the networks of a control task are too small for it to pay; set it to false"
     if c.batch_size % c.ppo.minibatches:
         yield f"{steps}: {c.batch_size} steps do not divide into ppo.minibatches={c.ppo.minibatches}; make it a multiple"
     if c.ppo.whiten_minibatches and c.batch_size == c.ppo.minibatches:

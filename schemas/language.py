@@ -465,6 +465,11 @@ def _inconsistencies(c: LanguageConfig):
         if settings is not None and settings.batch_size % c.execution.ranks:
             yield (f"execution.ranks={c.execution.ranks}: {section}.batch_size={settings.batch_size} does not divide into "
                    "as many; make it a multiple")
+    if c.execution.fsdp and c.execution.ranks == 1:
+        yield "execution.fsdp: one rank has all there is; set execution.ranks to 2 or more, or fsdp to false"
+    if c.execution.fsdp and c.lora:
+        yield ("execution.fsdp: what adapters are over stays whole in every rank, and they are small themselves; set it to "
+               "false")
     new_model, kinds = c.base_model.source is None, {part.kind for part in c.reward.components.values()}
     changed = [name for name, value in c.base_model if value != BaseModelConfig.model_fields[name].default]
     if not new_model and (extra := set(changed) - {"source", "chat_template", "special_tokens_in_text", "precision"}):

@@ -322,3 +322,5 @@ class EvaluateMetrics(Metrics):
     """k → chance that one of k samples of a prompt is right."""
     best_of: dict[str, float] = {}
     """k → gold of the best by score of k samples of a prompt: what sampling more would give without training."""
+    cut: dict[str, int] = {}
+    """Texts that were longer than a reward model that was brought takes, of each such component."""

@@ -243,7 +243,9 @@ class ExecutionConfig(Settings):
     ranks: PositiveInt = 1
     """Processes that make `ppo`, `sft` and `reward_model` together, on the CPU with `threads` threads each, or on a GPU
     each: the micro-batches of a minibatch are dealt to them, and gradients are summed. Each has the models and their
-    optimizers in memory. Numbers are those of one process, but for last bits."""
+    optimizers in memory, unless `fsdp`. Numbers are those of one process, but for last bits."""
+    fsdp: bool = False
+    """Whether the layers' weights, gradients and moments are sharded over the ranks while `ppo` is made (torch's FSDP2)."""
     warm_models: PositiveInt = 5
     """Models kept in memory between stages; 1 on a machine that holds only one (the update itself needs two)."""
     function_patience: PositiveFloat = 30.0

@@ -98,8 +98,10 @@ def _wins(ids: np.ndarray, gold: np.ndarray, greedy: np.ndarray | None, baseline
 
 # --- metrics ---
 
-def metrics(samples: Samples, config: EvaluateConfig | None = None) -> EvaluateMetrics:
-    """Means over the samples, with intervals; the greedy ones apart."""
+def metrics(
+    samples: Samples, config: EvaluateConfig | None = None, cut: Mapping[str, int] | None = None
+) -> EvaluateMetrics:
+    """Means over the samples, with intervals; the greedy ones apart. `cut`: texts of each component that were too long."""
     config = config or EvaluateConfig()
     everything, samples = samples, samples.only(np.flatnonzero(~samples.is_greedy), samples.row_id[~samples.is_greedy])
     gold = samples.gold.astype(np.float64)
@@ -116,7 +118,7 @@ def metrics(samples: Samples, config: EvaluateConfig | None = None) -> EvaluateM
         greedy_gold=everything.gold[greedy].mean(dtype=np.float64) if greedy.any() else None,
         greedy_score=everything.score[greedy].mean(dtype=np.float64) if greedy.any() else None,
         pass_at={str(k): pass_at(gold >= config.correct, samples.prompt_ids, k) for k in config.pass_at},
-        best_of={str(k): best_of(samples.score, gold, samples.prompt_ids, k) for k in config.best_of})
+        best_of={str(k): best_of(samples.score, gold, samples.prompt_ids, k) for k in config.best_of}, cut=dict(cut or {}))
 
 
 def pass_at(right: np.ndarray, ids: np.ndarray, k: int) -> float:

@@ -102,11 +102,13 @@ def _old_logprobs(
     if not config.recompute_old_logprobs:
         return rollouts.logprobs, None
     flat = np.zeros_like(rollouts.logprobs.values)
-    with torch.inference_mode():
-        for place, batch in enumerate(units.micro_batches(np.arange(len(units.lengths)))):
-            if ranks.is_mine(place):
-                flat[batch.token_index] = learner.predict(batch, critic=False).logprobs.cpu().numpy()
-    old = rollouts.logprobs.with_values(ranks.summed(flat, learner.device))
+    batches = units.micro_batches(np.arange(len(units.lengths)))
+    with torch.no_grad():
+        for place, counts in ranks.dealt(len(batches)):
+            logprobs = learner.predict(batches[place], critic=False).logprobs
+            if counts:
+                flat[batches[place].token_index] = logprobs.cpu().numpy()
+    old = rollouts.logprobs.with_values(ranks.summed(torch.from_numpy(flat).to(learner.device)).cpu().numpy())
     require_finite("the recomputed logprob", old, rollouts.row_id)
     moved = np.clip(old.values - rollouts.logprobs.values, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return old, old.with_values(np.exp(moved))
@@ -145,23 +147,22 @@ class _Update:
         column = self.columns.of(index)
         if self.config.whiten_minibatches:
             column["advantages"] = whiten(column["advantages"])
-        end = 0
-        for place, batch in enumerate(batches):
-            begin, end = end, end + len(batch.token_index)
-            if not ranks.is_mine(place):
-                continue
+        ends = np.cumsum([len(batch.token_index) for batch in batches])
+        for place, counts in ranks.dealt(len(batches)):
+            batch, begin, end = batches[place], ends[place] - len(batches[place].token_index), ends[place]
             part = {name: values[begin:end] for name, values in column.items()} if len(batches) > 1 else column
             prediction = self.learner.predict(
                 batch, policy=self.train_actor, entropy="gradient" if self.config.entropy_coef else "value")
             loss, measured = self._loss(prediction, part)
-            tally.add(**measured)
-            if prediction.logprobs is not None:
+            if counts:
+                tally.add(**measured)
+            if counts and prediction.logprobs is not None:
                 heard.append((batch.token_index, measured["log_ratio"], measured["clip_fraction_loss"]))
             mean = loss.sum() / len(index)
             if "per_response" in part:
                 mean = (loss * part["per_response"]).sum() / len(minibatch)
             _require_finite_loss(mean, loss, self.rollouts, batch, hint)
-            mean.backward()
+            (mean if counts else 0 * mean).backward()
         if mixed is not None:
             self._mix_in(mixed, tally)
         say_ratios(epoch, heard)
@@ -207,12 +208,12 @@ class _Update:
     def _mix_in(self, mixed: np.ndarray, tally: Tally) -> None:
         """The gradient of c_ptx·mean(−log π) over the texts' tokens."""
         total = int(self.texts.lengths[mixed].sum())
-        for place, batch in enumerate(self.texts.micro_batches(mixed)):
-            if not ranks.is_mine(place):
-                continue
-            loss = -self.learner.log_likelihood(batch)
-            tally.add(ptx_loss=loss)
-            (self.config.ptx_coef * loss.sum() / total).backward()
+        batches = self.texts.micro_batches(mixed)
+        for place, counts in ranks.dealt(len(batches)):
+            loss = -self.learner.log_likelihood(batches[place])
+            if counts:
+                tally.add(ptx_loss=loss)
+            (counts * self.config.ptx_coef * loss.sum() / total).backward()
 
 
 def _hint(epoch: int, minibatch: int, config: PPOConfig) -> str:

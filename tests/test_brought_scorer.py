@@ -155,6 +155,20 @@ def test_two_of_them_and_a_function_in_one_run(scored):
         assert state.metrics["reward/cut_helpful"] > 0 == state.metrics["reward/cut_harmless"]
 
 
+def test_what_is_cut_in_shards_is_counted(scored, tmp_path, caplog):
+    folder, run = scored
+    assert run_command(["train", str(folder), "--store", str(tmp_path / "store"), "--quiet", "--iterations", "1", "--set",
+                        "execution.shards=2"]) == 0
+    cut = open_run(Store(str(tmp_path / "store")), run.name)
+    for iteration, stage in ((0, "evaluate"), (1, "reward")):
+        for name in ("helpful", "harmless"):
+            assert cut.state(iteration).metrics[f"{stage}/cut_{name}"] == run.state(iteration).metrics[f"{stage}/cut_{name}"]
+        assert cut.state(iteration).metrics[f"{stage}/cut_helpful"] > 0
+        said = [record.getMessage() for record in caplog.records
+                if record.getMessage().startswith(f"{stage} of iteration {iteration}: ")]
+        assert sum("longer than the component 'helpful' takes" in line for line in said) == 1
+
+
 @pytest.mark.parametrize("stage", ["reward", "value", "evaluate", "ppo"])
 def test_each_stage_with_them_gives_the_same_bytes_again(scored, stage, capsys):
     _, run = scored

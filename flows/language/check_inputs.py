@@ -198,5 +198,5 @@ def _model(
         return train_tokenizer(texts, config.base_model), config.base_model.context_length, {}
     place = files["base_model"][0] if config.base_model.is_gguf else files["base_model"][0].parent
     brought = check_model(setting_of("base_model"), place, config.lora, config.base_model.precision,
-                          config.execution.attention)
+                          config.execution.attention, config.execution.fsdp)
     return brought.tokenizer, brought.context, {"base_model": brought.metrics}

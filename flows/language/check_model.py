@@ -44,10 +44,11 @@ class BroughtModel:
 
 
 def check_model(
-    setting: str, place: Path, adapters: LoRAConfig | None = None, precision: str = "float32", attention: str = "auto"
+    setting: str, place: Path, adapters: LoRAConfig | None = None, precision: str = "float32", attention: str = "auto",
+    fsdp: bool = False,
 ) -> BroughtModel:
-    """A causal model, in a folder or GGUF file, whether it takes such adapters over weights of that precision, and has that
-    attention.
+    """A causal model, in a folder or GGUF file, whether it takes such adapters over weights of that precision, has that
+    attention, and has layers that can be sharded.
 
     Raises `ConfigError` with the setting and what failed.
     """
@@ -65,6 +66,10 @@ def check_model(
     use_attention(module, attention)
     if adapters is not None:
         _try_adapters(module, adapters, precision)
+    if fsdp:
+        from stages.ops.fsdp import layers_of  # which takes a second
+
+        layers_of(module)
     return brought
 
 

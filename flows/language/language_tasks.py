@@ -5,8 +5,9 @@ All that decides a result is in the call, whose settings are those of the recipe
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,6 +52,7 @@ from stages.ops.builtin_rewards import builtin_scorer
 from stages.ops.conversations import Prompt, prompt_of
 from stages.ops.distribution import SETTINGS, distribution_of
 from stages.ops.guest import Patience
+from stages.ops.language_learner import LanguageModelLearner
 from stages.ops.language_model import LanguageModel
 from stages.ops.learning_signal import cut_texts, flat_groups, of_components, of_policy
 from stages.ops.moments import updated_moments
@@ -138,15 +140,19 @@ def reward(work: Work[WarmModels]) -> StageOutput:
     config, rollouts, before = work.settings(RewardConfig), work.table("rollouts", Rollouts), work.moments
     known = {"bias": work.setting("bias"), "moments": before, "max_new_tokens": work.setting("max_new_tokens")}
     scorers: dict[str, Scorer] = {}
+    cut: Counter[str] = Counter()
 
     def part(rows: slice) -> tuple[Rewards, TokenRewards | None, ScoredTexts | None]:
         if not scorers:
             scorers.update(_scorers(work, config))
         some = rollouts.part(rows)
-        return (*reward_stage.reward(scorers, some, config, **known), reward_stage.texts(scorers, some))
+        made = (*reward_stage.reward(scorers, some, config, **known), reward_stage.texts(scorers, some))
+        cut.update(_cut(scorers))
+        return made
 
     rewards, *beside = work.in_parts(len(rollouts), part, (Rewards, TokenRewards, ScoredTexts), unit=_group(work))
-    rollouts, cut = _of_the_shard(work, rollouts), _cut(scorers) if scorers else _cut_in_parts(work)
+    rollouts = _of_the_shard(work, rollouts)
+    cut.update(_cut_in_parts(work))
     if work.call.shard is None:  # moments and groups are the whole batch's
         rewards = reward_stage.of_components(rewards.components, rollouts, config, **known)
     for table in (rewards, *beside):
@@ -210,11 +216,12 @@ def ppo(work: Work[WarmModels]) -> StageOutput:
     penalty = None
     if reference := work.table_if_given("reference", ReferenceLogprobs):
         penalty = ppo_stage.KLLoss(reference, work.setting("kl_coef"), work.setting("kl_estimator"))
-    metrics = ppo_stage.ppo(
-        learner, rollouts, work.table_if_given("values", Values), work.table("advantages", Advantages), config,
-        seed=work.call.seed, learning_rate_factor=work.setting("learning_rate_factor"),
-        train_actor=work.setting("train_actor"), kl_loss=penalty,
-        texts=_texts(work, learner.actor) if config.ptx_coef else None)
+    texts = _texts(work, learner.actor) if config.ptx_coef else None
+    with _over_ranks(work, learner) as training:
+        metrics = ppo_stage.ppo(
+            training, rollouts, work.table_if_given("values", Values), work.table("advantages", Advantages), config,
+            seed=work.call.seed, learning_rate_factor=work.setting("learning_rate_factor"),
+            train_actor=work.setting("train_actor"), kl_loss=penalty, texts=texts)
     work.warn(of_policy(metrics.entropy, learner.actor.module.get_input_embeddings().num_embeddings))
     save_learner(work.attempt, learner)
     work.warm.put_learner(work.call.recipe.ref, learner)
@@ -225,22 +232,29 @@ def evaluate(work: Work[WarmModels]) -> StageOutput:
     sampling, rewards = work.settings(RolloutConfig, "rollout"), work.settings(RewardConfig, "reward")
     config, prompts = work.settings(EvaluateConfig), work.rows("prompts")
     scorers: dict[str, Scorer] = {}
+    judges: dict[str, Scorer] = {}
+    cut: Counter[str] = Counter()
 
     def part(rows: slice) -> tuple[Samples]:
         if not scorers:
             scorers.update(_scorers(work, rewards, "actor"))
+            judges.update(_judges(work, config, rewards))
         actor = work.warm.actor(work.model("actor"), _reading(work), _precision(work))
         reference = work.warm.reference(work.model("reference_model"), _precision(work))
-        return evaluate_stage.evaluate(
+        samples = evaluate_stage.evaluate(
             ModelSampler(actor), reference, [prompt_of(prompts[i]) for i in range(rows.start, rows.stop)], scorers,
-            _judges(work, config, rewards), _baseline(work), sampling, rewards, bias=work.setting("bias"),
-            seed=work.call.seed, config=config, partner=_partner(work, sampling), first_prompt=rows.start),
+            judges, _baseline(work), sampling, rewards, bias=work.setting("bias"), seed=work.call.seed,
+            config=config, partner=_partner(work, sampling), first_prompt=rows.start)
+        cut.update(_cut(scorers))
+        return samples,
 
     (samples,) = work.in_parts(len(prompts), part, (Samples,))
     samples = evaluate_stage.sampled_first(samples)
     work.attempt.table(samples)
-    work.warn(cut_texts(_cut(scorers), rewards, len(samples)))
-    return StageOutput(evaluate_stage.metrics(samples, config), int(samples.response_length.sum()))
+    cut.update(_cut_in_parts(work))
+    if work.call.shard is None:
+        work.warn(cut_texts(cut, rewards, len(samples)))
+    return StageOutput(evaluate_stage.metrics(samples, config, cut), int(samples.response_length.sum()))
 
 
 TASKS: dict[str, Task] = {task.__name__: task for task in (
@@ -248,6 +262,15 @@ TASKS: dict[str, Task] = {task.__name__: task for task in (
 
 
 # --- what several of them need ---
+
+def _over_ranks(work: Work[WarmModels], learner: LanguageModelLearner) -> AbstractContextManager[LanguageModelLearner]:
+    """The learner, or one whose layers are sharded over the ranks."""
+    if not work.call.execution.fsdp:
+        return nullcontext(learner)
+    from stages.ops.fsdp import fully_sharded  # which takes a second
+
+    return fully_sharded(learner)
+
 
 def _of_the_shard(work: Work[WarmModels], rollouts: Rollouts) -> Rollouts:
     """Those of its rows that the call is about."""
@@ -362,18 +385,17 @@ def _columns(work: Work[WarmModels]) -> _Columns | None:
 
 
 def _cut(scorers: dict[str, Scorer]) -> dict[str, int]:
-    """How many texts were too long for each reward model that is brought."""
+    """How many texts were too long for each reward model that is brought, of those that it read last."""
     return {name: scorer.cut for name, scorer in scorers.items() if isinstance(scorer, BroughtScorer)}
 
 
-def _cut_in_parts(work: Work[WarmModels]) -> dict[str, int]:
+def _cut_in_parts(work: Work[WarmModels]) -> Counter[str]:
     """The same, of the shards that the call joins."""
-    found: dict[str, int] = defaultdict(int)
+    found: Counter[str] = Counter()
     for ref in work.call.parts:
-        for name, value in work.store.manifest(ref).metrics.items():
-            if name.startswith("cut_"):
-                found[name.removeprefix("cut_")] += int(value)
-    return dict(found)
+        found.update({name.removeprefix("cut_"): int(value) for name, value in work.store.manifest(ref).metrics.items()
+                      if name.startswith("cut_")})
+    return found
 
 
 def _judges(work: Work[WarmModels], config: EvaluateConfig, rewards: RewardConfig) -> dict[str, Scorer]:

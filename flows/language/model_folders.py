@@ -289,11 +289,12 @@ def save_learner(attempt: Attempt, learner: LanguageModelLearner) -> None:
                         lambda model=model, name=name: tensor_file(state_tensors(learner.optimizers[name], model.module)))
 
 
-def load_optimizers(learner: LanguageModelLearner, folder: Path) -> None:
-    """The inverse of `save_learner` for the optimizers. Raises `StoreError` if they are of another model."""
+def load_optimizers(learner: LanguageModelLearner, folder: Path, device: str | None = None) -> None:
+    """The inverse of `save_learner` for the optimizers, onto the device or where their parameters are. Raises `StoreError`
+    if they are of another model."""
     for name, model in learner.networks.items():
         path = folder / f"{name}.safetensors"
         try:
-            load_state_tensors(learner.optimizers[name], model.module, load_file(path))
+            load_state_tensors(learner.optimizers[name], model.module, load_file(path), device)
         except KeyError as error:
             raise StoreError(f"{path}: {error} does not fit the {name}") from None

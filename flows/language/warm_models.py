@@ -29,7 +29,7 @@ from schemas.artifacts import ArtifactRef, ModelRef
 from schemas.errors import ConfigError
 from schemas.language import LoRAConfig
 from schemas.settings import ExecutionConfig, PPOConfig
-from stages.ops import lora
+from stages.ops import lora, ranks
 from stages.ops.abilities import Abilities, abilities
 from stages.ops.conversations import ChatTemplate
 from stages.ops.device import Device
@@ -145,8 +145,9 @@ class WarmModels:
         if warm and (warm.config, warm.distribution) == (config, distribution):
             return warm
         learner = LanguageModelLearner(actor_model, critic_model, config, distribution)
-        if optimizer:
-            load_optimizers(learner, self.store.folder(optimizer.artifact, optimizer.folder))
+        if optimizer and not (self.execution.fsdp and ranks.rank()):  # rank 0 shards them
+            load_optimizers(learner, self.store.folder(optimizer.artifact, optimizer.folder),
+                            "cpu" if self.execution.fsdp else None)
         return learner
 
     def put_learner(self, artifact: ArtifactRef, learner: LanguageModelLearner) -> None:

@@ -88,7 +88,7 @@ def _best_effort(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def tried(*arguments: Any, **more: Any) -> None:
-        if time.monotonic() >= _silent_until:
+        if time.monotonic() >= _silent_until and _watched():  # before the settings, which take 30 ms to make
             with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 1}):
                 _attempt(function, *arguments, **more)
 

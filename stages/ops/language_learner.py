@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from schemas.settings import PPOConfig
 from schemas.tables import Rollouts
@@ -14,7 +16,7 @@ from stages.ops import ranks
 from stages.ops.distribution import Distribution
 from stages.ops.language_model import LanguageModel, batches, state_values
 from stages.ops.learner import Entropy, Prediction
-from stages.ops.optim import adamw, clip_gradients, has_gradients
+from stages.ops.optim import adamw, clip_gradients, has_gradients, parameters_of
 from stages.ops.sequences import Batch
 from stages.ops.texts import Texts
 from stages.ops.token_logprobs import token_logprobs
@@ -62,6 +64,11 @@ class LanguageModelLearner:
         """`actor`, and `critic` if there is one."""
         return {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
 
+    def of_modules(self, modules: Mapping[str, PreTrainedModel]) -> LanguageModelLearner:
+        """One like this of other modules, with optimizers that have stepped none."""
+        networks = {name: replace(model, module=modules[name]) for name, model in self.networks.items()}
+        return LanguageModelLearner(networks["actor"], networks.get("critic"), self.config, self.distribution)
+
     @property
     def device(self) -> torch.device:
         return self.actor.device.torch
@@ -85,11 +92,12 @@ class LanguageModelLearner:
     def step(self, learning_rate_factor: float) -> dict[str, float]:
         norms = {}
         for name, optimizer in self.optimizers.items():
-            ranks.sum_gradients(p for group in optimizer.param_groups for p in group["params"])
+            ranks.sum_gradients(parameters_of(optimizer))
             if not has_gradients(optimizer):
                 continue
             norms[name] = clip_gradients(optimizer, self.config.max_grad_norm)
-            optimizer.param_groups[0]["lr"] = self.learning_rates[name] * learning_rate_factor
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rates[name] * learning_rate_factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return norms

@@ -7,15 +7,16 @@ for the order in which floats are added. In one process nothing of this happens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+_in_step = False
 
 
 def size() -> int:
@@ -28,9 +29,28 @@ def rank() -> int:
     return dist.get_rank() if size() > 1 else 0
 
 
-def is_mine(place: int) -> bool:
-    """Whether what is at that place of a list is this rank's to make."""
-    return place % size() == rank()
+def dealt(count: int) -> list[tuple[int, bool]]:
+    """Which places of a list are this rank's to make, each with True. In step it is as many for every rank: one that has
+    fewer makes its last, or the list's first, once more, with False, and what comes of that is not to count."""
+    mine = [(place, True) for place in range(rank(), count, size())]
+    lacking = -(-count // size()) - len(mine) if _in_step else 0
+    return mine + [(mine[-1][0] if mine else 0, False)] * lacking
+
+
+@contextmanager
+def in_step() -> Iterator[None]:
+    """Inside it every pass through a model is one of all ranks (stages/ops/fsdp.py)."""
+    global _in_step
+    _in_step = True
+    try:
+        yield
+    finally:
+        _in_step = False
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank has but its shard of it (stages/ops/fsdp.py)."""
+    return size() > 1 and hasattr(tensor, "to_local")
 
 
 def gathered(mine: T) -> list[T]:
@@ -42,20 +62,19 @@ def gathered(mine: T) -> list[T]:
     return found
 
 
-def summed(values: np.ndarray, device: torch.device) -> np.ndarray:
-    """The sum over all ranks, element by element."""
-    if size() == 1:
-        return values
-    total = torch.from_numpy(values).to(device)
-    dist.all_reduce(total)
-    return total.cpu().numpy()
+def summed(values: Tensor) -> Tensor:
+    """The sum over all ranks, element by element; in place."""
+    if size() > 1:
+        dist.all_reduce(values)
+    return values
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Has every rank's gradients be the sum of all. A parameter that no rank has a gradient of keeps none."""
+    """Has every rank's gradients be the sum of all. A parameter that no rank has a gradient of keeps none; one that
+    is sharded has the sum already."""
     if size() == 1:
         return
-    parameters = list(parameters)
+    parameters = [parameter for parameter in parameters if not is_sharded(parameter)]
     there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
     dist.all_reduce(there, dist.ReduceOp.MAX)
     works = []

@@ -148,9 +148,11 @@ def spread(place: Path, size: Size) -> dict[str, tuple[float, float]]:
 
 FLOPS, FLOAT32, SHARE = 989e12, 67e12, 0.4  # of an H100 by its data sheet: bfloat16, dense; float32; what of it a pass gets
 BANDWIDTH, LINKS, MEMORY = 3.35e12, 450e9, 80e9  # bytes a second of its memory, and to other GPUs of the machine; bytes
+TO_CPU = 20e9  # bytes a second, of memory that is not pinned; assumed
 OBJECTS = 1e9  # bytes a second that a machine writes to S3
 A_MACHINE = 8  # GPUs
 ROWS, ASKED, ANSWERED, STEPS = 1024, 256, 512, 4  # responses, tokens of a prompt and a response, an epoch's optimizer steps
+AROUND, MICRO_BATCH = 0.1, 4096  # what of a model is not in its layers; tokens
 
 
 @dataclass(frozen=True)
@@ -159,19 +161,24 @@ class Large:
     parameters: float
     width: float  # bytes of a weight while it is read
     trained: float  # the share of the parameters that is trained
+    fsdp: bool = False
 
     @property
     def memory(self) -> float:
-        """Of a rank: what is read, once where adapters share it, and weights, gradients and moments of actor and critic."""
-        whole = self.trained == 1
-        return (0 if whole else self.parameters * self.width) + 2 * 16 * self.parameters * self.trained
+        """Of a rank: what is read, once where adapters share it, and weights, gradients and moments of actor and critic;
+        with `fsdp` shards of the latter, or, in rank 0 while it scores, the weights of three models."""
+        trained = 2 * 16 * self.parameters * self.trained
+        if self.fsdp:
+            return max(3 * 4 * self.parameters, trained * (AROUND + (1 - AROUND) / A_MACHINE))
+        return trained + (0 if self.trained == 1 else self.parameters * self.width)
 
     @property
     def checkpoint(self) -> float:
         return 2 * 12 * self.parameters * self.trained
 
 
-LARGE = [Large("1B, all weights", 1e9, 4, 1), Large("8B, all weights", 8e9, 4, 1), Large("8B, adapters", 8e9, 2, 0.005),
+LARGE = [Large("1B, all weights", 1e9, 4, 1), Large("6B, all weights, `fsdp`", 6e9, 4, 1, fsdp=True),
+         Large("8B, all weights", 8e9, 4, 1), Large("8B, adapters", 8e9, 2, 0.005),
          Large("70B, adapters, nf4", 70e9, 0.5, 0.005)]
 
 
@@ -187,6 +194,9 @@ def read_off() -> list[str]:
             factor = 3 if model.trained == 1 else 2  # adapters need no gradients of the weights below them
             moved = 16 * 2 * model.parameters * model.trained
             update = 2 * factor * passed / A_MACHINE + STEPS * (moved / BANDWIDTH + moved / 2 / LINKS)
+            if model.fsdp:  # layers come for both passes, gradients go; moments come from rank 0 and go back
+                update += tokens / MICRO_BATCH / A_MACHINE * 3 * 2 * 4 * model.parameters / LINKS
+                update += 2 * 2 * 8 * model.parameters / TO_CPU
             fits = f"{model.memory / 1e9:.0f} GB" + ("" if model.memory < MEMORY else " **does not fit**")
             lines.append(f"| {model.name} | {gpus} | {rollout:.1f} s | {3 * passed / gpus:.1f} s | {update:.1f} s | {fits} "
                          f"| {model.checkpoint / 1e9:.1f} GB | {model.checkpoint / OBJECTS:.0f} s |")
