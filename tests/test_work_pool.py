@@ -106,6 +106,13 @@ def test_a_schedule_that_fires_while_an_iteration_takes_long(pool, tmp_path):
     assert pool.wait(lambda: not pool.queued("slow"), "an empty queue")
 
 
+def test_without_a_page_nothing_is_done_for_it(monkeypatch):
+    """Settings of Prefect take 30 ms of the interpreter to make, in every iteration."""
+    monkeypatch.setattr(page, "temporary_settings", lambda settings: pytest.fail("settings were made"))
+    page.report(None, None, None)
+    page.materialized(None, None, ())
+
+
 def test_progress_of_what_takes_long(pool, monkeypatch):
     monkeypatch.setattr(page, "EVERY", 0)
 
