@@ -158,12 +158,12 @@ def _facts(run: Run, states: list[TrainState]) -> dict[str, Any]:
     last = states[-1]
     made = next(manifest for state in reversed(states) for ref in state.artifacts.values()
                 if (manifest := run.store.find(ref)) is not None)
-    between = [state.seconds for state in states[1:]]
+    between, threads = [state.seconds for state in states[1:]], made.environment.threads
     return {
         "name": run.name, "kind": run.config.kind, "created": run.record.created, "parent": run.record.parent,
         "done": last.iteration, "iterations": max(last.iteration, run.config.iterations), "store": run.store.absolute,
         "seconds": float(np.median(between)) if between else None, "total": sum(state.seconds for state in states),
-        "device": f"{made.environment.device_name}, {made.environment.threads} threads",
+        "device": f"{made.environment.device_name}, {threads} thread{'s' * (threads > 1)}",
         "packages": made.environment.packages,
         "python": made.environment.python, "inputs": {role: ref.short for role, ref in run.inputs.items()},
         "best": last.best, "config": _yaml(run.config.model_dump(mode="json", exclude_defaults=True)),
