@@ -190,7 +190,7 @@ def test_ranks_that_cannot_be(controlled, tmp_path, capsys):
     assert "execution.ranks=2: the networks of a control task are too small" in capsys.readouterr().err
 
 
-def test_parts_that_cannot_be(tmp_path, capsys):
+def test_sharding_that_cannot_be(tmp_path, capsys):
     folder = language_example(tmp_path / "tiny", iterations=1, seed=3)
     train(folder, tmp_path / "store", FSDP, code=2)
     assert "execution.fsdp: one rank has all there is" in capsys.readouterr().err

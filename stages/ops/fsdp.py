@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from schemas.errors import ConfigError
 from stages.ops import ranks
+from stages.ops.device import release_large_blocks
 from stages.ops.language_learner import LanguageModelLearner
 from stages.ops.lora import sharing
 
@@ -36,6 +37,7 @@ def fully_sharded(learner: LanguageModelLearner) -> Iterator[LanguageModelLearne
 
     Raises `ConfigError` where the layers of a network are not to be found.
     """
+    release_large_blocks()  # glibc would keep every layer that was gathered
     mesh = init_device_mesh(learner.device.type, (ranks.size(),))
     modules = {name: model.module for name, model in learner.networks.items()}
     sharded = {name: _shard(module, mesh) for name, module in modules.items()}
