@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -82,6 +83,7 @@ def memory() -> tuple[float, str]:
     return float(json.loads(out.splitlines()[-1])), "resident memory, a GPT-2 of 5M parameters"
 
 
+@cache
 def gae(rounds: int) -> tuple[tuple[float, str], tuple[float, str]]:
     from flows.runs.produce import StageOutput, write
     from flows.store.store import Store
@@ -148,6 +150,7 @@ def tables() -> tuple[object, ...]:
     return rollouts, reference, rewards, values
 
 
+@cache
 def commands(rounds: int) -> dict[str, tuple[float, str]]:
     """Medians of whole commands, from their start to their end, MLflow on, no server named."""
     sys.path.insert(0, str(ROOT / "tests"))
