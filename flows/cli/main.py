@@ -43,8 +43,8 @@ def tagged(flow: Callable[..., Any], name: str, server: OwnServer | None = None,
 
     alone = not _server_is_named()  # no server is watching for heartbeats, and stopping them takes a second
     with (server_errors("what was committed is whole, the same command goes on"), tags("baton", name),
-          temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None} if alone else {})):
-        (server or _begin_server()).wait()
+          temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None} if alone else {}),
+          (server or _begin_server()).serving()):
         return flow(name, **parameters)
 
 

@@ -32,9 +32,10 @@ from prefect.events import emit_event
 from prefect.events.clients import NullEventsClient, PrefectEventsClient
 from prefect.events.worker import EventsWorker
 from prefect.runtime import deployment
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, PREFECT_CLOUD_API_URL, temporary_settings
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, PREFECT_CLOUD_API_URL, temporary_settings
 from prefect.states import Cancelled
 
+from flows.orchestration.server import lasting_server
 from flows.runs.run import Run, open_run
 from flows.store.store import Store
 from flows.views.samples import Sample, evaluated, sampled
@@ -59,7 +60,7 @@ def configure_events() -> None:
     """
     if log.level == logging.NOTSET:  # a worker's process; the command line has its own options
         log.setLevel(logging.INFO)
-    address = PREFECT_API_URL.value()
+    address = lasting_server()
     if not address:
         EventsWorker.set_client_override(NullEventsClient)
     elif not address.startswith(PREFECT_CLOUD_API_URL.value()):
@@ -67,7 +68,7 @@ def configure_events() -> None:
 
 
 def _watched() -> bool:
-    return bool(PREFECT_API_URL.value()) and FlowRunContext.get() is not None
+    return bool(lasting_server()) and FlowRunContext.get() is not None
 
 
 def _attempt(function: Callable[..., None], *arguments: Any, **more: Any) -> None:

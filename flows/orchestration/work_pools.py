@@ -25,7 +25,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Cancelling, State
 
 from flows.orchestration.automations import HEARTBEATS
-from flows.orchestration.server import server_errors
+from flows.orchestration.server import lasting_server, server_errors
 from flows.store.store import Store
 from schemas.artifacts import Manifest, Produced, StageCall
 from schemas.errors import BatonError, ConfigError, PrefectError, StoreError, TransientError, error_named
@@ -44,7 +44,7 @@ class WorkPool:
     """Performs calls on the pool of that name. Raises `ConfigError` if it cannot."""
 
     def __init__(self, store: Store, name: str, worker_timeout: float | None) -> None:
-        if not PREFECT_API_URL.value():
+        if not lasting_server():
             raise ConfigError(f"work pool {name!r}: PREFECT_API_URL is not set, and the server of this command alone has no "
                               "pools; set it to that of the server which the workers ask (make pool starts one)")
         self.store, self.name, self.worker_timeout = store, name, worker_timeout
