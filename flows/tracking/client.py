@@ -13,7 +13,9 @@ interruption, is the same point: its time is that of the artifact.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import getpass
 import json
 import logging
@@ -267,6 +269,7 @@ def main(root: str) -> int:
 
     After an error a new client tries again with the next state, and once more at the end.
     """
+    atexit.register(gc.freeze)  # else it takes a second to free what it has imported
     answers, sys.stdout = sys.stdout, sys.stderr  # MLflow prints there too
     lines = Lines(sys.stdin.fileno())
     begin = json.loads(lines.first())
