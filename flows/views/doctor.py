@@ -81,6 +81,13 @@ class _Course:
         """The last window's iterations."""
         return self.last[0].iteration, self.last[-1].iteration
 
+    @property
+    def judged_better(self) -> bool:
+        """Whether the judge's score rose from the first evaluation to the last, its intervals apart."""
+        seen = [state.metrics for state in self.all_states if "evaluate/gold_low" in state.metrics]
+        return self.run.config.evaluate.judge is not None and bool(seen) and (
+            seen[-1]["evaluate/gold_low"] > seen[0]["evaluate/gold_high"])
+
     def mean(self, metric: str, states: list[TrainState], why: str) -> float:
         """Over those that have it. Raises `_NotApplicableError` with the reason if none has."""
         found = [state.metrics[metric] for state in states if metric in state.metrics]
@@ -125,7 +132,7 @@ def _kl(course: _Course) -> Found:
     why = "no reference was run"
     now, token = (course.mean(name, course.last, why) for name in ("gae/kl", "gae/kl_per_token"))
     before = course.mean("gae/kl", course.states[len(course.states) // 2 :][: course.window], why)
-    if token > 1 or (now > 10 and now > 4 * max(before, 1)):
+    if (token > 1 or (now > 10 and now > 4 * max(before, 1))) and not course.judged_better:
         yield (f"KL to the reference is {now:.1f} nats a response, {token:.2f} a token, where it was {before:.1f} half-way: "
                "the policy no longer speaks the reference's language, and no reward was made for what it says",
                "raise kl.coef or set kl.target, lower ppo.learning_rate or ppo.epochs; baton inspect shows at which tokens")
@@ -194,9 +201,7 @@ def _length(course: _Course) -> Found:
     _language(course)
     before, now = (course.mean("rollout/response_length", states, "") for states in (course.first, course.last))
     ((correlation,),) = course.ask("SELECT corr(length, score) FROM responses", course.last)
-    gold = [state.metrics["evaluate/gold"] for state in course.all_states if "evaluate/gold" in state.metrics]
-    better = course.run.config.evaluate.judge is not None and len(gold) > 1 and gold[-1] > gold[0]
-    if correlation is not None and correlation > 0.8 and now > 1.5 * before and not better:
+    if correlation is not None and correlation > 0.8 and now > 1.5 * before and not course.judged_better:
         yield (f"responses grew from {before:.0f} to {now:.0f} tokens, and their length explains {correlation**2:.0%} of "
                "the score: the policy is paid for length",
                "take length out of the reward, or set reward.overlong_buffer; baton sql on responses shows score by length")

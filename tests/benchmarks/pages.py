@@ -96,7 +96,8 @@ def _curves(page: Page) -> list[str]:
     nearest = page.evaluate(f"kept.reduce((best, each) => Math.abs(each - {last}) < Math.abs(best - {last}) ? each : best)")
     page.evaluate("document.querySelector('#shown').replaceChildren()")
     box = drawn.nth(over).bounding_box()
-    right = max(line.bounding_box()["x"] + line.bounding_box()["width"] for line in drawn.nth(over).locator("path.line").all())
+    lines = [line.bounding_box() for line in drawn.nth(over).locator("path.line").all()]
+    right = max(line["x"] + line["width"] for line in lines)
     drawn.nth(over).click(position={"x": right - box["x"], "y": box["height"] / 2})
     shown = page.locator("#iteration").input_value()
     if shown != str(nearest) or page.locator("#shown tr").count() < 2:
