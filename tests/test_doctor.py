@@ -150,16 +150,21 @@ def test_few_answers_that_come_again_are_no_collapse(answers, raised):
     assert bool(list(_entropy(course))) is raised
 
 
-@pytest.mark.parametrize("last, raised", [((0.2, 0.4), False), ((0.05, 0.4), True)])
-def test_kl_that_bought_what_the_judge_asks_for_is_spent_well(runs, last, raised):
+@pytest.mark.parametrize("golds, raised", [
+    ({0: 0.0, 6: 0.3}, False), ({0: 0.0, 6: 0.15}, True), ({0: 0.0, 3: 0.3}, True), ({0: 0.0, 3: 0.9, 6: 0.3}, True)])
+def test_kl_that_bought_what_the_judge_asks_for_is_spent_well(runs, golds, raised):
     """As of a task with one right answer, which takes a nat a token from a reference that knew it seldom."""
     run = runs("judged", BAD["kl-runs-away"] | {"evaluate.judge": "rewards.py:no_e", "evaluate.every": 3})
-    judged = [state for state in run.states() if "evaluate/gold_low" in state.metrics]
-    intervals = {judged[0].iteration: (-0.1, 0.1), judged[-1].iteration: last}
-    states = [state.model_copy(update={"metrics": state.metrics | dict(zip(
-        ("evaluate/gold_low", "evaluate/gold_high"), intervals[state.iteration], strict=True))})
-        if state.iteration in intervals else state for state in run.states()]
-    assert [verdict.name for verdict in examine(run, states).verdicts] == (["kl-runs-away"] if raised else [])
+
+    def judged(state):
+        metrics = {name: value for name, value in state.metrics.items() if not name.startswith("evaluate/gold")}
+        if (gold := golds.get(state.iteration)) is not None:
+            metrics |= {"evaluate/gold": gold, "evaluate/gold_low": gold - 0.1, "evaluate/gold_high": gold + 0.1,
+                        "evaluate/score": -gold}  # with gold it falls, so that nothing is exploited
+        return state.model_copy(update={"metrics": metrics})
+
+    found = examine(run, [judged(state) for state in run.states()])
+    assert ("kl-runs-away" in [verdict.name for verdict in found.verdicts]) is raised
 
 
 def test_a_control_task_raises_nothing(controlled, tmp_path):

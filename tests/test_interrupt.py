@@ -1,4 +1,4 @@
-"""Ctrl-C, which a terminal sends to the command and to the Prefect server that it has started."""
+"""Ctrl-C, which a terminal sends to the command and to what it has started in its session."""
 
 import os
 import signal

@@ -39,5 +39,6 @@ def test_one_that_cannot_start_says_why_at_once(copied, tmp_path):
     done = subprocess.run([*TRAIN, str(copied[1])], text=True, capture_output=True, timeout=200,
                           env=without_a_server(PREFECT_SERVER_DATABASE_CONNECTION_URL=missing))
     assert done.returncode == 1
-    assert "baton: Prefect's own server ended with code 3" in done.stderr and "unable to open database file" in done.stderr
+    assert "baton: Prefect's server of this command ended with code 3: " in done.stderr
+    assert "unable to open database file" in done.stderr
     assert open_run(Store(str(copied[1])), "tiny").last().iteration < 1000

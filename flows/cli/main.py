@@ -23,7 +23,6 @@ from flows.cli.command import SETTINGS, Answer, command, open_existing, open_sho
 from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flows.orchestration.server import OwnServer
     from flows.runs.inputs import Checked, Files
     from flows.runs.run import Run
     from flows.runs.start import Request
@@ -33,29 +32,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("baton")
 
 
-def tagged(flow: Callable[..., Any], name: str, server: OwnServer | None = None, **parameters: Any) -> Any:
-    """Runs the flow, which is found on Prefect's page by the tags `baton` and the run's name.
-
-    `server`: one that was begun.
-    """
+def tagged(flow: Callable[..., Any], name: str, **parameters: Any) -> Any:
+    """Runs the flow, which is found on Prefect's page by the tags `baton` and the run's name."""
     from prefect import tags
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-    from flows.orchestration.server import server_errors
+    from flows.orchestration.server import a_server, server_errors
 
     alone = not _server_is_named()  # no server is watching for heartbeats, and stopping them takes a second
     with (server_errors("what was committed is whole, the same command goes on"), tags("baton", name),
           temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None} if alone else {}),
-          (server or _begin_server()).serving()):
+          a_server()):
         return flow(name, **parameters)
 
 
-def _begin_server() -> OwnServer:
-    from flows.orchestration.server import OwnServer
+def _begin_server() -> None:
+    from flows.orchestration.server import begin_own_server
 
-    server = OwnServer()
-    server.begin()
-    return server
+    begin_own_server()
 
 
 def _server_is_named() -> bool:
@@ -99,12 +93,10 @@ def train(
         raise ConfigError("--dry-run with --iterations 0: nothing would be trained; leave --iterations out")
     if dry_run:
         return _planned(Request(root, name, config, settings, overrides))
-    server = None
-
     def check(config: RunConfig, files: Files) -> Checked:
         """Of a run that is new, and so will need a server."""
-        nonlocal server
-        server = _begin_server() if iterations != 0 else None
+        if iterations != 0:
+            _begin_server()
         return check_inputs(config, files)
 
     run = start(Request(root, name, config, settings, overrides), check)
@@ -114,12 +106,12 @@ def train(
     if run.finished_by(last):
         return _nothing_to_do(run)
     log.info(f"run {run.name} in {root}: {progress(run, last)}")
-    server = server or _begin_server()
+    _begin_server()
     from flows.opening import opened
     from flows.train import train_flow
 
     with opened(run):
-        state = tagged(train_flow, run.name, server, overrides=overrides, store=run.store.uri)
+        state = tagged(train_flow, run.name, overrides=overrides, store=run.store.uri)
     return _finished(run, run.state(0), state, state, [])
 
 
@@ -216,7 +208,7 @@ def stage_command(
         from flows.stage import stage_flow
 
         result = tagged(stage_flow, run, stage=stage, iteration=iteration, settings=list(settings), store=root)
-    else:  # nobody would see a flow run, and a server of its own takes Prefect ten seconds
+    else:  # a flow run would be seen by none, and its server takes seconds to start
         from flows.again import stage_again
 
         result = stage_again(there, stage, iteration, settings)

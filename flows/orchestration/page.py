@@ -150,7 +150,7 @@ def materialized(run: Run, state: TrainState, found: Sequence[str]) -> None:
     """An asset event for each artifact of a committed state, made from those of other stages: an asset for each stage of a
     run. Without those that were `found`.
 
-    Prefect's own server has them in its feed of events; Prefect Cloud draws assets and what they come from.
+    A Prefect server has them in its feed of events; Prefect Cloud draws assets and what they come from.
     """
     place = run.store.absolute if "://" in run.store.absolute else Path(run.store.absolute).as_uri()
 

@@ -1,4 +1,4 @@
-"""Prefect's server: the own one of a command, started early; of one that cannot be reached which, why, and what to do."""
+"""Prefect's server: that of a command alone, started early; of one that cannot be reached which, why, and what to do."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from tempfile import TemporaryFile
 
 import httpx
@@ -18,20 +17,13 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import (
     PREFECT_API_URL,
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
+    PREFECT_UI_URL,
     get_current_settings,
     temporary_settings,
 )
 
 from schemas.addresses import without_user_info
 from schemas.errors import PrefectError
-
-_own: set[str] = set()  # addresses of servers that end with this process
-
-
-def lasting_server() -> str:
-    """The address of the server whose pages outlive this command; empty where there is none."""
-    address = PREFECT_API_URL.value() or ""
-    return "" if address in _own else address
 
 
 class OwnServer:
@@ -42,60 +34,82 @@ class OwnServer:
     """
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._api = ""
-        self._errors = TemporaryFile()  # noqa: SIM115, open as long as the server writes to it
-
-    def begin(self) -> None:
-        """Starts it, and does not wait; nothing where a server is named, or where it was begun."""
-        if self._process is not None or PREFECT_API_URL.value():
-            return
+        """Starts it, and does not wait."""
+        self.said = TemporaryFile()  # noqa: SIM115, open as long as the server writes to it
         with socket.create_server(("127.0.0.1", 0)) as listening:  # inherited: no other process can take the port
-            self._api = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
-            self._process = subprocess.Popen(
+            self.api = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+            self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "flows.orchestration.server_process", str(listening.fileno())],
-                pass_fds=(listening.fileno(),), stdin=subprocess.PIPE, stderr=self._errors,
+                pass_fds=(listening.fileno(),), stdin=subprocess.PIPE, stdout=self.said, stderr=self.said,
                 start_new_session=True,  # Ctrl-C is not for it
                 env={**os.environ, **get_current_settings().to_environment_variables(exclude_unset=True)})
-        _own.add(self._api)
         atexit.register(self._end)
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """Inside it flows run on it, or on the one that is named. Waits until it answers.
+        """Inside it flows run on it. Waits until it answers.
 
-        Raises `PrefectError` if it ends, or does not answer in Prefect's time for a server of this kind.
+        Raises `PrefectError` if it has ended, or does not answer in Prefect's time for a server of this kind.
         """
-        if self._process is None:
-            yield
-            return
         patience = PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
-        deadline = time.monotonic() + patience
-        while not self._answers():
-            if (code := self._process.poll()) is not None:
-                raise PrefectError(f"Prefect's own server ended with code {code}: {self._last_error()}")
-            if time.monotonic() > deadline:
-                raise PrefectError(f"Prefect's own server did not answer in {patience} s; "
-                                   "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS is how long it may take")
-            time.sleep(0.05)
-        with temporary_settings({PREFECT_API_URL: self._api}):
-            yield
+        try:
+            httpx.get(f"{self.api}/health", timeout=patience, trust_env=False).raise_for_status()
+        except httpx.TimeoutException as error:
+            raise PrefectError(f"Prefect's server of this command did not answer in {patience} s; "
+                               "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS is how long it may take") from error
+        except httpx.TransportError as error:
+            self._require_alive(error)
+            raise
+        with temporary_settings({PREFECT_API_URL: self.api, PREFECT_UI_URL: ""}):  # it has no page to be named in a log
+            try:
+                yield
+            except httpx.TransportError as error:
+                self._require_alive(error)
+                raise
 
-    def _answers(self) -> bool:
-        with suppress(httpx.TransportError):
-            return httpx.get(f"{self._api}/health", timeout=1, trust_env=False).is_success
-        return False
+    def _require_alive(self, error: Exception) -> None:
+        """Raises `PrefectError` if the process is not there any more, or not in a moment."""
+        with suppress(subprocess.TimeoutExpired):
+            raise PrefectError(f"Prefect's server of this command ended with code {self.process.wait(2)}: "
+                               f"{self._last_error()}; the same command goes on") from error
 
     def _last_error(self) -> str:
         """The line that says what was raised, of the last traceback."""
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").splitlines()
+        self.said.seek(0)
+        lines = self.said.read().decode(errors="replace").splitlines()
         raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
         return (raised or [line for line in lines if line.strip()] or ["it wrote nothing"])[-1][:300]
 
     def _end(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        self.process.kill()  # a process that was forked off this one may hold the other end of its input
+        self.process.wait()
+
+
+_own: OwnServer | None = None  # of this process
+
+
+def begin_own_server() -> None:
+    """Starts the server that `a_server` gives where none is named, and does not wait for it."""
+    global _own
+    if not PREFECT_API_URL.value() and (_own is None or _own.process.poll() is not None):
+        _own = OwnServer()
+
+
+@contextmanager
+def a_server() -> Iterator[None]:
+    """Inside it flows run on the server that is named, else on one of this process alone, which is started if it was not.
+
+    Raises `PrefectError` if that does not come up.
+    """
+    begin_own_server()
+    with nullcontext() if PREFECT_API_URL.value() else _own.serving():
+        yield
+
+
+def lasting_server() -> str:
+    """The address of the server whose pages outlive this command; empty where there is none."""
+    address = PREFECT_API_URL.value() or ""
+    return "" if _own is not None and address == _own.api else address
 
 
 @contextmanager
@@ -108,7 +122,7 @@ def server_errors(then: str) -> Iterator[None]:
             raise
         where = PREFECT_API_URL.value()
         if not where:
-            raise PrefectError(f"Prefect's own server, which lasts as long as this command: {error!r}; {then}") from error
+            raise PrefectError(f"Prefect's server of this command: {error!r}; {then}") from error
         raise PrefectError(f"Prefect at {without_user_info(where)}: {_reason(error)}; {then}") from error
 
 

@@ -83,10 +83,23 @@ class _Course:
 
     @property
     def judged_better(self) -> bool:
-        """Whether the judge's score rose from the first evaluation to the last, its intervals apart."""
-        seen = [state.metrics for state in self.all_states if "evaluate/gold_low" in state.metrics]
-        return self.run.config.evaluate.judge is not None and bool(seen) and (
-            seen[-1]["evaluate/gold_low"] > seen[0]["evaluate/gold_high"])
+        """Whether the judge's score, in the last iterations, is above that of the first evaluation and not below the best,
+        its intervals apart."""
+        seen = self.judged
+        if not seen or seen[-1].iteration < self.span[0]:
+            return False
+        first, last = seen[0].metrics, seen[-1].metrics
+        best = max(seen, key=lambda state: state.metrics["evaluate/gold"]).metrics
+        return last["evaluate/gold_low"] > first["evaluate/gold_high"] and (
+            last["evaluate/gold_high"] >= best["evaluate/gold_low"])
+
+    @property
+    def judged(self) -> list[TrainState]:
+        """Those that were evaluated, where a judge beside the reward is set."""
+        config = self.run.config.evaluate
+        if config.judge is None and not config.judges:
+            return []
+        return [state for state in self.all_states if "evaluate/gold_low" in state.metrics]
 
     def mean(self, metric: str, states: list[TrainState], why: str) -> float:
         """Over those that have it. Raises `_NotApplicableError` with the reason if none has."""
@@ -228,9 +241,10 @@ def _clipped(course: _Course) -> Found:
 
 def _gold(course: _Course) -> Found:
     _language(course)
-    if course.run.config.evaluate.judge is None and not course.run.config.evaluate.judges:
+    config = course.run.config.evaluate
+    if config.judge is None and not config.judges:
         raise _NotApplicableError("no judge beside the reward is set (evaluate.judge)")
-    seen = [state for state in course.all_states if "evaluate/gold_low" in state.metrics]
+    seen = course.judged
     if len(seen) < 2:
         raise _NotApplicableError("it was evaluated once")
     best, last = max(seen, key=lambda state: state.metrics["evaluate/gold"]), seen[-1]
