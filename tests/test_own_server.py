@@ -19,7 +19,7 @@ def without_a_server(**more: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"} | more
 
 
-def test_it_ends_with_a_command_that_is_killed(trained, copied):
+def test_it_ends_with_a_command_that_is_killed(copied):
     store = copied[1]
     last = open_run(Store(str(store)), "tiny").last().iteration
     process = subprocess.Popen([*TRAIN, str(store)], env=without_a_server(), stdout=subprocess.DEVNULL)

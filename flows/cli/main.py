@@ -93,6 +93,7 @@ def train(
         raise ConfigError("--dry-run with --iterations 0: nothing would be trained; leave --iterations out")
     if dry_run:
         return _planned(Request(root, name, config, settings, overrides))
+
     def check(config: RunConfig, files: Files) -> Checked:
         """Of a run that is new, and so will need a server."""
         if iterations != 0:

@@ -95,11 +95,13 @@ class _Course:
 
     @property
     def judged(self) -> list[TrainState]:
-        """Those that were evaluated, where a judge beside the reward is set."""
-        config = self.run.config.evaluate
-        if config.judge is None and not config.judges:
-            return []
-        return [state for state in self.all_states if "evaluate/gold_low" in state.metrics]
+        """Those that were evaluated by a judge beside the reward."""
+        return [state for state in self.all_states if self.has_judge and "evaluate/gold_low" in state.metrics]
+
+    @property
+    def has_judge(self) -> bool:
+        """Whether there is one beside the reward."""
+        return self.run.config.evaluate.judge is not None or bool(self.run.config.evaluate.judges)
 
     def mean(self, metric: str, states: list[TrainState], why: str) -> float:
         """Over those that have it. Raises `_NotApplicableError` with the reason if none has."""
@@ -241,8 +243,7 @@ def _clipped(course: _Course) -> Found:
 
 def _gold(course: _Course) -> Found:
     _language(course)
-    config = course.run.config.evaluate
-    if config.judge is None and not config.judges:
+    if not course.has_judge:
         raise _NotApplicableError("no judge beside the reward is set (evaluate.judge)")
     seen = course.judged
     if len(seen) < 2:
