@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from schemas.control import ControlConfig
 from schemas.errors import ConfigError
-from schemas.language import ComponentConfig, LanguageConfig
+from schemas.language import LanguageConfig
 from schemas.presets import merged
+from schemas.reward_settings import ComponentConfig
 from schemas.settings import RunConfig, Settings, later_settings
 
 

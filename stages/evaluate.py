@@ -18,8 +18,9 @@ from math import comb
 
 import numpy as np
 
-from schemas.language import EvaluateConfig, RewardConfig, RolloutConfig
+from schemas.language import EvaluateConfig, RolloutConfig
 from schemas.metrics import EvaluateMetrics
+from schemas.reward_settings import RewardConfig
 from schemas.tables import Rollouts, Samples
 from stages.ops.conversations import Prompt
 from stages.ops.distribution import distribution_of

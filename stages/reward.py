@@ -16,8 +16,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from schemas.artifacts import Moments
-from schemas.language import RewardConfig
 from schemas.metrics import RewardMetrics
+from schemas.reward_settings import RewardConfig
 from schemas.tables import Rewards, Rollouts, ScoredTexts, TokenRewards
 from stages.ops.brought_scorer import BroughtScorer
 from stages.ops.finite import require_finite

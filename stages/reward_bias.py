@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from schemas.language import RewardConfig
 from schemas.metrics import RewardBiasMetrics
+from schemas.reward_settings import RewardConfig
 from schemas.tables import Rewards
 from stages.ops.finite import require_finite
 from stages.ops.moments import sample_std

@@ -14,7 +14,8 @@ from flows.language.model_folders import load_classifier, load_tokenizer
 from flows.runs.inputs import pinned
 from flows.runs.run import open_run
 from flows.store.store import Store
-from schemas.language import ComponentConfig, LanguageConfig
+from schemas.language import LanguageConfig
+from schemas.reward_settings import ComponentConfig
 from schemas.tables import Rewards, ScoredTexts
 from stages.ops.brought_scorer import BroughtScorer
 from stages.ops.language_model import LanguageModel

@@ -14,7 +14,7 @@ from flows.cli.main import run_command
 from flows.runs.run import open_run
 from flows.store.store import Store
 from schemas.errors import RewardError
-from schemas.language import ComponentConfig, RewardConfig
+from schemas.reward_settings import ComponentConfig, RewardConfig
 from schemas.tables import Ragged, Rewards, Rollouts
 from stages.ops import math_answers
 from stages.ops.builtin_rewards import builtin_scorer

@@ -5,8 +5,9 @@ import yaml
 from conftest import TINY
 
 from schemas.config import parse_config
-from schemas.language import ComponentConfig, LanguageConfig
+from schemas.language import LanguageConfig
 from schemas.presets import PRESETS
+from schemas.reward_settings import ComponentConfig
 from schemas.settings import Settings
 
 DATA = {"prompts": "p", "heldout_prompts": "h", "demonstrations": "d", "pairs": "q", "heldout_pairs": "r"}

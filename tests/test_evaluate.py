@@ -15,7 +15,8 @@ from oracles import log_softmax
 from flows.cli.main import run_command
 from flows.runs.run import open_run
 from flows.store.store import Store
-from schemas.language import EvaluateConfig, RewardConfig, RolloutConfig
+from schemas.language import EvaluateConfig, RolloutConfig
+from schemas.reward_settings import RewardConfig
 from schemas.tables import Samples
 from stages.evaluate import best_of, evaluate, interval, metrics, pass_at
 from stages.ops.rewards import function_scorer

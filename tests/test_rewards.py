@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from schemas.artifacts import Moments
 from schemas.errors import NonFiniteError, RewardError
-from schemas.language import ComponentConfig, RewardConfig
+from schemas.reward_settings import ComponentConfig, RewardConfig
 from schemas.tables import Ragged, Rewards, Rollouts
 from stages.ops.finite import require_finite
 from stages.ops.moments import normalized, updated_moments

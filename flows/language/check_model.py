@@ -22,8 +22,9 @@ from flows.language.model_folders import (
     use_attention,
 )
 from schemas.errors import ConfigError
-from schemas.language import ComponentConfig, LoRAConfig
+from schemas.language import LoRAConfig
 from schemas.metrics import BroughtModelMetrics, BroughtScorerMetrics
+from schemas.reward_settings import ComponentConfig
 from stages.ops.abilities import Abilities, abilities
 from stages.ops.brought_scorer import most_tokens, scored_text
 from stages.ops.conversations import with_response

@@ -17,7 +17,7 @@ from flows.runs.kind import ITERATION_DECIDES, Perform, made_in, require, settin
 from flows.runs.run import Run, open_run
 from schemas.artifacts import ArtifactRef, ModelRef, Moments, Produced, StageCall, TrainState
 from schemas.errors import ConfigError
-from schemas.language import RewardConfig, by_content
+from schemas.reward_settings import RewardConfig, by_content
 from stages.ops.distribution import SETTINGS
 from stages.ops.kl import adapted_kl_coef
 from stages.ops.optim import learning_rate_factor

@@ -24,16 +24,8 @@ from flows.runs.rows import Rows
 from flows.runs.work import Task, Work
 from schemas.artifacts import ModelRef, Moments, Outputs, derive_seed
 from schemas.errors import ConfigError
-from schemas.language import (
-    BaseModelConfig,
-    ComponentConfig,
-    EvaluateConfig,
-    LoRAConfig,
-    RewardConfig,
-    RewardModelConfig,
-    RolloutConfig,
-    SFTConfig,
-)
+from schemas.language import BaseModelConfig, EvaluateConfig, LoRAConfig, RewardModelConfig, RolloutConfig, SFTConfig
+from schemas.reward_settings import ComponentConfig, RewardConfig
 from schemas.settings import PPOConfig
 from schemas.tables import Advantages, ReferenceLogprobs, Rewards, Rollouts, Samples, ScoredTexts, TokenRewards, Values
 from stages import base_model as base_model_stage

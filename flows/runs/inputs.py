@@ -24,8 +24,9 @@ from schemas.artifacts import ArtifactRef, Recipe
 from schemas.config import apply_settings, parse_config
 from schemas.data import COLUMNS, PARTS
 from schemas.errors import ConfigError
-from schemas.language import LanguageConfig, is_gguf, with_model
+from schemas.language import LanguageConfig, is_gguf
 from schemas.metrics import DataMetrics, Metrics
+from schemas.reward_settings import with_model
 from schemas.settings import ExecutionConfig, RunConfig
 
 Files = dict[str, list[Path]]  # by role

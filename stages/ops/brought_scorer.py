@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from schemas.errors import ConfigError
-from schemas.language import ComponentConfig
+from schemas.reward_settings import ComponentConfig
 from schemas.tables import Rollouts
 from stages.ops.conversations import Message, roles, shown
 from stages.ops.language_model import LanguageModel, context_length, sequence_scores

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from schemas.control import Spaces
-from schemas.language import RewardConfig, RolloutConfig
+from schemas.language import RolloutConfig
+from schemas.reward_settings import RewardConfig
 from schemas.settings import GAEConfig, KLConfig
 
 NARROW = 0.05  # of a Box

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from schemas.errors import ConfigError, NonFiniteError, RewardError
-from schemas.language import RewardConfig
+from schemas.reward_settings import RewardConfig
 from schemas.tables import Ragged, Rollouts
 from stages.ops.advantages import grpo_advantages, whiten
 from stages.ops.finite import require_finite
