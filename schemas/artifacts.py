@@ -38,6 +38,8 @@ def _inside(path: str) -> str:
 
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Algorithm = Literal["sha256", "blake3"]
+FileDigest = Annotated[str, Field(pattern=r"^(blake3:)?[0-9a-f]{64}$")]
 InnerPath = Annotated[str, AfterValidator(_inside)]
 
 
@@ -176,11 +178,26 @@ class FileEntry(Record):
 
     path: InnerPath
     bytes: int = Field(ge=0)
-    sha256: Digest
+    digest: FileDigest
+    """SHA-256 of its bytes; of weights that a stage writes `blake3:` and their BLAKE3."""
     rows: int | None = None
     """Tables only."""
     columns: dict[str, str] | None = None
     """Tables only: name → type."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_formats(cls, values: Any) -> Any:
+        """Before format 7 it was SHA-256 for all files, and called so."""
+        if not isinstance(values, dict) or "digest" in values:
+            return values
+        return {"digest" if key == "sha256" else key: value for key, value in values.items()}
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """Of the digest."""
+        return "blake3" if self.digest.startswith("blake3:") else "sha256"
+
 
 
 class Environment(Record):
@@ -242,7 +259,7 @@ class Manifest(Record):
 
     @cached_property
     def content(self) -> str:
-        """sha256 of all files: of their digests by path, as canonical JSON."""
+        """sha256 of the files' digests by path, as canonical JSON."""
         return sha256_json(self.digests())
 
     @property
@@ -255,8 +272,8 @@ class Manifest(Record):
         return self.tokens / self.seconds if self.tokens and self.seconds else None
 
     def digests(self) -> dict[str, str]:
-        """Path → sha256."""
-        return {entry.path: entry.sha256 for entry in self.files}
+        """Path → digest."""
+        return {entry.path: entry.digest for entry in self.files}
 
 
 def _measured(metrics: Any) -> dict[str, Any]:
@@ -366,6 +383,11 @@ class RunRecord(Record):
     parent: str | None = None
     """`run@iteration` for a fork."""
     created: str
+
+
+def short_digest(digest: str) -> str:
+    """For people: 12 digits, without the algorithm."""
+    return digest.rpartition(":")[2][:12]
 
 
 def sha256_json(value: Any) -> str:

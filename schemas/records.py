@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from schemas.errors import DISTRIBUTION, DamageError
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 UNSIGNED = b"0" * 64
 HINT = "baton verify names the remedy"
 M = TypeVar("M", bound=BaseModel)

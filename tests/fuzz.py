@@ -228,7 +228,7 @@ def a_table(data: bytes) -> None:
 
     rows = decode(manifest().read_bytes(), "manifest.json", Manifest).files[0].rows
     (folder() / "table.parquet").write_bytes(data)
-    read_table(folder() / "table.parquet", FileEntry(path="x", bytes=1, sha256="0" * 64, rows=rows), Advantages)
+    read_table(folder() / "table.parquet", FileEntry(path="x", bytes=1, digest="0" * 64, rows=rows), Advantages)
 
 
 def a_call(data: bytes) -> None:

@@ -265,14 +265,16 @@ def test_json_is_one_document_and_nothing_else(trained, capsys):
         assert json.loads(capsys.readouterr().out)
 
 
-def test_verify_finds_a_flipped_bit(copied, capsys):
-    path = next(copied[1].glob("artifacts/value/*/attempts/*/values.parquet"))
+@pytest.mark.parametrize("file, algorithm", [("value/*/attempts/*/values.parquet", "sha256"),
+                                             ("ppo/*/attempts/*/actor/model.safetensors", "blake3")])
+def test_verify_finds_a_flipped_bit(copied, capsys, file, algorithm):
+    path = next(copied[1].glob(f"artifacts/{file}"))
     data = bytearray(path.read_bytes())
     data[100] ^= 4
     path.write_bytes(data)
     assert run_command(["verify", "tiny", "--store", str(copied[1])]) == 1
     out = capsys.readouterr().out
-    assert str(path) in out and "sha256" in out and "1 findings" in out
+    assert str(path) in out and f"{algorithm}: expected" in out and "1 findings" in out
 
 
 def test_quiet_says_nothing(copied, capsys):

@@ -36,7 +36,7 @@ def test_the_flow_through_storage_equals_the_loop_in_memory(controlled, tmp_path
     state = run.last()
     attempt = Attempt(state.actor.artifact, LocalFiles(tmp_path / "memory"))
     save_learner(attempt, learner)
-    ours = {entry.path: entry.sha256 for entry in attempt.seal()}
+    ours = {entry.path: entry.digest for entry in attempt.seal()}
     assert ours == run.store.manifest(state.actor.artifact).digests()
     stored = [run.store.table(run.state(i).artifacts["rollout"], Trajectories) for i in (1, 2, 3)]
     for batch, table in zip(batches, stored, strict=True):

@@ -242,7 +242,7 @@ def test_the_flow_through_storage_equals_the_loop_in_memory(trained, tmp_path):
     state = run.last()
     attempt = Attempt(state.actor.artifact, LocalFiles(tmp_path / "memory"))
     save_learner(attempt, learner)
-    assert {entry.path: entry.sha256 for entry in attempt.seal()} == store.manifest(state.actor.artifact).digests()
+    assert {entry.path: entry.digest for entry in attempt.seal()} == store.manifest(state.actor.artifact).digests()
     assert store.table(state.artifacts["evaluate"], Samples).to_arrow().equals(samples.to_arrow())
 
 

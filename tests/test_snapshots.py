@@ -136,7 +136,8 @@ def test_bytes_that_differ_here(logged, tmp_path, capsys):
 
     def elsewhere(manifest):
         manifest["environment"]["device_name"] = "another processor"
-        next(file for file in manifest["files"] if file["path"] == "actor/model.safetensors")["sha256"] = "0" * 64
+        changed = next(file for file in manifest["files"] if file["path"] == "actor/model.safetensors")
+        changed["digest"] = f"blake3:{'0' * 64}"
 
     rewrite(store / f"artifacts/ppo/{ref.identity}/manifest.json", elsewhere)
     assert run_command(["restore", "tiny", "--iteration", "3", "--store", str(store)]) == 1

@@ -178,7 +178,7 @@ def test_iterations_with_and_without_an_optional_column_are_one_view(copied):
 
     def grown(data):
         entry = next(entry for entry in data["files"] if entry["path"] == "samples.parquet")
-        entry |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        entry |= {"bytes": file.stat().st_size, "digest": hashlib.sha256(file.read_bytes()).hexdigest()}
         entry["columns"]["prompt_id"] = "int64"
 
     rewrite(file.parents[2] / "manifest.json", grown)

@@ -109,7 +109,7 @@ def test_a_checkpoint_is_reproduced_in_a_fresh_process(copied):
 def test_other_bytes_are_reported_and_kept(copied, capsys):
     """A committed table that was made otherwise than its recipe says: the rerun differs and exits with 1."""
     ref = open_run(Store(copied[1]), "tiny").state(2).artifacts["value"]
-    rewrite(copied[1] / folder_of(ref) / "manifest.json", lambda data: data["files"][0].update(sha256="0" * 64))
+    rewrite(copied[1] / folder_of(ref) / "manifest.json", lambda data: data["files"][0].update(digest="0" * 64))
     code, result = answer(capsys, "stage", "value", "tiny", "--iteration", 2, "--store", copied[1])
     assert (code, result["verdict"], result["different"]) == (1, "different", ["values.parquet"])
 

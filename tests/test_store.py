@@ -205,7 +205,7 @@ def test_a_changed_input_is_found_by_verify(committed):
     made = write(store, child)
     store.commit(made.model_copy(update={"input_contents": {"rollouts": source.content}}))
     assert findings(store, child.ref) == []
-    edit(store, source, lambda d: d["files"][0].update(sha256="1" * 64))
+    edit(store, source, lambda d: d["files"][0].update(digest="1" * 64))
     assert ["input_contents.rollouts: expected" in finding for finding in findings(store, child.ref)] == [True]
 
 
@@ -220,7 +220,7 @@ def test_a_record_is_written_once(tmp_path):
 @pytest.mark.parametrize("path", ["../x", "/x", "a/../../x", "", "a\\..\\x"])
 def test_paths_that_leave_the_artifact_are_no_entries(path):
     with pytest.raises(ValidationError):
-        FileEntry(path=path, bytes=1, sha256="0" * 64)
+        FileEntry(path=path, bytes=1, digest="0" * 64)
 
 
 def test_a_file_that_cannot_be_written_whole_is_an_error(tmp_path):

@@ -128,7 +128,7 @@ def require_equal(folder, store, name, tmp_path):
     state = run.last()
     attempt = Attempt(state.actor.artifact, LocalFiles(tmp_path / "memory"))
     save_learner(attempt, learner)
-    ours = {entry.path: entry.sha256 for entry in attempt.seal()}
+    ours = {entry.path: entry.digest for entry in attempt.seal()}
     assert ours == run.store.manifest(state.actor.artifact).digests()
     stored = run.store.table(state.artifacts["evaluate"], Samples)
     assert stored.to_arrow().equals(samples.to_arrow())
@@ -274,7 +274,7 @@ def test_save_model_writes_the_same_bytes_twice(tiny_model, tmp_path):
     for name in ("one", "two"):
         attempt = Attempt(ArtifactRef(stage="test", identity="0" * 64), LocalFiles(tmp_path / name))
         save_model(attempt, "model", tiny_model)
-        digests.append({entry.path: entry.sha256 for entry in attempt.seal()})
+        digests.append({entry.path: entry.digest for entry in attempt.seal()})
     assert digests[0] == digests[1] and "model/model.safetensors" in digests[0]
 
 
@@ -305,7 +305,7 @@ def test_another_writers_bytes_are_used_and_ours_forgotten(copied):
 
         def commit(store, ours, tables=None):  # another writer's manifest, of other bytes, is there just before ours
             manifest.write_bytes(kept)
-            rewrite(manifest, lambda data: data["files"][0].update(sha256="0" * 64))
+            rewrite(manifest, lambda data: data["files"][0].update(digest="0" * 64))
             return original(store, ours, tables)
 
         warm.store = fresh

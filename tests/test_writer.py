@@ -17,7 +17,8 @@ from flows.runs.produce import StageOutput, _commit_ours, compute
 from flows.runs.run import open_run
 from flows.runs.verify import verify
 from flows.store import writer as writer_module
-from flows.store.attempt import Attempt, folder_of, sha256_file
+from flows.store.attempt import Attempt, folder_of
+from flows.store.digests import file_digest
 from flows.store.store import Store
 from flows.store.writer import Writer
 from schemas.artifacts import Recipe
@@ -138,7 +139,7 @@ def test_another_process_that_committed_other_bytes_first(example, tmp_path, pre
         else:
             import pyarrow.parquet as pq
             pq.write_table(pq.read_table(path), path, compression="gzip")
-        entry = changed.model_copy(update={"sha256": sha256_file(path), "bytes": path.stat().st_size})
+        entry = changed.model_copy(update={"digest": file_digest(path, changed.algorithm), "bytes": path.stat().st_size})
         files = tuple(entry if each.path == entry.path else each for each in manifest.files)
         return manifest.model_copy(update={"attempt": "theirs", "files": files})
 

@@ -15,7 +15,7 @@ from flows.runs.gc import Garbage
 from flows.runs.run import Run
 from flows.tracking.tracking_uri import how_to_open
 from flows.views.visible import visible
-from schemas.artifacts import Produced, TrainState
+from schemas.artifacts import Produced, TrainState, short_digest
 from schemas.stages import STAGES
 from schemas.tables import EPISODE_FILM, Samples
 
@@ -194,9 +194,13 @@ def _files(produced: Produced) -> str:
     return f"{produced.files} file{'s' if produced.files > 1 else ''}"
 
 
+def _digest(written: str | None) -> str:
+    return "no such file" if written is None else short_digest(written)
+
+
 def _differences(console: Console, produced: Produced) -> None:
     for path, (old, now) in produced.different.items():
-        console.print(f"  {path}: committed {(old or 'no such file')[:12]}, now {(now or 'no such file')[:12]}",
+        console.print(f"  {path}: committed {_digest(old)}, now {_digest(now)}",
                       highlight=False, soft_wrap=True)
     console.print(f"  the new files are in {produced.folder}", highlight=False, soft_wrap=True)
 

@@ -191,7 +191,7 @@ class WarmModels:
 
     def _tokenizer(self, model: ModelRef) -> frozenset[tuple[str, str]]:
         """Name and digest of the tokenizer's files, which are all that is neither weights nor their config."""
-        files = ((entry.path.removeprefix(f"{model.folder}/"), entry.sha256)
+        files = ((entry.path.removeprefix(f"{model.folder}/"), entry.digest)
                  for entry in self.store.manifest(model.artifact).files if entry.path.startswith(f"{model.folder}/"))
         return frozenset((name, digest) for name, digest in files
                          if not name.endswith(".safetensors") and name not in NOT_TOKENIZER)

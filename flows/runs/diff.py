@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flows.runs.run import Run
-from schemas.artifacts import ArtifactRef, FileEntry, Manifest
+from schemas.artifacts import ArtifactRef, FileEntry, Manifest, short_digest
 from schemas.config import differences
 from schemas.errors import DroppedError
 from schemas.stages import STAGES
@@ -57,11 +57,25 @@ def _difference(a: Run, b: Run, iteration: int, ours: ArtifactRef, theirs: Artif
                    if one.recipe.inputs.get(role) != other.recipe.inputs.get(role))
     here, there = one.digests(), other.digests()
     for path in sorted({*here, *there}, key=lambda path: (path not in TABLES, path)):
-        if here.get(path) != there.get(path):
+        if here.get(path) != there.get(path) and not _alike(a, b, one, other, path):
             where = _where(a, b, one, other, path) if path in here and path in there else (
                 None, None, None, *("there" if path in has else "no such file" for has in (here, there)))
             return Difference(iteration, ours.stage, path, *where, settings, inputs)
     return None
+
+
+def _alike(a: Run, b: Run, one: Manifest, other: Manifest, path: str) -> bool:
+    """Whether a file of both, hashed by SHA-256 in the one and by BLAKE3 in the other, is the same. Where it was not kept
+    what follows from it tells."""
+    if path not in one.digests() or path not in other.digests():
+        return False
+    here, there = _entry(one, path), _entry(other, path)
+    if here.algorithm == there.algorithm or here.bytes != there.bytes:
+        return False
+    try:
+        return a.store.sha256(one, here) == b.store.sha256(other, there)
+    except DroppedError:
+        return True
 
 
 def _where(a: Run, b: Run, one: Manifest, other: Manifest, path: str) -> tuple[Any, ...]:
@@ -71,8 +85,8 @@ def _where(a: Run, b: Run, one: Manifest, other: Manifest, path: str) -> tuple[A
     if path.endswith(".safetensors"):
         with contextlib.suppress(DroppedError):
             return _in_tensors(*(run.store.file(manifest.ref, path) for run, manifest in ((a, one), (b, other))))
-    return None, None, None, *(f"{_entry(manifest, path).bytes} bytes, sha256 {_entry(manifest, path).sha256[:12]}…"
-                               for manifest in (one, other))
+    return None, None, None, *(f"{entry.bytes} bytes, {entry.algorithm} {short_digest(entry.digest)}…"
+                               for entry in (_entry(one, path), _entry(other, path)))
 
 
 def _entry(manifest: Manifest, path: str) -> FileEntry:

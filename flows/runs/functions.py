@@ -23,7 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
 
-from flows.store.attempt import sha256_file
+from flows.store.digests import sha256_file
 from flows.store.store import Store
 from schemas.artifacts import ArtifactRef
 from schemas.errors import ConfigError

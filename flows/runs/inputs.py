@@ -18,7 +18,8 @@ from flows.runs.layouts import Layout
 from flows.runs.produce import StageOutput, write
 from flows.runs.rows import DataTable, JSONLines, ParquetRows, Rows, held_out, table_of, without
 from flows.runs.sources import source_files, source_rows
-from flows.store.attempt import Attempt, sha256_file
+from flows.store.attempt import Attempt
+from flows.store.digests import sha256_file
 from flows.store.store import Store
 from schemas.artifacts import ArtifactRef, Recipe
 from schemas.config import apply_settings, parse_config

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from flows.store.attempt import Attempt
+from flows.store.digests import algorithm_of_weights
 from flows.store.files import disk_errors
 from flows.store.store import Store
 from flows.store.writer import Writer
@@ -53,6 +54,7 @@ def produce(
         return _produced(there, "found")
     made = compute(store, call.recipe, call.execution, make, call)
     if there:
+        made.attempt.algorithm = algorithm_of_weights(there)
         return _compared(store, there, seal(store, made), made.attempt, restoring)
     if writer is not None:
         made.attempt.stop = writer.stop
@@ -135,6 +137,8 @@ def _commit(store: Store, made: Made) -> tuple[Manifest, Manifest, dict[str, tup
     there = store.committed(made.recipe.ref)
     if there and there.attempt == made.attempt.name:  # a try before this one, whose reply was lost
         return there, there, {}
+    if there:
+        made.attempt.algorithm = algorithm_of_weights(there)
     ours = seal(store, made)
     try:
         theirs = store.commit(ours, made.attempt.tables)

@@ -16,8 +16,9 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flows.store.digests import Hash, sha256_file
 from flows.store.files import Files, disk_errors
-from schemas.artifacts import ArtifactRef, FileEntry
+from schemas.artifacts import Algorithm, ArtifactRef, FileEntry
 from schemas.errors import StoppedError
 from schemas.tables import Table
 from stages.ops.progress import progress_bar
@@ -35,6 +36,8 @@ class Attempt:
         self.tables: dict[type[Table], Table] = {}  # as they are in memory
         self.weights_kept = True
         """Whether weights are written, or hashed alone."""
+        self.algorithm: Algorithm = "blake3"
+        """By which weights are hashed."""
         self.stop = threading.Event()
         """Once set, `seal` raises `StoppedError` in the middle of a large file."""
         self._writes: list[Callable[[], None]] = []
@@ -131,12 +134,12 @@ class Attempt:
             file.write(data)
         self.files.sync(path)
         self._entries[inner] = FileEntry(
-            path=inner, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=None if table is None else len(table),
+            path=inner, bytes=len(data), digest=hashlib.sha256(data).hexdigest(), rows=None if table is None else len(table),
             columns=None if table is None else {f.name: str(f.type) for f in table.schema})
 
     def _write_weights(self, inner: str, pieces: Callable[[], Iterable[memoryview]]) -> FileEntry:
         """Hashed as it is written, if it is."""
-        digest, size, synced = hashlib.sha256(), 0, 0
+        hashed, size, synced = Hash(self.algorithm), 0, 0
         path = self.folder / inner if self.weights_kept else None
         with path.open("wb") if path else contextlib.nullcontext() as file:
             for piece in pieces():
@@ -144,7 +147,7 @@ class Attempt:
                     if self.stop.is_set():
                         raise StoppedError(f"{self.ref.short}: ended in the middle of its commit")
                     part = piece[begin : begin + PIECE]
-                    digest.update(part)
+                    hashed.update(part)
                     size += len(part)
                     if file:
                         file.write(part)
@@ -153,7 +156,7 @@ class Attempt:
                             self._sync_so_far(path, file)
             if file:
                 self._sync_so_far(path, file)
-        return FileEntry(path=inner, bytes=size, sha256=digest.hexdigest())
+        return FileEntry(path=inner, bytes=size, digest=hashed.digest())
 
     def _sync_so_far(self, path: Path, file: BinaryIO) -> None:
         """Has the disk take what was written, and the system forget it: memory that was never touched costs a virtual
@@ -167,7 +170,7 @@ class Attempt:
         entry = None
         if path.is_file():
             path.chmod(0o644)  # libraries may make files for their owner alone; stores are shared
-            entry = FileEntry(path=self._inner(path), bytes=path.stat().st_size, sha256=sha256_file(path))
+            entry = FileEntry(path=self._inner(path), bytes=path.stat().st_size, digest=sha256_file(path))
         self.files.sync(path)
         return entry
 
@@ -183,9 +186,3 @@ class Attempt:
 def folder_of(ref: ArtifactRef) -> str:
     """The key of an artifact's folder."""
     return f"artifacts/{ref.stage}/{ref.identity}"
-
-
-def sha256_file(path: Path) -> str:
-    """Of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

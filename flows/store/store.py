@@ -26,12 +26,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from flows.store.attempt import Attempt, folder_of, sha256_file
+from flows.store.attempt import Attempt, folder_of
+from flows.store.digests import file_digest, sha256_file
 from flows.store.files import Files, disk_errors
 from flows.store.local import LocalFiles
 from flows.store.writer import Writer
 from schemas.addresses import without_user_info
-from schemas.artifacts import ArtifactRef, Dropped, FileEntry, Manifest, Recipe
+from schemas.artifacts import ArtifactRef, Dropped, FileEntry, Manifest, Recipe, short_digest
 from schemas.errors import ConfigError, DamageError, DroppedError, StoreError, TableError
 from schemas.records import HINT, decode, encode
 from schemas.settings import NAME_PATTERN
@@ -244,6 +245,10 @@ class Store:
                 return f"is not kept any more: retention of run {dropped.run!r} dropped it at {dropped.created}"
         return None
 
+    def sha256(self, manifest: Manifest, entry: FileEntry) -> str:
+        """Of a file of the artifact: as it is listed, or else taken from the file. Raises as `checked`."""
+        return entry.digest if entry.algorithm == "sha256" else sha256_file(self.checked(manifest, entry))
+
     def missing(self, ref: ArtifactRef, inner: str = "") -> list[FileEntry]:
         """The files below a folder of the artifact, or of all of it, that were not written or not kept, nor restored."""
         manifest, parts = self.manifest(ref), tuple(f"{dropped.part}/" for dropped in self.dropped(ref))
@@ -341,8 +346,8 @@ def _wrong(path: Path, entry: FileEntry) -> tuple[str, str, str] | None:
         return "file", f"{entry.bytes} bytes", "no such file"
     if size != entry.bytes:
         return "size", f"{entry.bytes} bytes", f"{size}"
-    digest = sha256_file(path)
-    return None if digest == entry.sha256 else ("sha256", f"{entry.sha256[:12]}…", f"{digest[:12]}…")
+    found = entry.model_copy(update={"digest": file_digest(path, entry.algorithm)})
+    return None if found == entry else (entry.algorithm, *(f"{short_digest(each.digest)}…" for each in (entry, found)))
 
 
 def read_table(path: Path, entry: FileEntry, kind: type[T]) -> T:
