@@ -23,6 +23,7 @@ def tagged(flow: Callable[..., Any], name: str, **parameters: Any) -> Any:
 
 
 def begin_server() -> None:
+    """Starts the server that the flow will have where none is named, and does not wait for it."""
     from flows.orchestration.server import begin_own_server
 
     begin_own_server()

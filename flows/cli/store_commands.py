@@ -1,4 +1,4 @@
-"""Commands on a store's runs as a whole: list, show, verify, fork, diff, export, restore, remove, collect, mirror."""
+"""Commands on whole runs: `baton runs`, `show`, `verify`, `fork`, `diff`, `export`, `restore`, `rm`, `gc`, `mlflow-sync`."""
 
 from __future__ import annotations
 

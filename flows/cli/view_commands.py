@@ -1,4 +1,4 @@
-"""Commands that show what is in a store: `baton sql`, `baton inspect`."""
+"""Commands that read the tables of a store: `baton sql`, `baton inspect`."""
 
 from __future__ import annotations
 
