@@ -199,7 +199,6 @@ class FileEntry(Record):
         return "blake3" if self.digest.startswith("blake3:") else "sha256"
 
 
-
 class Environment(Record):
     """What an artifact was made with; not part of its identity."""
 

@@ -15,7 +15,7 @@ from flows.runs.verify import verify
 from flows.store.attempt import folder_of
 from flows.store.digests import Hash, file_digest, sha256_file
 from flows.store.store import Store, attempt_of
-from schemas.artifacts import FileEntry, call_of
+from schemas.artifacts import FileEntry, call_of, short_digest
 
 
 def as_before(root, ref, written=None):
@@ -24,6 +24,16 @@ def as_before(root, ref, written=None):
     rewrite(root / folder_of(ref) / "manifest.json", lambda data: data.update(files=[
         {key: value for key, value in entry.items() if key != "digest"} | {"sha256": sha256_file(folder / entry["path"])}
         for entry in data["files"]]))
+
+
+def drop_weights(root, ref):
+    """As of an update between snapshots: digests alone."""
+    folder = root / attempt_of(Store(root).manifest(ref))
+    weights = sorted(path for path in folder.rglob("*.safetensors"))
+    for path in weights:
+        path.unlink()
+    rewrite(root / folder_of(ref) / "manifest.json",
+            lambda data: data.update(unwritten=[path.relative_to(folder).as_posix() for path in weights]))
 
 
 def store_as_before(root, name):
@@ -93,6 +103,15 @@ def test_an_older_artifact_that_is_lost_is_made_anew(copied):
     assert run_command(["stage", "ppo", "tiny", "--iteration", "1", "--store", str(root), "--quiet"]) == 0
     assert {entry.algorithm for entry in Store(root).manifest(ref).files} == {"sha256", "blake3"}
     assert verify(Store(root), None)[1] == []
+    weights = next((root / folder_of(ref)).rglob("actor/model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (finding,) = verify(Store(root), None)[1]
+    assert (finding.file, finding.field) == (str(weights), "size")
+    drop_weights(root, ref)
+    rewrite(root / folder_of(ref) / "manifest.json", lambda data: data.update(created="2999-01-01T00:00:00+00:00"))
+    assert verify(Store(root), None)[1] == []
+    rewrite(root / folder_of(ref) / "manifest.json", lambda data: data.update(created="1999-01-01T00:00:00+00:00"))
+    assert {finding.field.partition(".")[0] for finding in verify(Store(root), None)[1]} == {"input_contents"}
 
 
 def test_an_older_version_was_first(copied, monkeypatch):
@@ -109,18 +128,21 @@ def test_an_older_version_was_first(copied, monkeypatch):
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_the_same_weights_by_another_recipe_are_no_difference(copied, capsys, kept):
-    root, other = copied[1], ("--run", "other", "--set", "ppo.dual_clip=1e9")
-    assert run_command(["fork", "tiny", "--at", "1", *other, "--store", str(root)]) == 0
-    assert run_command(["train", "--run", "other", "--store", str(root), "--quiet"]) == 0
-    ref = open_run(Store(root), "other").state(2).artifacts["ppo"]
-    assert ref != open_run(Store(root), "tiny").state(2).artifacts["ppo"]
-    as_before(root, ref)
+@pytest.mark.parametrize("setting, same", [("ppo.dual_clip=1e9", True), ("ppo.learning_rate=0.5", False)])
+def test_weights_by_another_recipe_and_another_digest(copied, capsys, kept, setting, same):
+    root = copied[1]
+    for command in (["fork", "tiny", "--at", "1", "--run", "other", "--set", setting], ["train", "--run", "other"]):
+        assert run_command([*command, "--store", str(root), "--quiet"]) == 0
+    ours, theirs = (open_run(Store(root), name).state(2).artifacts["ppo"] for name in ("tiny", "other"))
+    assert ours != theirs
+    as_before(root, theirs)
     if not kept:
-        weights = [entry.path for entry in Store(root).manifest(ref).files if entry.path.endswith(".safetensors")]
-        for path in weights:
-            (root / attempt_of(Store(root).manifest(ref)) / path).unlink()
-        rewrite(root / folder_of(ref) / "manifest.json", lambda data: data.update(unwritten=weights))
+        drop_weights(root, ours)
     capsys.readouterr()
     assert run_command(["diff", "tiny", "other", "--store", str(root)]) == 0
-    assert "the same bytes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert ("the same bytes" if same else "differ first in iteration 2, stage ppo") in said
+
+
+def test_a_digest_for_people_is_digits():
+    assert short_digest("blake3:" + 16 * "0123") == short_digest(16 * "0123") == "012301230123"

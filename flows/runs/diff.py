@@ -65,8 +65,8 @@ def _difference(a: Run, b: Run, iteration: int, ours: ArtifactRef, theirs: Artif
 
 
 def _alike(a: Run, b: Run, one: Manifest, other: Manifest, path: str) -> bool:
-    """Whether a file of both, hashed by SHA-256 in the one and by BLAKE3 in the other, is the same. Where it was not kept
-    what follows from it tells."""
+    """Whether a file of both, hashed by SHA-256 in the one and by BLAKE3 in the other, is the same; where it was not kept,
+    whether what both stages measured is the same."""
     if path not in one.digests() or path not in other.digests():
         return False
     here, there = _entry(one, path), _entry(other, path)
@@ -75,7 +75,7 @@ def _alike(a: Run, b: Run, one: Manifest, other: Manifest, path: str) -> bool:
     try:
         return a.store.sha256(one, here) == b.store.sha256(other, there)
     except DroppedError:
-        return True
+        return all(one.metrics[name] == other.metrics[name] for name in {*one.metrics} & {*other.metrics})
 
 
 def _where(a: Run, b: Run, one: Manifest, other: Manifest, path: str) -> tuple[Any, ...]:

@@ -137,7 +137,7 @@ def _commit(store: Store, made: Made) -> tuple[Manifest, Manifest, dict[str, tup
     there = store.committed(made.recipe.ref)
     if there and there.attempt == made.attempt.name:  # a try before this one, whose reply was lost
         return there, there, {}
-    if there:
+    if there:  # not if an older version commits while ours is sealed: then its bytes count as other ones
         made.attempt.algorithm = algorithm_of_weights(there)
     ours = seal(store, made)
     try:

@@ -39,6 +39,7 @@ class Verifier:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.users: dict[ArtifactRef, str] = {}  # the command that makes it again
+        self._by_sha256: dict[ArtifactRef, str] = {}  # contents as they were taken before format 7
         self.incomplete = False  # whether a record could not be read, so that not all references are known
 
     def run(self, name: str) -> Iterator[Finding]:
@@ -130,16 +131,23 @@ class Verifier:
                 yield Finding(f"{folder}/manifest.json", f"recipe.inputs.{role}", source.short, "none that can be read",
                               self.users.get(source, hint))
                 continue
-            if expected not in (None, found.content) and expected != self._content_by_sha256(found):
+            if expected not in (None, found.content) and not self._made_anew(found, expected, manifest):
                 yield Finding(f"{folder}/manifest.json", f"input_contents.{role}", f"{source.short} with {expected[:12]}…",
                               f"{found.content[:12]}…", hint)
 
-    def _content_by_sha256(self, manifest: Manifest) -> str | None:
-        """The content as it was taken before format 7; none where that cannot be said."""
+    def _made_anew(self, source: Manifest, expected: str, manifest: Manifest) -> bool:
+        """Whether an input of other digests may hold the bytes that the artifact was made from: before format 7 they were
+        SHA-256 for all files. Where its weights are not there, only if it is younger than the artifact; where they are
+        damaged that is a finding of its own."""
         try:
-            return sha256_json({entry.path: self.store.sha256(manifest, entry) for entry in manifest.files})
+            if source.ref not in self._by_sha256:
+                self._by_sha256[source.ref] = sha256_json(
+                    {entry.path: self.store.sha256(source, entry) for entry in source.files})
+            return self._by_sha256[source.ref] == expected
+        except DroppedError:
+            return source.created > manifest.created
         except StoreError:
-            return None
+            return True
 
     def _misaligned(self, manifest: Manifest, hint: str) -> Iterator[Finding]:
         """Tables that do not have the rows of the rollouts they describe."""

@@ -247,7 +247,10 @@ class Store:
 
     def sha256(self, manifest: Manifest, entry: FileEntry) -> str:
         """Of a file of the artifact: as it is listed, or else taken from the file. Raises as `checked`."""
-        return entry.digest if entry.algorithm == "sha256" else sha256_file(self.checked(manifest, entry))
+        if entry.algorithm == "sha256":
+            return entry.digest
+        with disk_errors(self.files.address(f"{attempt_of(manifest)}/{entry.path}")):
+            return sha256_file(self.checked(manifest, entry))
 
     def missing(self, ref: ArtifactRef, inner: str = "") -> list[FileEntry]:
         """The files below a folder of the artifact, or of all of it, that were not written or not kept, nor restored."""
