@@ -208,7 +208,7 @@ def test_layers_that_cannot_be_sharded(family, sizes, why, tmp_path, capsys):
     assert f"execution.fsdp: {why}" in capsys.readouterr().err
 
 
-def test_a_model_that_is_brought(tmp_path):
+def test_a_model_that_is_brought(tmp_path, prefect_server):
     """Of another family, whose head is not tied to its embeddings."""
     folder = write_brought(tmp_path / "case", value={"start": "actor"}, ppo={"epochs": 2, "minibatches": 1})
     alone, sharded = (train(folder, tmp_path / name, *more) for name, more in (

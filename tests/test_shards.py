@@ -88,7 +88,8 @@ def test_the_tables_do_not_depend_on_the_number_of_shards(in_shards, count):
         for name, values in vars(table).items():
             other = getattr(cut[stage], name)
             if isinstance(values, np.ndarray):
-                assert np.allclose(values, other, atol=1e-6), (stage, name)
+                summed = table.response_length if (stage, name) == ("evaluate", "kl") else 1  # tokens' float32 logprobs
+                assert np.allclose(values, other, atol=1e-6 * summed), (stage, name)
             elif hasattr(values, "offsets"):
                 assert np.array_equal(values.offsets, other.offsets), (stage, name)
                 assert np.allclose(values.values, other.values, atol=1e-6), (stage, name)
