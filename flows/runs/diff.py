@@ -57,8 +57,9 @@ def _difference(a: Run, b: Run, iteration: int, ours: ArtifactRef, theirs: Artif
                    if one.recipe.inputs.get(role) != other.recipe.inputs.get(role))
     here, there = one.digests(), other.digests()
     for path in sorted({*here, *there}, key=lambda path: (path not in TABLES, path)):
-        if here.get(path) != there.get(path) and not _alike(a, b, one, other, path):
-            where = _where(a, b, one, other, path) if path in here and path in there else (
+        in_both = path in here and path in there
+        if here.get(path) != there.get(path) and not (in_both and _alike(a, b, one, other, path)):
+            where = _where(a, b, one, other, path) if in_both else (
                 None, None, None, *("there" if path in has else "no such file" for has in (here, there)))
             return Difference(iteration, ours.stage, path, *where, settings, inputs)
     return None
@@ -67,8 +68,6 @@ def _difference(a: Run, b: Run, iteration: int, ours: ArtifactRef, theirs: Artif
 def _alike(a: Run, b: Run, one: Manifest, other: Manifest, path: str) -> bool:
     """Whether a file of both, hashed by SHA-256 in the one and by BLAKE3 in the other, is the same; where it was not kept,
     whether what both stages measured is the same."""
-    if path not in one.digests() or path not in other.digests():
-        return False
     here, there = _entry(one, path), _entry(other, path)
     if here.algorithm == there.algorithm or here.bytes != there.bytes:
         return False
